@@ -1,0 +1,301 @@
+"""``vapi <stage> --section.field value``: the command line, derived from ``config.py``.
+
+A flag is the dotted name of a field in ``params.yaml``, and its value travels the same road as the
+file's: laid over the file's plain values, then built and checked by ``config.build``. So nothing that
+``config.py`` declares is declared here again, a misspelt flag and a misspelt line of the file get the
+same answer, and help shows what would really run. A field of the stage's own section may drop the
+section: ``vapi tune --lr 2e-6``.
+
+A stage is imported only after it was named and its configuration is sound; help never loads torch.
+
+Left out on purpose: a parser library. Flags here are data (one per field, known only to
+``config.py``), and forty lines read them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+import textwrap
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import vapi
+from vapi import config, recipes
+from vapi.config import ARTIFACTS, PARAMS, STAGES, Config
+
+Flags = dict[str, list[str]]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit code 0: done; 1: --strict and not promoted; 2: a mistake that the message names;
+    what a stage exits with (75: stopped by SIGTERM, run again to continue) passes through."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # vapi recipe digits | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("VAPI_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(vapi.__version__)
+        return 0
+    name, rest = words[0], words[1:]
+    if name in STAGES:
+        return _stage(name, rest)
+    if name not in COMMANDS:
+        raise ValueError(f"vapi has no command {name!r}; {config.nearest(name, [*STAGES, *COMMANDS])}")
+    command = COMMANDS[name]
+    if _wants_help(rest):
+        print(f"usage: vapi {name} {command.usage}\n\n{_wrap(command.doc)}")
+        return 0
+    positional, flags = parse(rest)
+    for flag in flags.keys() - set(command.flags):
+        raise ValueError(
+            f"vapi {name} has no flag --{flag}; " + (config.nearest(flag, command.flags) if command.flags else "it takes none")
+        )
+    return command.run(positional, flags)
+
+
+# --- words -> values ---------------------------------------------------------------------------
+
+
+def parse(words: list[str]) -> tuple[list[str], Flags]:
+    """``["a", "--b.c", "1", "2", "--d=3"]`` -> ``(["a"], {"b.c": ["1", "2"], "d": ["3"]})``."""
+    positional: list[str] = []
+    flags: Flags = {}
+    current = positional
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            current = flags[name.replace("-", "_")] = [value] if equals else []
+        else:
+            current.append(word)
+    return positional, flags
+
+
+def override(values: dict[str, Any], name: str, words: list[str], sections: tuple[str, ...]) -> None:
+    """Lay one flag over plain configuration values, in place. Raises ValueError that names the nearest flag."""
+    section, *path = name.split(".")
+    hints = typing.get_type_hints(Config)
+    fields = typing.get_type_hints(hints[section]) if section in sections else {}
+    if not path or path[0] not in fields:
+        known = [f"--{s}.{f}" for s in sections for f in typing.get_type_hints(hints[s])]
+        raise ValueError(f"no flag --{name} here; {_nearest_flag(name, known)}")
+    knob, *keys = path
+    kind = fields[knob]
+    if typing.get_origin(kind) is dict and len(keys) == 1:
+        values[section][knob] = {**values[section][knob], keys[0]: _one(name, words)}
+    elif keys:
+        raise ValueError(f"--{section}.{knob} holds one value; there is no {'.'.join(keys)!r} in it")
+    elif kind is bool and not words:
+        values[section][knob] = True
+    elif typing.get_origin(kind) is dict or (typing.get_origin(kind) is list and words and words[0].startswith("[")):
+        values[section][knob] = config.read_yaml(_one(name, words))
+    elif typing.get_origin(kind) is list:
+        values[section][knob] = words
+    else:
+        values[section][knob] = _one(name, words)
+
+
+def _nearest_flag(name: str, known: list[str]) -> str:
+    """The nearest flag, by its whole name or by the field alone, so that --tune.learning names a flag of tune."""
+    field = name.rpartition(".")[2]
+    same = [flag for flag in known if flag.rpartition(".")[2] == field]
+    return f"did you mean {same[0]!r}?" if same else config.nearest(f"--{name}", known)
+
+
+def _one(name: str, words: list[str]) -> str:
+    if len(words) != 1:
+        raise ValueError(f"--{name} takes one value" + (f", not {len(words)}: {' '.join(words)}" if words else "; none was given"))
+    return words[0]
+
+
+# --- stages ------------------------------------------------------------------------------------
+
+
+def configure(stage: str, flags: Flags) -> tuple[Config, dict[str, Path]]:
+    """What a stage runs with: ``params.yaml`` under the flags, and its folders (inputs by name, and out)."""
+    flags = dict(flags)
+    spec = STAGES[stage]
+    folders = {name: Path(_one(name, flags.pop(name))) if name in flags else default for name, default in _folders(stage).items()}
+    params = Path(_one("params", flags.pop("params"))) if "params" in flags else PARAMS
+    values = config.plain(config.load(params))
+    for name, words in flags.items():
+        own = name in values[stage]
+        override(values, f"{stage}.{name}" if own else name, words, (*spec.sections, "track"))
+    return config.build(Config, values), folders
+
+
+def _folders(stage: str) -> dict[str, Path]:
+    return {**{name: ARTIFACTS / name for name in STAGES[stage].inputs}, "out": ARTIFACTS / stage}
+
+
+def _stage(stage: str, words: list[str]) -> int:
+    if _wants_help(words):
+        print(_stage_help(stage))
+        return 0
+    positional, flags = parse(words)
+    if positional:
+        raise ValueError(f"vapi {stage} does not understand {positional[0]!r}; values follow a flag, as in --{stage}.field value")
+    settings, folders = configure(stage, flags)
+    promoted = run_stage(stage, settings, folders)
+    return 1 if stage == "register" and settings.register.strict and not promoted else 0
+
+
+def run_stage(stage: str, settings: Config, folders: dict[str, Path]) -> Any:
+    """Import a stage, start tracking, run it; what the stage function returns."""
+    function = getattr(importlib.import_module(f"vapi.{stage}"), stage)
+    sections = {name: getattr(settings, name) for name in STAGES[stage].sections}
+    from vapi import track
+
+    with track.start(stage, settings) as run:
+        return function(**sections, **folders, run=run)
+
+
+# --- the other commands ------------------------------------------------------------------------
+
+
+def _recipe(words: list[str], flags: Flags) -> int:
+    force, writes = _switch(flags, "force"), _switch(flags, "write")
+    if words[:1] == ["diff"] and len(words) <= 2 and not (force or writes):
+        return _recipe_diff(*words[1:])
+    if len(words) > 1:
+        raise ValueError(f"vapi recipe takes one name, not {' '.join(words)}")
+    if not words:
+        if writes or force:
+            raise ValueError("which recipe? vapi recipe NAME --write")
+        width = max(map(len, recipes.RECIPES))
+        for name, row in recipes.RECIPES.items():
+            print(f"{name:{width}}  {row.doc}\n{'':{width}}  Expect {row.expect}.")
+    elif writes:
+        recipes.write(words[0], force=force)
+        print(f"{PARAMS} is now the recipe {words[0]}")
+    else:
+        print(recipes.text(words[0]), end="")
+    return 0
+
+
+def _recipe_diff(name: str = "") -> int:
+    ours = config.load()
+    name = name or recipes.closest(ours)
+    changes = recipes.changes(recipes.recipe(name), ours)
+    print(f"{PARAMS} {'differs from' if changes else 'is'} the recipe {name}")
+    for field, (theirs, own) in changes.items():
+        print(f"  {field}: {'absent' if theirs is None else theirs} -> {'absent' if own is None else own}")
+    return 0
+
+
+def _listing(words: list[str], flags: Flags) -> int:
+    settings, _ = configure("subset", flags)
+    from vapi import subset
+
+    subset.write_listing(settings.subset, ARTIFACTS / "listing.json")
+    return 0
+
+
+def _track(words: list[str], flags: Flags) -> int:
+    if not _switch(flags, "resend"):
+        raise ValueError("vapi track --resend sends what an unreachable server has not got yet")
+    from vapi import track
+
+    left = track.resend()
+    print(f"{left} runs still wait for their server" if left else "every run has been sent")
+    return 1 if left else 0
+
+
+def _summary(words: list[str], flags: Flags) -> int:
+    from vapi import report
+
+    print(report.table(ARTIFACTS))
+    return 0
+
+
+def _switch(flags: Flags, name: str) -> bool:
+    if flags.get(name):
+        raise ValueError(f"--{name} takes no value")
+    return name in flags
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that is no stage."""
+
+    doc: str
+    run: Callable[[list[str], Flags], int]
+    usage: str = ""
+    flags: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "listing": Command("Write down which files the source of the subset holds; DVC runs subset again when that changes.", _listing),
+    "recipe": Command(
+        "List the recipes; print one; --write it to params.yaml (refuses to lose edits, unless --force); "
+        "diff: what params.yaml changes against a recipe (the closest one if none is named).",
+        _recipe,
+        "[NAME] [--write [--force]] | diff [NAME]",
+        ("write", "force"),
+    ),
+    "summary": Command("Base and tuned side by side, seconds per stage, and where to look next.", _summary),
+    "track": Command("Send the runs that an unreachable MLflow server has not got yet.", _track, "--resend", ("resend",)),
+}
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+def _wants_help(words: list[str]) -> bool:
+    return "-h" in words or "--help" in words
+
+
+def _wrap(text: str, indent: str = "") -> str:
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _overview() -> str:
+    lines = [vapi.__doc__ or "", "", "usage: vapi COMMAND [--help]", "", "stages, in the order in which data flows:"]
+    lines += [f"  {name:<10} {stage.doc}" for name, stage in STAGES.items()]
+    lines += ["", "also:"]
+    lines += [f"  {name:<10} {command.doc.split('; ')[0].removesuffix('.')}." for name, command in COMMANDS.items()]
+    lines += ["", f"A stage reads {PARAMS}; flags win over it: vapi tune --tune.lr 2e-6"]
+    return "\n".join(lines)
+
+
+def _stage_help(stage: str) -> str:
+    spec = STAGES[stage]
+    settings, origin = (
+        (config.load(), f"{PARAMS}") if PARAMS.exists() else (recipes.recipe("digits"), f"the recipe digits; there is no {PARAMS} here")
+    )
+    lines = [f"usage: vapi {stage} [--section.field value ...]", "", spec.doc, "", "folders:"]
+    lines += [f"  --{name} {path}" for name, path in _folders(stage).items()]
+    lines += ["", f"values now (from {origin}); --{stage}.field may be written --field:"]
+    for section in (*spec.sections, "track"):
+        values = getattr(settings, section)
+        lines += ["", f"{section}: {type(values).__doc__}"]
+        docs, hints = config.field_docs(type(values)), typing.get_type_hints(type(values))
+        for name, value in config.plain(values).items():
+            choices = f"  ({' | '.join(typing.get_args(hints[name]))})" if typing.get_origin(hints[name]) is typing.Literal else ""
+            lines += [f"  --{section}.{name} {config.scalar(value)}{choices}", _wrap(docs[name], " " * 8)]
+    return "\n".join(lines)

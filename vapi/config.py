@@ -1,0 +1,504 @@
+"""Every knob of the pipeline, declared once: type, default, one line of documentation.
+
+A section of ``params.yaml`` is a frozen dataclass here, and carries the name of the stage that
+reads it. Values travel ``params.yaml`` -> command line (wins) -> stage, and are written beside
+whatever the stage produced. Nothing in this file imports torch, kfp or mlflow, so that
+``--help`` is instant and a pipeline compiles on a machine that has none of them.
+
+Fields are str, int, float, bool, list or dict: Kubeflow takes neither None nor tuples. "Off" is
+``""``, ``0`` or an explicit word, never a YAML boolean in disguise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import os
+import re
+import tempfile
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+PARAMS = Path("params.yaml")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base generator and its frozen tokenizer."""
+
+    policy: str = "llamagen"
+    """Adapter of the base model: a name in vapi.models.POLICIES."""
+    generator: str = "data/models/generator.safetensors"
+    """Weights of the base generator: a local path, or a hub id as org/name/file."""
+    tokenizer: str = "data/models/tokenizer.safetensors"
+    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file."""
+    image_size: int = 32
+    """Side of the square image in pixels that the generator draws."""
+    device: str = "auto"
+    """Where to run: auto (a GPU if there is one), cpu, cuda."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward passes; weights and optimizer state stay float32."""
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 8, f"model.image_size is {self.image_size}; it must be at least 8 pixels")
+
+
+@dataclass(frozen=True)
+class SubsetConfig:
+    """Which real images to tune on."""
+
+    source: str = "data/digits/train.parquet"
+    """Folder of class folders, Parquet file or folder, CSV / JSONL naming images, or webdataset tar(s)."""
+    format: Literal["auto", "folder", "parquet", "table", "webdataset"] = "auto"
+    """How to read the source; auto looks at what lies there."""
+    images: int = 2048
+    """How many images to pick; 0 takes them all."""
+    balance: Literal["class", "random"] = "class"
+    """class: the same number from every class; random: uniformly from all."""
+    classes: int = 10
+    """Labels must lie in 0 .. classes - 1; 0 for data without labels."""
+    seed: int = 0
+    """Picks the images; the same seed picks the same ones whatever the order of the files."""
+    image_column: str = "image"
+    """Parquet, CSV, JSONL: the column with the image's bytes or path."""
+    label_column: str = "label"
+    """Parquet, CSV, JSONL, webdataset: the column or key with the class id."""
+    caption_column: str = "caption"
+    """Parquet, CSV, JSONL, webdataset: the column or key with the caption."""
+    min_size: int = 16
+    """The shorter side of an image must have at least this many pixels."""
+    max_pixels: int = 100_000_000
+    """An image that would unpack to more pixels is quarantined unopened (a decompression bomb)."""
+    max_unreadable: float = 0.01
+    """Share of the source's images that may be unreadable before the stage fails."""
+    max_imbalance: float = 1.5
+    """Largest class over smallest class that data validation accepts; 0 accepts any."""
+    images_per_shard: int = 10_000
+    """Images in one Parquet shard of the output."""
+
+    def __post_init__(self) -> None:
+        _require(self.images >= 0, f"subset.images is {self.images}; give a number of images, or 0 for all")
+        _require(self.classes >= 0, f"subset.classes is {self.classes}; give a number of classes, or 0 for none")
+        _require(0 <= self.max_unreadable <= 1, f"subset.max_unreadable is {self.max_unreadable}; it is a share from 0 to 1")
+        _require(self.images_per_shard > 0, f"subset.images_per_shard is {self.images_per_shard}; it must be positive")
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """How the frozen tokenizer is run over the subset, once."""
+
+    crop: Literal["center"] = "center"
+    """center: ADM's centre crop (box halvings, bicubic, crop), as LlamaGen was trained."""
+    images_per_batch: int = 128
+    """Images that the tokenizer encodes at a time."""
+    workers: int = 2
+    """Threads that decode and crop images."""
+    min_codebook_usage: float = 0.0
+    """Validation fails when a smaller share of the codebook occurs in the subset; 0 accepts any."""
+
+    def __post_init__(self) -> None:
+        _require(self.images_per_batch > 0, f"tokens.images_per_batch is {self.images_per_batch}; it must be positive")
+        _require(self.workers > 0, f"tokens.workers is {self.workers}; it must be positive")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """VA-pi: objective, optimizer, sizes (arXiv 2512.19680, section 3 and table 7)."""
+
+    steps: int = 100
+    """Optimizer steps; each sees a fresh batch of images."""
+    images_per_step: int = 32
+    """Images per optimizer step, over all processes."""
+    images_per_forward: int = 64
+    """Images that fit through one forward and backward; gradient accumulation follows from it."""
+    group_size: int = 8
+    """G: token maps drawn per image from the one teacher-forced prediction (section 3.3)."""
+    lr: float = 2e-5
+    """AdamW's constant learning rate; about a hundredth of pretraining's."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay, on parameters with two or more dimensions."""
+    beta1: float = 0.9
+    """AdamW's first moment."""
+    beta2: float = 0.999
+    """AdamW's second moment."""
+    max_grad_norm: float = 1.0
+    """The gradient's norm is clipped to this; 0 leaves it alone."""
+    policy_weight: float = 1.0
+    """Weight of the clipped policy term (eq. 11); 0 trains on the prior alone."""
+    prior_weight: float = 0.1
+    """beta: weight of the prior term (eq. 9); 0 trains on the reward alone."""
+    prior: Literal["ce", "kl"] = "ce"
+    """ce: cross-entropy on the true codes (eq. 9); kl: k3 divergence from the frozen base (fig. 4)."""
+    context_noise: float = 0.0
+    """xi: probability that a code of the context is replaced by a random one (eq. 28)."""
+    ratio_clip: float = 0.2
+    """epsilon of the clipped ratio; active only with policy_dropout official."""
+    advantage_clip: float = 5.0
+    """Group-normalised advantages are clipped to this."""
+    temperature: float = 1.0
+    """Temperature at which the G token maps are drawn."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 1.0})
+    """Weight of each part of the reward (eq. 10): names in vapi.rewards.REWARDS."""
+    perceptual: str = "data/models/reward.safetensors"
+    """Network behind the lpips reward: a .safetensors of ours, or vgg (LPIPS on torchvision's VGG-16)."""
+    perceptual_weights: str = ""
+    """For perceptual vgg: folder with vgg16 and LPIPS weights; empty: torch's own cache and the lpips package."""
+    images_per_reward: int = 64
+    """Decoded images that the tokenizer and the perceptual network take at a time."""
+    policy_dropout: Literal["none", "official"] = "none"
+    """none: one shared forward per image; official: dropout and class drop in the update, as released (slow)."""
+    seed: int = 0
+    """Data order, context noise and draws; the same for any number of processes."""
+    holdout_images: int = 128
+    """Images kept out of tuning; reward, cross-entropy and entropy are followed on them."""
+    holdout_every: int = 10
+    """Steps between two looks at the held-out images."""
+    sheet_every: int = 50
+    """Steps between two sample sheets."""
+    checkpoint_every: int = 10
+    """Steps between two resumable checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "images_per_step", "images_per_forward", "images_per_reward", "holdout_images"):
+            _require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.group_size >= 2 or self.policy_weight == 0,
+            f"tune.group_size is {self.group_size}; an advantage needs at least 2 draws to compare",
+        )
+        _require(self.lr > 0, f"tune.lr is {self.lr}; it must be positive")
+        _require(self.temperature > 0, f"tune.temperature is {self.temperature}; it must be positive")
+        _require(0 <= self.context_noise <= 1, f"tune.context_noise is {self.context_noise}; it is a probability")
+        _require(
+            self.policy_weight > 0 or self.prior_weight > 0,
+            "tune.policy_weight and tune.prior_weight are both 0; there is nothing to optimise",
+        )
+        _require(
+            self.policy_weight > 0 or self.prior == "ce",
+            "tune.policy_weight is 0 and tune.prior is kl; the base would be held to itself, there is nothing to optimise",
+        )
+        _require(self.policy_weight >= 0 and self.prior_weight >= 0, "tune.policy_weight and tune.prior_weight must not be negative")
+        for name in ("holdout_every", "sheet_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1 step")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How base and tuned are compared."""
+
+    samples: int = 2000
+    """Images drawn per model and seed."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One full evaluation per seed; mean and standard deviation are reported."""
+    temperature: float = 1.0
+    """Sampling temperature of the plain comparison."""
+    top_k: int = 0
+    """Keep the k likeliest codes; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of codes with this probability; 1.0 keeps all."""
+    guidance: float = 1.0
+    """Classifier-free guidance of the plain comparison; 1.0 is none."""
+    temperatures: list[float] = field(default_factory=lambda: [0.7, 0.8, 0.85, 0.9, 0.95, 1.0])
+    """Temperatures swept for each model's best; chosen on the validation reference."""
+    guidances: list[float] = field(default_factory=lambda: [1.0])
+    """Guidances swept for each model's best; chosen on the validation reference."""
+    sweep_samples: int = 1000
+    """Images per point of that sweep."""
+    reference: str = "data/digits/reference.parquet"
+    """Real images that the reported numbers compare with."""
+    validation: str = "data/digits/validation.parquet"
+    """Other real images: the sweep chooses on them, and the teacher-forced draws start from them."""
+    extractor: str = "data/models/metric.safetensors"
+    """Feature network of FID and its kin: a .safetensors of ours, or inception (torch-fidelity's)."""
+    extractor_weights: str = ""
+    """For extractor inception: the weights' file; empty: torch's own cache."""
+    resize: int = 0
+    """Side to which samples are scaled before they are judged (bicubic, as LlamaGen's 384 to 256); 0 leaves them."""
+    images_per_batch: int = 250
+    """Images sampled at a time; results do not depend on it."""
+    sheet_images: int = 40
+    """Images on the sheet of the same seeds before and after."""
+
+    def __post_init__(self) -> None:
+        _require(self.samples >= 2, f"evaluate.samples is {self.samples}; at least 2 are needed")
+        _require(len(self.seeds) >= 1, "evaluate.seeds is empty; give at least one seed")
+        _require(self.temperature > 0, f"evaluate.temperature is {self.temperature}; it must be positive")
+        _require(0 < self.top_p <= 1, f"evaluate.top_p is {self.top_p}; it must lie in (0, 1]")
+        _require(self.guidance >= 1, f"evaluate.guidance is {self.guidance}; 1.0 is none, more is stronger")
+        _require(all(t > 0 for t in self.temperatures), "evaluate.temperatures must all be positive")
+        _require(all(g >= 1 for g in self.guidances), "evaluate.guidances must all be at least 1.0")
+        _require(self.sweep_samples >= 2, f"evaluate.sweep_samples is {self.sweep_samples}; at least 2 are needed")
+        _require(bool(self.temperatures and self.guidances), "evaluate.temperatures and evaluate.guidances each need at least one value")
+        _require(self.resize >= 0, f"evaluate.resize is {self.resize}; give a side in pixels, or 0 to leave samples as they are")
+        _require(self.sheet_images >= 1, f"evaluate.sheet_images is {self.sheet_images}; it must be at least 1")
+        _require(self.images_per_batch >= 1, f"evaluate.images_per_batch is {self.images_per_batch}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class RegisterConfig:
+    """What a tuned model must show before it enters the registry."""
+
+    name: str = "vapi-digits"
+    """Name of the registered model."""
+    min_fid_drop: float = 0.05
+    """FID must fall by at least this share of the base's."""
+    allowances: dict[str, float] = field(
+        default_factory=lambda: {"kid": 0.0, "inception_score": 0.0, "precision": 0.05, "recall": 0.1, "class_accuracy": 0.05}
+    )
+    """How much worse than the base each other metric may be, as a share of the base's."""
+    strict: bool = False
+    """Exit with code 1 when the model is not promoted."""
+
+    def __post_init__(self) -> None:
+        _require(bool(re.fullmatch(r"[\w.-]+", self.name)), f"register.name is {self.name!r}; use letters, digits, - _ .")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Where runs are compared; changes no result."""
+
+    experiment: str = "vapi"
+    """MLflow experiment that the runs belong to."""
+    uri: str = ""
+    """MLflow server; empty: MLFLOW_TRACKING_URI, else mlflow.db in this clone; off: metrics.jsonl only."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole experiment: what params.yaml holds."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    register: RegisterConfig = field(default_factory=RegisterConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage reads: config sections, and the folders that earlier stages made."""
+
+    doc: str
+    sections: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+
+
+# A stage is the function vapi.<name>.<name>(**sections, **inputs, out, run): sections are config
+# dataclasses, inputs and out are folders (default artifacts/<name>), run is a vapi.track.Run.
+STAGES = {
+    "subset": Stage("Pick images from a source and validate them.", ("subset",)),
+    "tokens": Stage("Run the frozen tokenizer over the subset, once.", ("model", "tokens"), ("subset",)),
+    "tune": Stage("Fine-tune the generator with VA-pi.", ("model", "tune"), ("subset", "tokens")),
+    "evaluate": Stage("Compare base and tuned side by side.", ("model", "evaluate"), ("tune",)),
+    "register": Stage("Register the tuned model if it passes the gates.", ("model", "register"), ("tune", "evaluate")),
+}
+ARTIFACTS = Path("artifacts")
+
+
+# --- plain values <-> dataclasses --------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: 2e-06 is a float, and off, no, yes are words (PyYAML speaks YAML 1.1)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either of the two versions would take for something else than a word."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def read_yaml(text: str) -> Any:
+    """Parse YAML with the scalars of YAML 1.2. Raises ValueError with the place of a syntax error."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from error
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A hint for an error message: the known name closest to a misspelt one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """``value`` as the declared type, or ValueError. Numbers survive every road: Kubeflow turns an
+    int inside a dict into a double, and a shell or DVC may hand over a number as text."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}")
+        return value
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where} is {value!r}; it must be a list")
+        return [_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {value!r}; it must be a mapping of names to values")
+        return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d[\d_]*\s*", value):
+            return int(value)
+    elif kind is float:
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except ValueError:
+                number = math.nan
+            if math.isfinite(number):
+                return number
+    elif kind is str and isinstance(value, str):
+        return value
+    hint = " (quote it in YAML)" if kind is str else ""
+    raise ValueError(f"{where} is {value!r}; it must be {'an' if kind is int else 'a'} {kind.__name__}{hint}")
+
+
+def build(kind: type, values: Any, where: str = "") -> Any:
+    """Make the dataclass ``kind`` from plain values, every field given and none unknown.
+
+    Raises ValueError that names the field and the nearest known one. There are no silent defaults:
+    a stale file fails loudly (``vapi recipe NAME --write`` makes a complete one).
+    """
+    label = where or "the config"
+    if not isinstance(values, dict):
+        raise ValueError(f"{label} is {values!r}; it must be a mapping of names to values")
+    types = typing.get_type_hints(kind)
+    for name in values:
+        if name not in types:
+            raise ValueError(f"{label} has no field {str(name)!r}; {nearest(str(name), types)}")
+    missing = [name for name in types if name not in values]
+    if missing:
+        raise ValueError(f"{label} lacks {', '.join(missing)}; add it, or write a complete file with: vapi recipe digits --write")
+    prefix = f"{where}." if where else ""
+    made = {
+        name: build(t, values[name], prefix + name)
+        if isinstance(t, type) and dataclasses.is_dataclass(t)
+        else _convert(values[name], t, prefix + name)
+        for name, t in types.items()
+    }
+    return kind(**made)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested plain values."""
+    return dataclasses.asdict(config)
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """A config dataclass as ``{"tune.lr": 2e-5, ...}``, for trackers."""
+
+    def walk(values: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(values, dict) and values:
+            return {k: v for name, value in values.items() for k, v in walk(value, f"{prefix}.{name}" if prefix else name).items()}
+        return {prefix: values}
+
+    return walk(plain(config), "")
+
+
+def load(path: Path = PARAMS) -> Config:
+    """Read ``params.yaml``. Raises ValueError in words a user can act on."""
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not here; run inside the project, or make one with: vapi recipe digits --write") from None
+    try:
+        return build(Config, read_yaml(text))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def dump(config: Config, comments: bool = True) -> str:
+    """``params.yaml`` text: every field spelled out, its documentation as a comment above it."""
+    lines: list[str] = []
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if comments:
+            lines.append(f"# {type(value).__doc__}")
+        lines.append(f"{section.name}:")
+        docs = field_docs(type(value)) if comments else {}
+        for name, item in plain(value).items():
+            if docs.get(name):
+                lines.append(f"  # {docs[name]}")
+            lines.append(f"  {name}: {scalar(item)}")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def scalar(value: Any) -> str:
+    """A value on one line of YAML that every reader, PyYAML's 1.1 too, takes for the same value."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, sort_keys=False).strip()
+    text = text.removesuffix("...").strip()
+    assert read_yaml(text) == value, (text, value)
+    return text
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The string under each field of a config dataclass, by field name."""
+    return _documentation()[kind.__name__]
+
+
+@functools.cache
+def _documentation() -> dict[str, dict[str, str]]:
+    """Every class of this file with the strings under its fields."""
+    import ast
+
+    def documented(body: list[ast.stmt]) -> dict[str, str]:
+        docs: dict[str, str] = {}
+        for statement, following in zip(body, body[1:]):
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    docs[name] = doc
+        return docs
+
+    return {node.name: documented(node.body) for node in ast.parse(Path(__file__).read_text()).body if isinstance(node, ast.ClassDef)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: temporary name, fsync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
