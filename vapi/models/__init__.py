@@ -1,0 +1,100 @@
+"""What a base model owes the pipeline, and the table of those that pay.
+
+A new base model is one file with a class of these methods and one line in ``POLICIES``; the tests in
+``tests/test_policies.py`` run over the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from vapi.config import ModelConfig, nearest
+from vapi.models.sampler import Sampling
+
+
+class Policy(Protocol):
+    """An autoregressive generator of image codes (trainable) with its tokenizer (frozen).
+
+    B images, T codes of an image (``num_codes``), V codebook (``vocab``).
+    """
+
+    image_size: int
+    num_codes: int
+    vocab: int
+    num_classes: int
+
+    @property
+    def generator(self) -> nn.Module: ...
+
+    @property
+    def tokenizer(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def condition(self, labels: Sequence[int] | Tensor) -> Tensor:
+        """What is drawn (class ids) -> what ``logits`` and ``generate`` take."""
+
+    def logits(self, condition: Tensor, context: Tensor) -> Tensor:
+        """Codes (B, T) -> (B, T, V); ``logits[:, t]`` depends on ``context[:, :t]`` only."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, T)."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(B, T) -> (B, 3, H, W), not clamped."""
+
+    def generate(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
+        """Free-running codes (B, T); image n depends on seed n alone."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the generator's weights."""
+
+
+def _llamagen() -> ModuleType:
+    from vapi.models import llamagen
+
+    return llamagen
+
+
+# name -> the module, with ``load`` and ``load_tokenizer``; imported when named, so that one model's
+# dependencies are not another's.
+POLICIES: dict[str, Callable[[], ModuleType]] = {
+    "llamagen": _llamagen,
+}
+
+
+def device_of(model: ModelConfig) -> torch.device:
+    """The device that ``model.device`` means here. Raises ValueError for a GPU that is not there."""
+    name = model.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"model.device is {model.device}, but no GPU is visible; use cpu or auto")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"model.device is {model.device!r}; use auto, cpu or cuda") from None
+
+
+def _module(model: ModelConfig) -> ModuleType:
+    if model.policy not in POLICIES:
+        raise ValueError(f"model.policy is {model.policy!r}; {nearest(model.policy, POLICIES)}")
+    return POLICIES[model.policy]()
+
+
+def load(model: ModelConfig, generator: str | Path = "") -> Policy:
+    """The base model, or the same with other generator weights (a tuned checkpoint)."""
+    policy: Policy = _module(model).load(model, generator or model.generator, device_of(model))
+    return policy
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The frozen tokenizer alone: ``encode``, ``decode``, ``vocab``."""
+    return _module(model).load_tokenizer(model, device_of(model))

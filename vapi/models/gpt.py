@@ -1,0 +1,241 @@
+"""LlamaGen's transformer: a Llama over image codes, with 2-D rotary positions and a condition in front.
+
+Parameter names are those of the published checkpoints. The file knows the network only: weights are
+read in ``llamagen.py``, sampling is in ``sampler.py``, sharding and compilation are done *to* it.
+
+Shapes: B images, T codes of an image, V codebook, D width, H heads, E = D / H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a class-conditional generator. Dropout rates are those of LlamaGen's pretraining; a
+    checkpoint does not record its own."""
+
+    dim: int
+    layers: int
+    heads: int
+    hidden: int
+    vocab: int
+    codes: int
+    classes: int
+    token_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    hidden_dropout: float = 0.1
+    class_dropout: float = 0.1
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        assert self.dim % self.heads == 0 and (self.dim // self.heads) % 4 == 0, (self.dim, self.heads)
+        assert round(self.codes**0.5) ** 2 == self.codes, f"{self.codes} codes are not a square grid"
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, in float32 whatever the input."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).type_as(x) * self.weight
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+def rotary_table(grid: int, head_dim: int, base: float, condition: int = 1) -> Tensor:
+    """cos and sin of every position, (condition + grid * grid, E / 2, 2): the first half of the
+    pairs turns with the row, the second with the column. Condition positions are all zero, that is
+    their queries and keys vanish; so the published weights were trained."""
+    half = head_dim // 2
+    frequencies = 1.0 / (base ** (torch.arange(0, half, 2)[: half // 2].float() / half))
+    angles = torch.outer(torch.arange(grid), frequencies)  # (grid, E / 4)
+    rows = angles[:, None, :].expand(-1, grid, -1)
+    columns = angles[None, :, :].expand(grid, -1, -1)
+    both = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (grid * grid, E / 2)
+    table = torch.stack([both.cos(), both.sin()], dim=-1)
+    return torch.cat([torch.zeros(condition, half, 2), table])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn neighbouring pairs of ``x`` (B, S, H, E) by ``table`` (S, E / 2, 2)."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with a cache, one position attends to all before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def qkv(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.wqkv(x).chunk(3, dim=-1))
+        return rotate(q, table).transpose(1, 2), rotate(k, table).transpose(1, 2), v.transpose(1, 2)  # (B, H, S, E)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        q, k, v = self.qkv(x, table)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.dropout(self.wo(y.transpose(1, 2).flatten(2)))
+
+    def step(self, x: Tensor, table: Tensor, cache: Tensor, position: int) -> Tensor:
+        """One position: x (B, 1, D), cache (2, B, H, 1 + T, E), written at ``position``."""
+        q, k, v = self.qkv(x, table)
+        cache[0, :, :, position : position + 1] = k
+        cache[1, :, :, position : position + 1] = v
+        keys, values = cache[0, :, :, : position + 1], cache[1, :, :, : position + 1]
+        y = F.scaled_dot_product_attention(q, keys, values)
+        return self.wo(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+    def step(self, x: Tensor, table: Tensor, cache: Tensor, position: int) -> Tensor:
+        x = x + self.attention.step(self.attention_norm(x), table, cache, position)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class LabelEmbedder(nn.Module):
+    """Class ids to vectors; the last row is the null class that guidance needs."""
+
+    def __init__(self, classes: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.classes = classes
+        self.dropout = dropout
+        self.embedding_table = nn.Embedding(classes + 1, dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout
+            labels = torch.where(dropped, self.classes, labels)
+        return self.embedding_table(labels).unsqueeze(1)  # (B, 1, D)
+
+
+class Transformer(nn.Module):
+    """p(code t | class, codes before t), for all t at once or one at a time."""
+
+    rotary: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = LabelEmbedder(config.classes, config.dim, config.class_dropout)
+        self.tok_embeddings = nn.Embedding(config.vocab, config.dim)
+        self.dropout = nn.Dropout(config.token_dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab, bias=False)
+        grid = round(config.codes**0.5)
+        table = rotary_table(grid, config.dim // config.heads, config.rope_base)
+        self.register_buffer("rotary", table, persistent=False)
+        self.apply(_initialise)
+
+    def forward(self, labels: Tensor, context: Tensor) -> Tensor:
+        """Teacher-forced logits (B, T, V) of labels (B,) and codes (B, T).
+
+        ``logits[:, t]`` depends on ``context[:, :t]`` only; the last code is never read.
+        """
+        x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(context[:, :-1])], dim=1)
+        x = self.dropout(x)
+        table = self.rotary[: x.shape[1]]
+        for layer in self.layers:
+            x = layer(x, table)
+        return self.output(self.norm(x)).float()
+
+    def new_cache(self, rows: int) -> Tensor:
+        """Keys and values of every layer, (L, 2, B, H, T, E)."""
+        c = self.config
+        weight = self.output.weight
+        return torch.empty(c.layers, 2, rows, c.heads, c.codes, c.dim // c.heads, device=weight.device, dtype=weight.dtype)
+
+    def step(self, inputs: Tensor, position: int, cache: Tensor) -> Tensor:
+        """Logits (B, V) of code ``position``. ``inputs`` (B,) are class ids at position 0 and the codes
+        at ``position - 1`` after that; positions must come in order."""
+        x = self.cls_embedding(inputs) if position == 0 else self.tok_embeddings(inputs).unsqueeze(1)
+        table = self.rotary[position : position + 1]
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = cast(Block, layer).step(x, table, layer_cache, position)
+        return self.output(self.norm(x)).float()[:, 0]
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+# Sizes of the published generators: width, layers, heads. The feed-forward width follows.
+PUBLISHED = {
+    "GPT-B": (768, 12, 12),
+    "GPT-L": (1024, 24, 16),
+    "GPT-XL": (1280, 36, 20),
+    "GPT-XXL": (1536, 48, 24),
+    "GPT-XXXL": (2560, 48, 40),
+    "GPT-1B": (2048, 22, 32),
+    "GPT-3B": (3200, 24, 32),
+    "GPT-7B": (4096, 32, 32),
+}
+
+
+def infer_config(shapes: dict[str, tuple[int, ...]], codes: int, heads: int = 0) -> GPTConfig:
+    """The sizes that weights of these shapes belong to.
+
+    The number of heads leaves no trace in a shape: it comes with the file (``heads``) or from the
+    table of published sizes. Raises ValueError if neither knows, or if a key needed for it is missing.
+    """
+    try:
+        vocab, dim = shapes["tok_embeddings.weight"]
+        rows = shapes["cls_embedding.embedding_table.weight"][0]
+        hidden = shapes["layers.0.feed_forward.w1.weight"][0]
+    except KeyError as error:
+        raise ValueError(f"not the weights of a class-conditional LlamaGen generator: {error} is missing") from None
+    layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers."))
+    known = {(d, n): h for d, n, h in PUBLISHED.values()}
+    if not heads and (dim, layers) not in known:
+        raise ValueError(f"a generator of width {dim} and {layers} layers is none of {', '.join(PUBLISHED)}, and the file names no heads")
+    return GPTConfig(dim, layers, heads or known[dim, layers], hidden, vocab, codes, rows - 1)
+
+
+def metadata(config: GPTConfig) -> dict[str, str]:
+    """What a checkpoint must say beside its tensors, as safetensors metadata."""
+    return {"heads": str(config.heads), "codes": str(config.codes)}

@@ -1,0 +1,93 @@
+"""LlamaGen, class to image, as a ``Policy``: the transformer that is tuned and the tokenizer that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from vapi.config import ModelConfig
+from vapi.models import gpt, sampler, vq, weights
+from vapi.models.sampler import Sampling
+
+
+def load_tokenizer(model: ModelConfig, device: torch.device) -> vq.VQModel:
+    """The frozen tokenizer. Raises ValueError for a file that is none, or does not fit."""
+    state, meta = weights.read(model.tokenizer)
+    tokenizer = vq.VQModel(vq.infer_config(weights.shapes(state), int(meta.get("groups", 0))))
+    weights.fill(tokenizer, state, model.tokenizer)
+    if model.image_size % tokenizer.config.factor:
+        raise ValueError(
+            f"model.image_size is {model.image_size}; it must be a multiple of {tokenizer.config.factor}, the tokenizer's pixels per code"
+        )
+    return tokenizer.to(device).eval().requires_grad_(False)
+
+
+def load_generator(model: ModelConfig, name: str | Path, codes: int, device: torch.device) -> gpt.Transformer:
+    """The transformer, ready to train. Raises ValueError for weights that do not fit in every key."""
+    state, meta = weights.read(name)
+    if int(meta.get("codes", codes)) != codes:
+        raise ValueError(f"{name} draws {meta['codes']} codes, but model.image_size {model.image_size} makes {codes} with this tokenizer")
+    state.pop("freqs_cis", None)  # a constant that some exports carry
+    generator = gpt.Transformer(gpt.infer_config(weights.shapes(state), codes, int(meta.get("heads", 0))))
+    weights.fill(generator, state, name)
+    return generator.to(device).eval()
+
+
+def load(model: ModelConfig, generator: str | Path, device: torch.device) -> LlamaGen:
+    """Read both networks; every key must match."""
+    tokenizer = load_tokenizer(model, device)
+    codes = (model.image_size // tokenizer.config.factor) ** 2
+    return LlamaGen(load_generator(model, generator, codes, device), tokenizer, model.image_size)
+
+
+class LlamaGen:
+    """A ``Policy`` (see vapi.models)."""
+
+    def __init__(self, generator: gpt.Transformer, tokenizer: vq.VQModel, image_size: int) -> None:
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.num_codes = (image_size // tokenizer.config.factor) ** 2
+        self.vocab = tokenizer.vocab
+        self.num_classes = generator.config.classes
+        if generator.config.vocab != self.vocab:
+            raise ValueError(
+                f"the generator predicts {generator.config.vocab} codes, the tokenizer has {self.vocab}; they do not belong together"
+            )
+        assert generator.config.codes == self.num_codes, (generator.config.codes, self.num_codes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.output.weight.device
+
+    def condition(self, labels: Sequence[int] | Tensor) -> Tensor:
+        """Class ids as a tensor (B,) on the model's device. Raises ValueError for one out of range."""
+        labels = torch.as_tensor(labels, dtype=torch.long, device=self.device)
+        if len(labels) and (labels.min() < 0 or labels.max() > self.num_classes):
+            raise ValueError(f"class ids must lie in 0 .. {self.num_classes - 1}; got {labels.min().item()} .. {labels.max().item()}")
+        return labels
+
+    def logits(self, condition: Tensor, context: Tensor) -> Tensor:
+        """Teacher-forced logits (B, T, V); ``logits[:, t]`` depends on ``context[:, :t]`` only."""
+        return self.generator(condition, context)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to codes (B, T)."""
+        return self.tokenizer.encode(images)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, T) to (B, 3, H, W), not clamped."""
+        return self.tokenizer.decode(codes)
+
+    def generate(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
+        """Free-running codes (B, T); image n depends on seed n alone."""
+        assert not self.generator.training, "put the generator in eval mode before sampling"
+        return sampler.generate(self.generator, condition, seeds, **how)
+
+    def save(self, path: str | Path) -> None:
+        """Write the generator's weights under LlamaGen's key names."""
+        weights.save(self.generator, path, gpt.metadata(self.generator.config))
