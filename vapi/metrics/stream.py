@@ -1,0 +1,122 @@
+"""Features of a stream of images, drawn only where they are not known yet.
+
+What is kept are rows of numbers, never images: parts of one batch each, in a folder of
+``.vapi/evaluate`` whose name is a digest of everything that made them. A killed run finds its parts
+and goes on; a second process that wants the same images waits for the first and finds them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from vapi import data, images
+from vapi.metrics.features import Extractor
+from vapi.metrics.fid import Features, concatenate
+
+Make = Callable[[range], tuple[Tensor, Tensor]]  # image numbers -> images as Judge.pixels gives them, labels (B,)
+
+KEEP_BYTES = 4 << 30
+KEEP_SECONDS = 24 * 3600  # what was used more recently is never thrown away: somebody may be at it
+
+
+@contextlib.contextmanager
+def thread_per_batch(device: torch.device) -> Iterator[int]:
+    """How many batches to work on at a time: on a CPU as many as it has cores, with one thread each.
+
+    Small networks gain little from sharing one matrix product, and so the bits do not depend on the number of cores.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu":
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The networks that look at images, and how images are brought before them."""
+
+    extractor: Extractor
+    key: dict[str, Any]  # what features depend on besides the images
+    images_per_batch: int
+    resize: int = 0  # side; 0: as they come
+    workers: int = 1  # batches at a time
+
+    def pixels(self, decoded: Tensor) -> Tensor:
+        """Decoded images (B, 3, H, W) around [-1, 1] as the uint8 that is judged, by LlamaGen's rule."""
+        if self.resize and decoded.shape[-1] != self.resize:
+            decoded = F.interpolate(decoded, size=(self.resize, self.resize), mode="bicubic")
+        return images.to_uint8(decoded)
+
+    def features(self, made_from: dict[str, Any], count: int, make: Make, title: str) -> Features:
+        """Features of images 0 .. count - 1 of a stream that ``made_from`` identifies."""
+        batch = min(self.images_per_batch, count)  # part of the name: the last bits of a matrix product depend on it
+        folder = data.state_dir("evaluate", _digest({**self.key, **made_from, "batch": batch}))
+        with data.locked(folder / "lock"):
+            parts = [Features(**load_file(path)) for path in sorted(folder.glob("*.safetensors"))]
+            done = sum(map(len, parts))
+            with tqdm(total=count, initial=min(done, count), desc=title, unit="image", leave=False, disable=None) as bar:
+                for part in self._looks(make, range(done, count, batch), batch):
+                    _store(part, folder / f"{done:09d}.safetensors")
+                    parts.append(part)
+                    done += len(part)
+                    bar.update(len(part))
+            os.utime(folder)
+        return concatenate(parts)[:count]
+
+    def _looks(self, make: Make, starts: range, batch: int) -> Iterator[Features]:
+        """Batches in order, several at a time where that helps."""
+
+        def look(start: int) -> Features:
+            return self.extractor(*make(range(start, start + batch)))
+
+        return data.parallel(look, starts, self.workers) if self.workers > 1 else map(look, starts)
+
+
+def stored(pixels: Tensor, labels: Tensor) -> Make:
+    """A stream of images that are at hand."""
+    return lambda numbers: (pixels[numbers.start : numbers.stop], labels[numbers.start : numbers.stop])
+
+
+def _store(features: Features, path: Path) -> None:
+    tensors = {name: getattr(features, name).contiguous() for name in ("pooled", "logits", "random", "labels")}
+    temporary = path.with_suffix(".partial")
+    save_file(tensors, temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def prune() -> None:
+    """Throw away the features that went unused longest, down to ``KEEP_BYTES``."""
+    folders = [path for path in data.state_dir("evaluate").iterdir() if path.is_dir()]
+    sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in folders}
+    total = sum(sizes.values())
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
+        if total <= KEEP_BYTES or time.time() - folder.stat().st_mtime < KEEP_SECONDS:
+            return
+        shutil.rmtree(folder)
+        total -= sizes[folder]
