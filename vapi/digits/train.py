@@ -1,0 +1,236 @@
+"""Pretraining of the four small networks: tokenizer, generator, and two feature networks.
+
+The generator is trained like LlamaGen (dropout, 10 % null class, AdamW) until its held-out
+cross-entropy has stopped falling; the two feature networks learn from different glyphs, with
+different objectives, so that what rewards is not what measures.
+
+B images, T codes, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vapi.images import to_float
+from vapi.models.features import WIDTHS, FeatureNet
+from vapi.models.gpt import GPTConfig, Transformer
+from vapi.models.vq import VQConfig, VQModel
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, batch and peak learning rate (linear warm-up over 5 %, cosine to zero)."""
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        warm = max(1, self.steps // 20)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+def batches(size: int, schedule: Schedule) -> Iterator[tuple[int, Tensor]]:
+    """(step, indices (B,)): epochs of fresh permutations."""
+    generator = torch.Generator().manual_seed(schedule.seed)
+    order = torch.empty(0, dtype=torch.long)
+    for step in range(schedule.steps):
+        while len(order) < schedule.batch:
+            order = torch.cat([order, torch.randperm(size, generator=generator)])
+        yield step, order[: schedule.batch]
+        order = order[schedule.batch :]
+
+
+def optimise(parameters: list[nn.Parameter], schedule: Schedule, decay: float, size: int, loss_of: Callable[[int, Tensor], Tensor]) -> None:
+    """AdamW over ``loss_of(step, indices)``."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.95), fused=True)
+    for step, indices in batches(size, schedule):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        loss = loss_of(step, indices)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+# --- tokenizer ---------------------------------------------------------------------------------
+
+
+def train_tokenizer(images: np.ndarray, config: VQConfig, schedule: Schedule, log: Log) -> VQModel:
+    """Auto-encode images uint8 (N, S, S, 3); codes that nothing uses are put back among the data."""
+    torch.manual_seed(schedule.seed)
+    model = VQModel(config)
+    nn.init.normal_(model.quantize.embedding.weight)
+    used = torch.zeros(config.vocab)
+    seen = torch.empty(0, config.code_dim)  # what the encoder said one step ago
+
+    def loss_of(step: int, indices: Tensor) -> Tensor:
+        nonlocal seen
+        if step % 50 == 49 and step < 0.8 * schedule.steps:
+            revive(model, used, seen)
+        x = to_float(images[indices.numpy()])
+        z = F.normalize(model.quant_conv(model.encoder(x)).flatten(2).transpose(1, 2), dim=-1)  # (B, T, K)
+        entries = model.quantize.entries()
+        with torch.no_grad():
+            codes = (z @ entries.T).argmax(-1)
+            used.add_(torch.bincount(codes.flatten(), minlength=config.vocab))
+        q = entries[codes]
+        straight = z + (q - z).detach()
+        side = round(codes.shape[1] ** 0.5)
+        decoded = model.decoder(model.post_quant_conv(straight.transpose(1, 2).unflatten(2, (side, side))))
+        pixels = F.mse_loss(decoded, x) + 0.5 * F.l1_loss(decoded, x)
+        commitment = F.mse_loss(q, z.detach()) + 0.25 * F.mse_loss(z, q.detach())
+        seen = z.detach().flatten(0, 1)
+        if step % 200 == 0 or step == schedule.steps - 1:
+            log(f"tokenizer step {step}: pixels {pixels.item():.4f}, commitment {commitment.item():.4f}")
+        return pixels + commitment
+
+    optimise(list(model.parameters()), schedule, 1e-4, len(images), loss_of)
+    return model.eval().requires_grad_(False)
+
+
+def revive(model: VQModel, used: Tensor, vectors: Tensor) -> None:
+    """Move codes that nothing used since the last call onto vectors (M, K) of the present batch."""
+    dead = (used == 0).nonzero().flatten()
+    chosen = torch.randint(len(vectors), (len(dead),))
+    with torch.no_grad():
+        model.quantize.embedding.weight[dead] = vectors[chosen] + 0.01 * torch.randn(len(dead), vectors.shape[1])
+    used.zero_()
+
+
+@torch.no_grad()
+def encode_all(tokenizer: VQModel, images: np.ndarray, batch: int = 256) -> Tensor:
+    """Codes (N, T) of images uint8 (N, S, S, 3)."""
+    return torch.cat([tokenizer.encode(to_float(images[i : i + batch])) for i in range(0, len(images), batch)])
+
+
+# --- generator ---------------------------------------------------------------------------------
+
+
+def train_generator(
+    codes: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], config: GPTConfig, schedule: Schedule, log: Log
+) -> Transformer:
+    """Next-code prediction on codes (N, T), labels (N,); logs cross-entropy on held-out glyphs."""
+    torch.manual_seed(schedule.seed)
+    model = Transformer(config).train()
+
+    def loss_of(step: int, indices: Tensor) -> Tensor:
+        logits = model(labels[indices], codes[indices])
+        loss = F.cross_entropy(logits.flatten(0, 1), codes[indices].flatten())
+        if step % 250 == 0 or step == schedule.steps - 1:
+            log(f"generator step {step}: train {loss.item():.4f}, held out {cross_entropy(model, *held_out):.4f}")
+        return loss
+
+    optimise(list(model.parameters()), schedule, 0.05, len(codes), loss_of)
+    return model.eval()
+
+
+@torch.no_grad()
+def cross_entropy(model: Transformer, codes: Tensor, labels: Tensor, batch: int = 256) -> float:
+    """Mean cross-entropy per code, in nats, without dropout."""
+    training = model.training
+    model.eval()
+    total = 0.0
+    for i in range(0, len(codes), batch):
+        logits = model(labels[i : i + batch], codes[i : i + batch])
+        total += F.cross_entropy(logits.flatten(0, 1), codes[i : i + batch].flatten(), reduction="sum").item()
+    model.train(training)
+    return total / codes.numel()
+
+
+# --- feature networks --------------------------------------------------------------------------
+
+
+def train_metric_network(images: np.ndarray, labels: Tensor, schedule: Schedule, log: Log) -> FeatureNet:
+    """Recognise the digit, tell the ground (mean colour of each quarter, how rough), and tell what was done to the
+    picture: a judge that learned only the digit would not see a patch out of place."""
+    torch.manual_seed(schedule.seed)
+    network, ground, harm = FeatureNet().train(), nn.Linear(WIDTHS[-1], 14), nn.Linear(WIDTHS[-1], 3)
+
+    def loss_of(step: int, indices: Tensor) -> Tensor:
+        clean = to_float(images[indices.numpy()])
+        seen, done = damage(clean)
+        pooled = network.pooled(seen)
+        recognised = F.cross_entropy(network.head(pooled), labels[indices])
+        described = F.mse_loss(ground(pooled), describe(clean))
+        judged = F.mse_loss(harm(pooled), done)
+        if step % 200 == 0 or step == schedule.steps - 1:
+            words = f"class {recognised.item():.4f}, ground {described.item():.4f}, damage {judged.item():.4f}"
+            log(f"metric network step {step}: {words}")
+        return recognised + described + judged
+
+    optimise([*network.parameters(), *ground.parameters(), *harm.parameters()], schedule, 1e-2, len(images), loss_of)
+    return network.eval().requires_grad_(False)
+
+
+def train_reward_network(images: np.ndarray, schedule: Schedule, log: Log) -> FeatureNet:
+    """Without labels: tell by which quarter-turn an image was rotated, and undo the noise on it."""
+    torch.manual_seed(schedule.seed)
+    network = FeatureNet().train()
+    denoise = nn.ModuleList([nn.Conv2d(WIDTHS[0], 3, 1), nn.Conv2d(WIDTHS[1], 3, 1), nn.Conv2d(WIDTHS[2], 3, 1)])
+
+    def loss_of(step: int, indices: Tensor) -> Tensor:
+        turns = torch.randint(4, (len(indices),))
+        x = to_float(images[indices.numpy()])
+        x = torch.stack([torch.rot90(image, int(k), (1, 2)) for image, k in zip(x, turns, strict=True)])
+        maps = network.features(degrade(x))
+        turned = F.cross_entropy(network.head(maps[-1].mean(dim=(2, 3)))[:, :4], turns)
+        wanted = [F.adaptive_avg_pool2d(x, m.shape[-1]) for m in maps]
+        restored = torch.stack([F.mse_loss(head(m), w) for head, m, w in zip(denoise, maps, wanted, strict=True)]).sum()
+        if step % 200 == 0 or step == schedule.steps - 1:
+            log(f"reward network step {step}: turn {turned.item():.4f}, noise {restored.item():.4f}")
+        return turned + restored
+
+    optimise([*network.parameters(), *denoise.parameters()], schedule, 1e-2, len(images), loss_of)
+    return network.eval().requires_grad_(False)
+
+
+def degrade(images: Tensor) -> Tensor:
+    """Noise of random strength on images (B, 3, S, S): features should not hang on single pixels."""
+    strength = 0.15 * torch.rand(len(images), 1, 1, 1)
+    return images + strength * torch.randn_like(images)
+
+
+def damage(images: Tensor, patch: int = 4) -> tuple[Tensor, Tensor]:
+    """Patches from another image, blur, and noise, each on half of the images (B, 3, S, S), and how much of each
+    (B, 3) in [0, 1]."""
+    b, side = len(images), images.shape[-1] // patch
+    done = torch.rand(b, 3) * (torch.rand(b, 3) < 0.5)
+    swapped = (torch.rand(b, 1, side, side) < 0.3 * done[:, 0, None, None, None]).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    images = torch.where(swapped, images.roll(1, 0), images)
+    images = torch.lerp(images, F.avg_pool2d(images, 3, 1, 1, count_include_pad=False), done[:, 1, None, None, None])
+    return images + 0.15 * done[:, 2, None, None, None] * torch.randn_like(images), done
+
+
+def describe(images: Tensor) -> Tensor:
+    """(B, 14): mean colour of the four quarters, mean step from pixel to pixel across and down."""
+    quarters = F.adaptive_avg_pool2d(images, 2).flatten(1)
+    across = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean(dim=(1, 2, 3))
+    return torch.cat([quarters, across[:, None] * 4, down[:, None] * 4], dim=1)
+
+
+@torch.no_grad()
+def accuracy(network: FeatureNet, images: np.ndarray, labels: Tensor, batch: int = 500) -> float:
+    """Share of images uint8 (N, S, S, 3) recognised as their label."""
+    right = 0
+    for i in range(0, len(images), batch):
+        right += int((network.logits(to_float(images[i : i + batch])).argmax(-1) == labels[i : i + batch]).sum())
+    return right / len(images)
