@@ -1,0 +1,61 @@
+"""A registered generator as MLflow serves it (models from code): class ids in, images out.
+
+    model = mlflow.pyfunc.load_model("models:/vapi-digits@challenger")
+    model.predict({"class_id": [7, 7, 3]}, params={"seed": 1, "temperature": 0.9})
+
+gives a row for each class id: ``class_id`` and ``png_base64``. Row n is drawn with seed ``seed + n``
+and depends on nothing else in the request. Parameters left out are those at which the model did best
+when it was evaluated.
+
+This file is read by path when a model is logged and is never imported as ``mlflow.generator``: a
+module of that name would hide the library.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from PIL import Image
+
+from vapi import images, models
+from vapi.config import ModelConfig, build
+
+BATCH = 64  # images drawn at a time; the result does not depend on it
+
+
+class Generator(PythonModel):
+    """Loads the weights once, draws on request."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Read generator and tokenizer from the model's own artifacts."""
+        files = context.artifacts
+        values = json.loads(Path(files["config"]).read_text())
+        model = build(ModelConfig, {**values, "generator": files["generator"], "tokenizer": files["tokenizer"]}, "model")
+        self.policy = models.load(model)
+
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Draw one image for each ``class_id``. Raises ValueError for a class that the model does not know."""
+        labels = [int(label) for label in model_input["class_id"]]
+        classes = self.policy.num_classes
+        if strange := sorted({label for label in labels if not 0 <= label < classes}):
+            raise ValueError(f"class_id {strange[0]} is unknown; this model draws classes 0 .. {classes - 1}")
+        options = dict(params or {})
+        seed = int(options.pop("seed", 0))
+        drawn = [png for at in range(0, len(labels), BATCH) for png in self._draw(labels[at : at + BATCH], seed + at, options)]
+        return pd.DataFrame({"class_id": labels, "png_base64": drawn})
+
+    @torch.inference_mode()
+    def _draw(self, labels: list[int], seed: int, options: dict[str, Any]) -> list[str]:
+        codes = self.policy.generate(self.policy.condition(labels), [seed + n for n in range(len(labels))], **options)
+        pixels = images.to_uint8(self.policy.decode(codes)).permute(0, 2, 3, 1).cpu().numpy()
+        return [base64.b64encode(images.png_bytes(Image.fromarray(image))).decode() for image in pixels]
+
+
+set_model(Generator())

@@ -1,0 +1,438 @@
+"""The folders on disk: the only place that knows their layout.
+
+A stage turns folders into a folder. What it writes appears whole or not at all (``output_folder``),
+says what made it (``describe``: config.json), and is the same to the bit when the same command is
+repeated; only timing.json differs. Images are kept as the encoded bytes they came as, in Parquet as
+Hugging Face writes it (image: {bytes, path}, label, caption), so other tools read them too.
+
+What must outlive a stage's folder (token cache, resume state, unsent metrics) lies under
+``state_dir``: DVC deletes the folder of a stage before it runs it.
+
+    subset/   images-00000.parquet ...   manifest.parquet   quality.json   quality.html   quarantine.csv
+    tokens/   codes.npy   index.parquet   summary.json
+    any/      config.json   timing.json
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vapi import images
+from vapi.config import ModelConfig, nearest, plain, write_text
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+# --- where things lie --------------------------------------------------------------------------
+
+
+def project_root() -> Path:
+    """The clone that the user works in: DVC_ROOT, else the nearest folder upwards with .dvc or params.yaml, else here.
+
+    ``dvc exp run --queue`` works in throw-away copies under ``.dvc/tmp/exps``; those belong to the clone around them.
+    """
+    here = Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
+    if "DVC_ROOT" not in os.environ:
+        marked = (folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir() or (folder / "params.yaml").is_file())
+        here = next(marked, here)
+    for folder in (here, *here.parents):
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[2]
+    return here
+
+
+def state_dir(*parts: str) -> Path:
+    """A folder under ``.vapi`` of the project, made if need be. Git ignores it and DVC does not know it."""
+    folder = project_root().joinpath(".vapi", *parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file; of a folder: over the sorted relative names and digests of its files, timing.json aside."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise ValueError(f"{path} is not here")
+    whole = hashlib.sha256()
+    for part in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "timing.json"):
+        whole.update(f"{part.relative_to(path).as_posix()}\0{file_digest(part)}\n".encode())
+    return whole.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold ``path`` (a lock file) against other processes: wait for them and say so, or refuse at once."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if not wait:
+            raise ValueError(f"another process is at work here ({path} is locked); wait for it to end or stop it") from None
+        print(f"waiting for another process to release {path} ...", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- a stage's folder --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that becomes ``out`` if the block ends well and vanishes if it does not.
+
+    Enter it before anything expensive: an ``out`` that cannot be written, or that holds something
+    other than an earlier result of ours, is a ValueError at once.
+    """
+    out = Path(out).absolute()
+    _require_replaceable(out)
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    name = hashlib.sha256(str(out).encode()).hexdigest()[:16]
+    with locked(state_dir("locks") / f"{name}.lock", wait=False):
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"cannot write to {out.parent}: {error.strerror}") from error
+        try:
+            yield partial
+            _sync(partial)
+            shutil.rmtree(old, ignore_errors=True)
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if old.exists() and not out.exists():
+                old.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _require_replaceable(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file; a stage writes a folder")
+    config = out / "config.json"
+    ours = config.is_file() and "stage" in read_json(config)
+    if any(out.iterdir()) and not ours:
+        raise ValueError(f"{out} holds files that no stage of vapi wrote; give another folder, or move them away")
+
+
+def _sync(folder: Path) -> None:
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def describe(folder: Path, stage: str, sections: dict[str, Any], inputs: dict[str, str], seconds: float, **timings: float) -> None:
+    """Write config.json (what made this folder: config sections, digests of the inputs, code) and timing.json.
+
+    config.json is the same whenever the same code does the same work; whatever may differ goes into ``timings``.
+    """
+    made = {
+        "stage": stage,
+        "sections": {name: plain(section) for name, section in sections.items()},
+        "inputs": inputs,
+        "code": code_version(),
+    }
+    write_json(folder / "config.json", made)
+    write_json(folder / "timing.json", {"seconds": round(seconds, 3), **timings})
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """Package version, commit if it runs from a clone, and a digest of the package's source (edits show there:
+    git's own "dirty" would also tell of dvc.lock, which changes while a pipeline runs)."""
+    import vapi
+
+    package = Path(__file__).resolve().parent
+    source = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        source.update(f"{file.relative_to(package).as_posix()}\0{file_digest(file)}\n".encode())
+    return {"version": vapi.__version__, "commit": _commit(package.parent), "source": source.hexdigest()[:16]}
+
+
+def _commit(clone: Path) -> str:
+    if not (clone / ".git").exists() or shutil.which("git") is None:
+        return ""
+    found = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Indented JSON, whole or not at all. NaN and infinity are refused: no other tool reads them."""
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The values in a JSON file of ours. Raises ValueError when it is not there."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not here; run the stage that makes it: vapi {Path(path).parent.name}")
+    return json.loads(Path(path).read_text())
+
+
+def parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """``map`` with threads: results in order, and never more than a few of them waiting in memory."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        waiting: collections.deque[concurrent.futures.Future[R]] = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+# --- subset/ -----------------------------------------------------------------------------------
+
+ROWS = 32
+"""Images per Parquet row group: one of them is read to get at one image."""
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_FEATURES = {
+    "key": {"dtype": "string", "_type": "Value"},
+    "image": {"_type": "Image"},
+    "label": {"dtype": "int64", "_type": "Value"},
+    "caption": {"dtype": "string", "_type": "Value"},
+}
+_SHARD = pa.schema(
+    [("key", pa.string()), ("image", _IMAGE), ("label", pa.int64()), ("caption", pa.string())],
+    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
+)
+_NUMBERS = ("label", "width", "height", "bytes", "shard", "row")
+_NAMES = ("key", "label", "caption", "width", "height", "mode", "bytes", "sha256", "shard", "row")
+_MANIFEST = pa.schema([(name, pa.int64() if name in _NUMBERS else pa.string()) for name in _NAMES])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a subset, with its encoded bytes as they came."""
+
+    key: str
+    label: int
+    caption: str
+    width: int
+    height: int
+    mode: str
+    data: bytes
+    sha256: str
+
+
+class Subset:
+    """A subset folder, opened. Columns are in memory, images are read when asked for (from any thread)."""
+
+    def __init__(self, folder: Path) -> None:
+        columns = pq.read_table(folder / "manifest.parquet").to_pydict()
+        self.folder = folder
+        self.keys: list[str] = columns["key"]
+        self.labels = np.array(columns["label"], dtype=np.int64)  # (N,), -1: none
+        self.captions: list[str] = columns["caption"]
+        self.sha256: list[str] = columns["sha256"]
+        self._places: list[tuple[int, int]] = list(zip(columns["shard"], columns["row"]))
+        self._lock = threading.Lock()
+        self._group = functools.lru_cache(maxsize=8)(self._read_group)
+        self._file = functools.lru_cache(maxsize=8)(lambda shard: pq.ParquetFile(folder / _shard_name(shard)))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def image(self, i: int) -> bytes:
+        """The encoded bytes of image ``i``, as they were in the source."""
+        shard, row = self._places[i]
+        with self._lock:
+            return self._group(shard, row // ROWS)[row % ROWS]
+
+    def _read_group(self, shard: int, group: int) -> list[bytes]:
+        return [image["bytes"] for image in self._file(shard).read_row_group(group, columns=["image"])["image"].to_pylist()]
+
+
+def read_subset(folder: Path) -> Subset:
+    """Open what the stage ``subset`` made."""
+    if not (Path(folder) / "manifest.parquet").is_file():
+        raise ValueError(f"{folder} holds no subset (manifest.parquet is missing); make one with: vapi subset")
+    return Subset(Path(folder))
+
+
+def _shard_name(shard: int) -> str:
+    return f"images-{shard:05d}.parquet"
+
+
+def write_subset(folder: Path, rows: Iterable[Row], images_per_shard: int = 10_000) -> pa.Table:
+    """Stream rows into Parquet shards, write manifest.parquet, return it."""
+    manifest: list[dict[str, Any]] = []
+    group: list[Row] = []
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(_shard_writer(folder, 0))
+        for n, row in enumerate(rows):
+            shard, place = divmod(n, images_per_shard)
+            if place % ROWS == 0:
+                _write_group(writer, group)
+            if shard > 0 and place == 0:
+                stack.close()
+                writer = stack.enter_context(_shard_writer(folder, shard))
+            group.append(row)
+            described = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "data"}
+            manifest.append({**described, "bytes": len(row.data), "shard": shard, "row": place})
+        _write_group(writer, group)
+    table = pa.Table.from_pylist(manifest, schema=_MANIFEST)
+    pq.write_table(table, folder / "manifest.parquet")
+    return table
+
+
+def _shard_writer(folder: Path, shard: int) -> pq.ParquetWriter:
+    # encoded images do not compress further, and a dictionary of distinct images would only cost
+    return pq.ParquetWriter(folder / _shard_name(shard), _SHARD, compression="none", use_dictionary=["label"])
+
+
+def _write_group(writer: pq.ParquetWriter, group: list[Row]) -> None:
+    if not group:
+        return
+    columns = {
+        "key": [row.key for row in group],
+        "image": [{"bytes": row.data, "path": row.key} for row in group],
+        "label": [row.label for row in group],
+        "caption": [row.caption for row in group],
+    }
+    writer.write_table(pa.table(columns, schema=_SHARD))
+    group.clear()
+
+
+# --- tokens/ -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the frozen tokenizer made of a subset, row for row."""
+
+    codes: np.ndarray  # uint16 (N, T)
+    labels: np.ndarray  # int64 (N,)
+    keys: list[str]
+    sha256: list[str]
+    crop: list[str]
+    summary: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def require(self, model: ModelConfig, subset: Subset) -> None:
+        """Raises ValueError unless these are the codes of that subset under that model's tokenizer."""
+        if self.summary["image_size"] != model.image_size:
+            made, wanted = self.summary["image_size"], model.image_size
+            raise ValueError(f"the tokens are of {made}-pixel images and model.image_size is {wanted}; run: vapi tokens")
+        if self.summary["tokenizer"] != tokenizer_digest(model):
+            raise ValueError(f"the tokens were made by another tokenizer than {model.tokenizer}; run: vapi tokens")
+        if self.sha256 != subset.sha256 or self.keys != subset.keys:
+            raise ValueError("the tokens were made of another subset; run: vapi tokens")
+
+
+def tokenizer_digest(model: ModelConfig) -> str:
+    """sha256 of the tokenizer's weights, wherever they lie."""
+    from vapi.models import weights  # with torch, which whoever only reads a folder can do without
+
+    return file_digest(weights.locate(model.tokenizer))
+
+
+def read_tokens(folder: Path) -> Tokens:
+    """Open what the stage ``tokens`` made."""
+    folder = Path(folder)
+    if not (folder / "codes.npy").is_file():
+        raise ValueError(f"{folder} holds no tokens (codes.npy is missing); make them with: vapi tokens")
+    index = pq.read_table(folder / "index.parquet").to_pydict()
+    codes = np.load(folder / "codes.npy", allow_pickle=False)
+    assert codes.dtype == np.uint16 and len(codes) == len(index["key"]), (codes.dtype, codes.shape, len(index["key"]))
+    labels = np.array(index["label"], dtype=np.int64)
+    return Tokens(codes, labels, index["key"], index["sha256"], index["crop"], read_json(folder / "summary.json"))
+
+
+def write_tokens(folder: Path, codes: np.ndarray, subset: Subset, crop: str, summary: dict[str, Any]) -> None:
+    """Write codes (uint16 (N, T)) beside the keys of the subset they belong to."""
+    assert codes.dtype == np.uint16 and codes.ndim == 2 and len(codes) == len(subset), (codes.dtype, codes.shape)
+    np.save(folder / "codes.npy", codes, allow_pickle=False)
+    columns = {"key": subset.keys, "label": subset.labels, "sha256": subset.sha256, "crop": [crop] * len(subset)}
+    pq.write_table(pa.table(columns), folder / "index.parquet")
+    write_json(folder / "summary.json", summary)
+
+
+# --- references --------------------------------------------------------------------------------
+
+
+def read_images(path: Path, limit: int = 0, image_column: str = "image", label_column: str = "label") -> tuple[np.ndarray, np.ndarray]:
+    """All (or the first ``limit``) images of a Parquet file or folder at their own, common size.
+
+    Returns uint8 (N, H, W, 3) and int64 (N,); label -1 where the file has no such column.
+    """
+    path = Path(path)
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise ValueError(f"{path} is neither a Parquet file nor a folder with some")
+    pixels: list[np.ndarray] = []
+    labels: list[int] = []
+    for file in files:
+        for key, data, label in _parquet_images(file, image_column, label_column):
+            if limit and len(pixels) == limit:
+                break
+            pixels.append(_sized_like(pixels, data, key))
+            labels.append(label)
+    if not pixels:
+        raise ValueError(f"{path} holds no images")
+    return np.stack(pixels), np.array(labels, dtype=np.int64)
+
+
+def _parquet_images(file: Path, image_column: str, label_column: str) -> Iterator[tuple[str, bytes, int]]:
+    parquet = pq.ParquetFile(file)
+    names = parquet.schema_arrow.names
+    require_column(image_column, names, file)
+    columns = [name for name in (image_column, label_column) if name in names]
+    row = 0
+    for batch in parquet.iter_batches(batch_size=256, columns=columns):
+        for item in batch.to_pylist():
+            data = item[image_column]
+            yield f"{file}:{row}", data["bytes"] if isinstance(data, dict) else data, item.get(label_column, -1)
+            row += 1
+
+
+def _sized_like(pixels: list[np.ndarray], data: bytes, key: str) -> np.ndarray:
+    try:
+        image = np.asarray(images.decode(data))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    if pixels and image.shape != pixels[0].shape:
+        height, width = pixels[0].shape[:2]
+        raise ValueError(f"{key} is {image.shape[1]} x {image.shape[0]} and the images before it are {width} x {height}; they must agree")
+    return image
+
+
+def require_column(name: str, names: Iterable[str], where: Any) -> None:
+    """Raises ValueError that names the nearest column when ``name`` is not among ``names``."""
+    names = list(names)
+    if name not in names:
+        raise ValueError(f"{where} has no column {name!r}; {nearest(name, names)}")

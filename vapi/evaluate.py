@@ -1,0 +1,481 @@
+"""Stage ``evaluate``: base and tuned through the same code, beside everything that could explain the difference.
+
+Image n of a seed has its own random numbers and shows class n mod the number of classes, so base and
+tuned answer the same questions. Images stream into features; only the sheets are written. Beside the
+plain comparison stand
+
+- ``base_best`` and ``tuned_best``: each model at the temperature and guidance at which it does best,
+  chosen on the validation images with samples of their own, reported on the reference. Sharpening
+  alone looks like progress at temperature 1; here it does not.
+- ``anchors``: other real images, and the tokenizer's reconstructions of them, which bound what a
+  generator of codes can reach.
+- ``exposure``: what is lost between predicting on real contexts and running free (exposure bias).
+- ``fid_random``: the same distance in a network that no reward can have flattered.
+
+Left out: a bootstrap. It biases a Frechet distance upwards; several ``evaluate.seeds`` give an honest
+standard deviation.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vapi import data, images, metrics, models, report
+from vapi.config import EvaluateConfig, ModelConfig, nearest
+from vapi.metrics import features as judges
+from vapi.metrics import fid
+from vapi.metrics.fid import Features
+from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
+from vapi.models import Policy, sampler, weights
+from vapi.models import features as networks
+from vapi.track import NO_RUN, Run
+
+Scores = dict[str, Any]
+
+SWEEP_SEED = -1  # the sweep draws images that no reported number is made of
+SWEEP_METRICS = ("fid", "inception_score", "precision_recall", "class_accuracy")
+SHEET_COLUMNS = 10
+LOGITS_AT_ONCE = 1 << 24
+
+judges.register(networks.load)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How codes are drawn from a model's predictions."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+
+
+def sample_seed(seed: int, number: int) -> int:
+    """The random seed of image ``number``: its own for every image of a seed, and far from those of other seeds.
+
+    32 bits, because that is all torch's CPU generator uses; seeds lie multiples of the golden ratio apart.
+    """
+    return (number + seed * 2654435769) % 2**32
+
+
+def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path, run: Run = NO_RUN) -> None:
+    """Measure base (``model.generator``) and tuned (``tune``/model.safetensors).
+
+    ``out``: metrics.json, sweep.csv, curves.csv, sheet-*.png, report.html, config.json, timing.json. Raises
+    ValueError, before anything is drawn, for a reference, checkpoint or feature network that is missing or
+    does not fit. An evaluation that was killed is continued by the same call.
+    """
+    begin = time.perf_counter()
+    tune, out = Path(tune), Path(out)
+    with data.output_folder(out) as folder, thread_per_batch(models.device_of(model)) as workers:
+        sources = {"base": weights.locate(model.generator), "tuned": _tuned_weights(tune, model)}
+        holdout = _holdout(tune)
+        for source in (sources["tuned"], sources["base"]):  # refuse one that does not fit before the other is drawn from
+            policy = models.load(model, source)
+        bench = Bench.of(model, evaluate, policy, workers)
+        found = {name: Contestant(bench, name, source).examine() for name, source in sources.items()}
+        results = _results(bench, found, holdout)
+        sheets = {name: one.sheets for name, one in found.items()} | {"anchors": bench.sheets}
+        inputs = _inputs(model, evaluate, tune, bench)
+        _write(folder, results, sheets, tune, inputs)
+        data.describe(folder, "evaluate", {"model": model, "evaluate": evaluate}, inputs, time.perf_counter() - begin)
+    prune()
+    _track(run, out, results, evaluate, inputs)
+    print(report.verdict(results))
+
+
+# --- inputs, checked ---------------------------------------------------------------------------
+
+
+def _tuned_weights(tune: Path, model: ModelConfig) -> Path:
+    """The tuned checkpoint. Raises ValueError if it was tuned from another base than the one it is compared with."""
+    tuned = tune / "model.safetensors"
+    if not tuned.is_file():
+        raise ValueError(f"{tuned} is not here; make it with: vapi tune")
+    made = data.read_json(tune / "config.json")
+    for name in ("policy", "image_size"):
+        then, now = made["sections"]["model"][name], getattr(model, name)
+        if then != now:
+            raise ValueError(f"{tune} was tuned with model.{name} {then!r}, and now it is {now!r}; run: vapi tune")
+    for name in ("generator", "tokenizer"):
+        path = weights.locate(getattr(model, name))
+        if made["inputs"][name] != data.file_digest(path):
+            raise ValueError(f"{tune} was tuned with another {name} than {path}; run: vapi tune")
+    return tuned
+
+
+def _holdout(tune: Path) -> dict[str, float | None]:
+    """Reward on the images held out of tuning, of base and tuned."""
+    holdout = data.read_json(tune / "summary.json")["holdout"]
+    return {name: holdout[look].get("holdout/reward") for name, look in (("base", "first"), ("tuned", "last"))}
+
+
+def _real_images(path: str, what: str, size: int, classes: int) -> tuple[Tensor, Tensor]:
+    """A reference's images, uint8 (N, 3, H, W), and labels. Raises ValueError where they do not fit the model."""
+    if not Path(path).exists():
+        raise ValueError(f"evaluate.{what} is {path}, which is not here; the bundled data comes with: dvc pull data.dvc")
+    pixels, labels = data.read_images(Path(path))
+    height, width = pixels.shape[1:3]
+    if (height, width) != (size, size):
+        raise ValueError(f"evaluate.{what} {path} holds images of {width} x {height} pixels, but {size} x {size} are compared")
+    if labels.min() < 0 or labels.max() >= classes:
+        found = f"{labels.min()} .. {labels.max()}"
+        raise ValueError(f"evaluate.{what} {path} has labels {found}, but the model draws classes 0 .. {classes - 1}")
+    if len(labels) < metrics.MIN_IMAGES:
+        raise ValueError(f"evaluate.{what} {path} holds {len(labels)} images; precision and recall need at least {metrics.MIN_IMAGES}")
+    # files are often ordered by class: shuffled once, any first n of them are a fair draw
+    order = np.random.default_rng(0).permutation(len(labels))
+    return torch.from_numpy(pixels[order]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[order])
+
+
+def _extractor(evaluate: EvaluateConfig, reference: Tensor, device: torch.device) -> judges.Extractor:
+    """The metric network that the configuration names, beside one with random weights."""
+    random = judges.calibrated(networks.random_twin(), reference)
+    if evaluate.extractor == "inception":
+        return judges.inception(judges.inception_path(evaluate.extractor_weights), random, device)
+    if not evaluate.extractor.endswith(".safetensors"):
+        hint = nearest(evaluate.extractor, ["inception"])
+        raise ValueError(f"evaluate.extractor is {evaluate.extractor!r}; give a .safetensors file, or inception ({hint})")
+    return judges.small(weights.locate(evaluate.extractor), random, device)
+
+
+def _require_samples(evaluate: EvaluateConfig) -> None:
+    for name in ("samples", "sweep_samples"):
+        count, least = getattr(evaluate, name), metrics.MIN_IMAGES
+        if count < least:
+            raise ValueError(f"evaluate.{name} is {count}; precision and recall need at least {least} images")
+
+
+@functools.cache
+def _code_digest() -> str:
+    """The source that makes images and features: when it changes, features kept from before are not used again."""
+    package = Path(__file__).parent
+    files = [Path(__file__), package / "images.py", *(package / "models").glob("*.py"), *(package / "metrics").glob("*.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+def _inputs(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, bench: Bench) -> dict[str, str]:
+    """Digests of everything the result depends on."""
+    paths = {"tune": tune, "generator": weights.locate(model.generator), "tokenizer": weights.locate(model.tokenizer)}
+    paths |= {"reference": Path(evaluate.reference), "validation": Path(evaluate.validation)}
+    return {name: data.file_digest(path) for name, path in paths.items()} | {"extractor": bench.judge.extractor.sha256}
+
+
+# --- what both models are measured with --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Judge, references and anchors: what base and tuned have in common."""
+
+    model: ModelConfig
+    config: EvaluateConfig
+    judge: Judge
+    images: Tensor  # validation, uint8 (N, 3, H, W) at the model's size
+    labels: Tensor  # (N,)
+    reference: Features
+    validation: Features
+    reconstructions: Features
+    sheets: dict[str, np.ndarray]  # uint8 (N, H, W, 3): real, reconstruction
+    digests: dict[str, str]  # of the two reference files
+    classes: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, evaluate: EvaluateConfig, policy: Policy, workers: int = 1) -> Bench:
+        """Read references and judge. Raises ValueError for what is missing or does not fit."""
+        _require_samples(evaluate)
+        size = evaluate.resize or model.image_size
+        reference, reference_labels = _real_images(evaluate.reference, "reference", size, policy.num_classes)
+        pixels, labels = _real_images(evaluate.validation, "validation", model.image_size, policy.num_classes)
+        digests = {name: data.file_digest(Path(getattr(evaluate, name))) for name in ("reference", "validation")}
+        extractor = _extractor(evaluate, reference, policy.device)
+        # the random network is calibrated on the reference, so every feature depends on it
+        key = {"extractor": extractor.sha256, "reference": digests["reference"], "resize": evaluate.resize, "code": _code_digest()}
+        key |= {"torch": torch.__version__, "device": policy.device.type, "precision": model.precision}
+        judge = Judge(extractor, key, evaluate.images_per_batch, evaluate.resize, workers)
+
+        def real(numbers: range) -> tuple[Tensor, Tensor]:
+            return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers.start : numbers.stop]
+
+        def reconstruct(numbers: range) -> tuple[Tensor, Tensor]:
+            return judge.pixels(policy.decode(policy.encode(_floats(pixels, numbers, policy)))), labels[numbers.start : numbers.stop]
+
+        tokenizer = data.tokenizer_digest(model)
+        chosen = _one_of_each(labels, evaluate.sheet_images)
+        return cls(
+            model, evaluate, judge, pixels, labels,
+            judge.features({"set": "reference"}, len(reference), stored(reference, reference_labels), "reference"),
+            judge.features({"set": digests["validation"]}, len(pixels), real, "validation"),
+            judge.features({"set": digests["validation"], "tokenizer": tokenizer}, len(pixels), reconstruct, "reconstructions"),
+            {"real": _rows(pixels[chosen]), "reconstruction": _rows(_reconstruction(policy, pixels[chosen]))},
+            digests,
+            policy.num_classes,
+        )  # fmt: skip
+
+    def names(self) -> list[str]:
+        """The metrics that make sense here: accuracy needs a metric network that knows the model's classes."""
+        known = self.reference.logits.shape[1] == self.classes
+        return [name for name in metrics.METRICS if known or name != "class_accuracy"]
+
+    def score(self, generated: Features) -> Scores:
+        """All metrics against the reference, and the number of images, without which a FID means nothing."""
+        return {**_rounded(metrics.score(generated, self.reference, self.names())), "images": len(generated)}
+
+    def anchors(self) -> dict[str, Scores]:
+        """Other real images, and what the tokenizer makes of them."""
+        count = min(self.config.samples, len(self.validation))
+        return {"real": self.score(self.validation[:count]), "reconstruction": self.score(self.reconstructions[:count])}
+
+
+def _floats(pixels: Tensor, numbers: range, policy: Policy) -> Tensor:
+    return images.to_float(pixels[numbers.start : numbers.stop]).to(policy.device)
+
+
+@torch.inference_mode()
+def _reconstruction(policy: Policy, pixels: Tensor) -> Tensor:
+    return images.to_uint8(policy.decode(policy.encode(images.to_float(pixels).to(policy.device))))
+
+
+def _rows(pixels: Tensor) -> np.ndarray:
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _one_of_each(labels: Tensor, count: int) -> Tensor:
+    """Images whose labels run through the classes in turn, as samples do."""
+    turns: dict[int, int] = {}
+    order = []
+    for number, label in enumerate(labels.tolist()):
+        turns[label] = turns.get(label, -1) + 1
+        order.append((turns[label], label, number))
+    return torch.tensor([number for _, _, number in sorted(order)[:count]])
+
+
+def _rounded(scores: Scores) -> Scores:
+    """Six digits: more than any of these numbers is worth, fewer than any of them hides in."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in scores.items()}
+
+
+# --- one model ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured on one model."""
+
+    plain: Scores
+    best: Scores
+    sweep: list[Scores]
+    exposure: Scores
+    sheets: dict[str, np.ndarray]  # uint8 (N, H, W, 3): plain, best
+    sha256: str
+
+
+class Contestant:
+    """One model on the bench."""
+
+    def __init__(self, bench: Bench, name: str, source: Path) -> None:
+        self.bench, self.name, self.config = bench, name, bench.config
+        self.policy = models.load(bench.model, source)
+        self.sha256 = data.file_digest(source)
+        self.made_by = {"generator": self.sha256, "tokenizer": data.tokenizer_digest(bench.model)}
+        self.plain = Sampler(self.config.temperature, self.config.top_k, self.config.top_p, self.config.guidance)
+
+    def examine(self) -> Found:
+        """Everything about this model, the long part of the stage."""
+        sweep = self.sweep()
+        best = min(sweep, key=lambda point: point["fid"])
+        chosen = dataclasses.replace(self.plain, temperature=best["temperature"], guidance=best["guidance"])
+        plain, top = self.scores(self.plain), self.scores(chosen)
+        top |= {"temperature": chosen.temperature, "guidance": chosen.guidance}
+        words = f"FID {plain['fid']:.2f}; at its best, {_setting(top)}, {top['fid']:.2f}"
+        print(f"{self.name}: {words}", file=sys.stderr, flush=True)
+        sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen)}
+        return Found(plain, top, sweep, self.exposure(), sheets, self.sha256)
+
+    def scores(self, how: Sampler) -> Scores:
+        """Mean and standard deviation over the seeds."""
+        return _over_seeds([self.bench.score(self.samples(how, seed, self.config.samples)) for seed in self.config.seeds])
+
+    def sweep(self) -> list[Scores]:
+        """Every temperature with every guidance against the validation images."""
+        points = []
+        for guidance, temperature in itertools.product(self.config.guidances, self.config.temperatures):
+            how = dataclasses.replace(self.plain, temperature=temperature, guidance=guidance)
+            generated = self.samples(how, SWEEP_SEED, self.config.sweep_samples)
+            found = metrics.score(generated, self.bench.validation, [name for name in self.bench.names() if name in SWEEP_METRICS])
+            points.append({"model": self.name, "temperature": temperature, "guidance": guidance, **_rounded(found)})
+        return points
+
+    def exposure(self) -> Scores:
+        """FID of draws on real contexts and of free-running samples: as many images, the same settings (temperature 1)."""
+        count = min(self.config.samples, len(self.bench.labels))
+        rows = []
+        for seed in self.config.seeds:
+            sets = {"fid_teacher_forced": self.teacher_forced(seed, count), "fid_free_running": self.samples(Sampler(), seed, count)}
+            row = {name: fid.frechet(generated.moments, self.bench.reference.moments) for name, generated in sets.items()}
+            rows.append(_rounded({**row, "gap": row["fid_free_running"] - row["fid_teacher_forced"]}))
+        return _over_seeds(rows) | {"images": count}
+
+    def samples(self, how: Sampler, seed: int, count: int) -> Features:
+        """Features of free-running samples 0 .. count - 1 of a seed."""
+        key = {"set": "samples", **self.made_by, **dataclasses.asdict(how), "seed": seed}
+        title = f"{self.name}, temperature {how.temperature:g}" + (f", guidance {how.guidance:g}" if how.guidance != 1 else "")
+        return self.bench.judge.features(key, count, self.draw(how, seed), title)
+
+    def draw(self, how: Sampler, seed: int) -> Make:
+        """Free-running samples, as the judge sees them."""
+
+        @torch.inference_mode()
+        def make(numbers: range) -> tuple[Tensor, Tensor]:
+            labels = torch.tensor([number % self.policy.num_classes for number in numbers])
+            seeds = [sample_seed(seed, number) for number in numbers]
+            with self.autocast():
+                codes = self.policy.generate(self.policy.condition(labels), seeds, **dataclasses.asdict(how))
+            return self.bench.judge.pixels(self.policy.decode(codes)), labels
+
+        return make
+
+    def teacher_forced(self, seed: int, count: int) -> Features:
+        """Features of validation images redrawn code by code, each from the true codes before it."""
+        key = {"set": "teacher forced", **self.made_by, "images": self.bench.digests["validation"], "seed": seed}
+
+        @torch.inference_mode()
+        def make(numbers: range) -> tuple[Tensor, Tensor]:
+            labels = self.bench.labels[numbers.start : numbers.stop]
+            true = self.policy.encode(_floats(self.bench.images, numbers, self.policy))
+            rows = max(1, LOGITS_AT_ONCE // (self.policy.num_codes * self.policy.vocab))
+            own = torch.arange(numbers.start, numbers.start + len(true))
+            parts = zip(true.split(rows), labels.split(rows), own.split(rows), strict=True)
+            codes = torch.cat([self._redraw(*part, seed) for part in parts])
+            return self.bench.judge.pixels(self.policy.decode(codes)), labels
+
+        return self.bench.judge.features(key, count, make, f"{self.name}, teacher forced")
+
+    def _redraw(self, codes: Tensor, labels: Tensor, numbers: Tensor, seed: int) -> Tensor:
+        with self.autocast():
+            logits = self.policy.logits(self.policy.condition(labels), codes)
+        seeds = [sample_seed(seed, number) for number in numbers.tolist()]
+        uniform = sampler.uniforms(seeds, self.policy.num_codes).to(codes.device)
+        return sampler.pick(logits.float().softmax(dim=-1), uniform)
+
+    def sheet(self, how: Sampler) -> np.ndarray:
+        """The first samples of the first seed: uint8 (N, H, W, 3)."""
+        return _rows(self.draw(how, self.config.seeds[0])(range(self.config.sheet_images))[0])
+
+    def autocast(self) -> torch.autocast:
+        """The arithmetic of the generator; the tokenizer decodes in float32."""
+        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.bench.model.precision == "bfloat16")
+
+
+def _over_seeds(rows: list[Scores]) -> Scores:
+    """Each number's mean, and beside it ``_std``, its standard deviation over the seeds (None for a single one)."""
+    found: Scores = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name == "images":
+            found[name] = values[0]
+            continue
+        found[name] = float(f"{np.mean(values):.6g}")
+        found[f"{name}_std"] = float(f"{np.std(values, ddof=1):.6g}") if len(values) > 1 else None
+    return found
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def _protocol(bench: Bench) -> Scores:
+    """What numbers must share to be compared. Weights are not part of it: they are what is compared."""
+    config, extractor = bench.config, bench.judge.extractor
+    size = min(fid.KID_SUBSET_SIZE, config.samples, len(bench.reference))
+    return {
+        "samples": config.samples,
+        "seeds": config.seeds,
+        "labels": "image n shows class n mod the number of classes",
+        "sampler": {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "guidance": config.guidance},
+        "sweep": {
+            "temperatures": config.temperatures,
+            "guidances": config.guidances,
+            "samples": config.sweep_samples,
+            "chosen_by": "fid against the validation images, on samples of another seed",
+        },
+        "image_size": bench.model.image_size,
+        "precision": bench.model.precision,
+        "resize": f"bicubic to {config.resize}, before uint8" if config.resize else "none",
+        "uint8": "127.5 x + 128, clamped to 0 .. 255, truncated",
+        "reference": {"sha256": bench.digests["reference"], "images": len(bench.reference)},
+        "validation": {"sha256": bench.digests["validation"], "images": len(bench.validation)},
+        "extractor": {"name": extractor.name, "sha256": extractor.sha256},
+        "random_extractor": "feature network with random weights, seed 0, batch norm calibrated on the reference",
+        "kid": f"polynomial kernel of degree 3, {fid.KID_SUBSETS} subsets of {size}",
+        "precision_recall_neighbours": fid.NEIGHBOURS,
+        "inception_score_splits": max(1, config.samples // fid.ISC_CHUNK),
+        "torch_fidelity": importlib.metadata.version("torch-fidelity"),
+    }
+
+
+def _results(bench: Bench, found: dict[str, Found], holdout: dict[str, float | None]) -> dict[str, Any]:
+    """metrics.json."""
+    return {
+        "protocol": _protocol(bench),
+        **{name: {**one.plain, "reward": holdout[name]} for name, one in found.items()},
+        **{f"{name}_best": one.best for name, one in found.items()},
+        "anchors": bench.anchors(),
+        "exposure": {name: one.exposure for name, one in found.items()},
+        "sweep": [point for one in found.values() for point in one.sweep],
+        "weights": {name: one.sha256 for name, one in found.items()},
+    }
+
+
+def _write(folder: Path, results: dict[str, Any], sheets: dict[str, dict[str, np.ndarray]], tune: Path, inputs: dict[str, str]) -> None:
+    data.write_json(folder / "metrics.json", results)
+    curves = report.read_curves(tune / "metrics.jsonl")
+    _write_csv(folder / "sweep.csv", results["sweep"])
+    _write_csv(folder / "curves.csv", curves)
+    names = ("base", "tuned")
+    before_after = {f"{name}: FID {results[name]['fid']:.2f}": sheets[name]["plain"] for name in names}
+    tops = {name: results[f"{name}_best"] for name in names}
+    best = {f"{name} at {_setting(top)}: FID {top['fid']:.2f}": sheets[name]["best"] for name, top in tops.items()}
+    for name, rows in (("before-after", before_after), ("best", best), ("anchors", sheets["anchors"])):
+        report.banded_sheet(rows, SHEET_COLUMNS).save(folder / f"sheet-{name}.png")
+    provenance = {"code": data.code_version(), "inputs": inputs, "weights": results["weights"]}
+    (folder / "report.html").write_text(report.page(results, curves, sheets, provenance, SHEET_COLUMNS))
+
+
+def _setting(best: Scores) -> str:
+    return f"temperature {best['temperature']:g}, guidance {best['guidance']:g}"
+
+
+def _write_csv(path: Path, rows: list[Scores]) -> None:
+    """Columns in the order in which they first occur; a number that a row lacks is left empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _track(run: Run, out: Path, results: dict[str, Any], evaluate: EvaluateConfig, inputs: dict[str, str]) -> None:
+    """Numbers, sheet and report for the compare view."""
+    groups = {name: results[name] for name in ("base", "tuned", "base_best", "tuned_best")} | results["anchors"]
+    groups |= {f"{name}_exposure": values for name, values in results["exposure"].items()}
+    numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+    run.metrics({name: float(value) for name, value in numbers.items() if value is not None and not name.endswith("/images")})
+    run.dataset("reference", inputs["reference"], evaluate.reference)
+    run.image("samples/before_after", out / "sheet-before-after.png")
+    run.image("samples/best", out / "sheet-best.png")
+    run.artifact(out / "report.html")
+    run.artifact(out / "metrics.json")

@@ -1,0 +1,320 @@
+"""A tuned model enters MLflow's registry if it passes its gates.
+
+Two aliases, two questions:
+
+- ``challenger``: does tuned beat base when both are sampled alike?
+- ``champion``: does tuned at its best beat the present champion at its best (without a champion: the
+  base at its best)? A model that is merely sharper than another gains nothing over it here.
+
+In both, FID must fall by ``register.min_fid_drop``, and no other metric may get worse by more than its
+allowance. A number that is missing, not finite or measured by another protocol fails its gate. A model
+that passes the first question is registered, with everything that says where it came from; one that
+does not leaves the registry alone. Repeating the command finds the version it made before.
+
+Left out: stages (MLflow replaced them by aliases), and deleting or archiving versions.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vapi import data
+from vapi.config import ModelConfig, RegisterConfig, nearest, plain, read_yaml
+from vapi.models import weights
+from vapi.track import NO_RUN, Run, Server
+
+LOWER = ("fid", "kid", "fid_random")  # better when lower
+HIGHER = ("inception_score", "precision", "recall", "class_accuracy", "reward")
+REQUIREMENTS = ("torch", "numpy", "pandas", "pillow", "safetensors", "pyyaml", "tqdm", "mlflow")
+
+Scores = dict[str, Any]
+
+
+def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate: Path, out: Path, run: Run = NO_RUN) -> bool:
+    """Put ``tune``/model.safetensors into the registry if ``evaluate``/metrics.json lets it pass.
+
+    Prints every gate and writes registration.json to ``out``. Returns whether the model was registered.
+    Raises ValueError if the evaluation is of other weights, or if the MLflow server cannot be reached;
+    with tracking off the gates are judged and nothing is registered.
+    """
+    begin = time.perf_counter()
+    _check_names(register)
+    results = data.read_json(evaluate / "metrics.json")
+    digest = _weights_digest(results, tune, evaluate)
+    with data.output_folder(out) as folder, data.locked(data.state_dir("locks") / "register.lock"):
+        server = run.server()
+        registry = Registry(server, register.name) if server else None
+        verdict = judge(register, results, registry.champion(but=digest) if registry else None)
+        made = registry.publish(model, tune, results, digest, verdict) if registry and verdict.challenger else {}
+        data.write_json(folder / "registration.json", {"name": register.name, "weights": digest, **verdict.plain(), **made})
+        inputs = {"tune": data.file_digest(tune), "evaluate": data.file_digest(evaluate)}
+        data.describe(folder, "register", {"model": model, "register": register}, inputs, time.perf_counter() - begin)
+    run.metrics({"register/challenger": verdict.challenger, "register/champion": bool(made) and verdict.champion})
+    print(verdict.table())
+    print(_outcome(register, verdict, made, server))
+    return bool(made)
+
+
+def _outcome(register: RegisterConfig, verdict: Verdict, made: dict[str, Any], server: Server | None) -> str:
+    if made:
+        return f"registered: {register.name} version {made['version']} as {' and '.join(made['aliases'])} in {made['registry']}"
+    if verdict.challenger:
+        return "not registered: the gates are passed, but tracking is off (track.uri), and the registry is part of MLflow"
+    return "not promoted: " + "; ".join(gate.reason() for gate in verdict.gates["challenger"] if not gate.passed)
+
+
+def _check_names(register: RegisterConfig) -> None:
+    for name in register.allowances:
+        if name not in LOWER + HIGHER:
+            raise ValueError(f"register.allowances names {name!r}; {nearest(name, LOWER + HIGHER)}")
+
+
+def _weights_digest(results: dict[str, Any], tune: Path, evaluate: Path) -> str:
+    path = tune / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path} is not here; make it with: vapi tune")
+    digest = data.file_digest(path)
+    if results.get("weights", {}).get("tuned") != digest:
+        raise ValueError(f"{evaluate}/metrics.json was measured on other weights than {path}; run: vapi evaluate")
+    return digest
+
+
+# --- gates -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One metric of a candidate against a rival. ``margin`` is how far inside the limit it is; None: no comparison."""
+
+    metric: str
+    rival: float | None
+    candidate: float | None
+    limit: float | None
+    margin: float | None
+    passed: bool
+
+    @classmethod
+    def of(cls, metric: str, rival: Any, candidate: Any, allowance: float) -> Gate:
+        """``allowance`` is the share of the rival's value by which the candidate may be worse; negative: must be better."""
+        rival, candidate = _number(rival), _number(candidate)
+        if rival is None or candidate is None:
+            return cls(metric, rival, candidate, None, None, False)
+        better = -1.0 if metric in LOWER else 1.0
+        limit = rival - better * allowance * abs(rival)
+        margin = better * (candidate - limit)
+        return cls(metric, rival, candidate, limit, margin, margin >= 0)
+
+    def reason(self) -> str:
+        """Why the gate is shut."""
+        if self.margin is None:
+            lacks = " and ".join(who for who, value in (("the rival", self.rival), ("the candidate", self.candidate)) if value is None)
+            return f"{self.metric} of {lacks} is missing or not finite"
+        return f"{self.metric} is {self.candidate:.4g}, {abs(self.margin):.4g} beyond the limit {self.limit:.4g}"
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+def gates(register: RegisterConfig, rival: Scores, candidate: Scores) -> list[Gate]:
+    """FID and every metric with an allowance."""
+    allowances = {"fid": -register.min_fid_drop, **{name: a for name, a in register.allowances.items() if name != "fid"}}
+    return [Gate.of(name, rival.get(name), candidate.get(name), allowance) for name, allowance in allowances.items()]
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The registered champion: the numbers at its best, and how they were measured."""
+
+    version: str
+    scores: Scores
+    protocol: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All gates, by alias, and who was on the other side."""
+
+    gates: dict[str, list[Gate]]
+    rivals: dict[str, str]
+    note: str = ""
+
+    @property
+    def challenger(self) -> bool:
+        """Whether tuned beats base, sampled alike."""
+        return all(gate.passed for gate in self.gates["challenger"])
+
+    @property
+    def champion(self) -> bool:
+        """Whether tuned at its best beats the champion, or the base, at its best. Never without the first."""
+        return self.challenger and all(gate.passed for gate in self.gates["champion"])
+
+    def plain(self) -> dict[str, Any]:
+        """For registration.json."""
+        listed = {alias: {"rival": self.rivals[alias], "gates": [asdict(gate) for gate in found]} for alias, found in self.gates.items()}
+        return {"passed": {"challenger": self.challenger, "champion": self.champion}, "against": listed, "note": self.note}
+
+    def table(self) -> str:
+        """The gates for a terminal."""
+        lines = [f"{'':<17}{'rival':>11}{'tuned':>11}{'limit':>11}{'margin':>11}"]
+        for alias, found in self.gates.items():
+            lines.append(f"{alias}: tuned against {self.rivals[alias]}")
+            for gate in found:
+                numbers = "".join(
+                    f"{'missing' if x is None else f'{x:.4g}':>11}" for x in (gate.rival, gate.candidate, gate.limit, gate.margin)
+                )
+                lines.append(f"  {gate.metric:<15}{numbers}  {'passed' if gate.passed else 'FAILED'}")
+        return "\n".join(lines + [self.note] * bool(self.note))
+
+
+def judge(register: RegisterConfig, results: dict[str, Any], champion: Champion | None) -> Verdict:
+    """Both questions, from metrics.json and the present champion."""
+    protocol, note, best = results.get("protocol"), "", results.get("base_best", {})
+    rivals = {"challenger": "base, both sampled alike", "champion": "base at its best"}
+    if champion is not None:
+        rivals["champion"], best = f"champion version {champion.version} at its best", champion.scores
+        if differs := _differences(champion.protocol, protocol):
+            best = {}  # numbers of another protocol are no numbers
+            note = (
+                f"version {champion.version} was measured by another protocol ({differs}): nothing can be said against it. Evaluate as "
+                "it was evaluated, or take its alias away, which compares with the base: in Python, "
+                f"mlflow.MlflowClient().delete_registered_model_alias({register.name!r}, 'champion')"
+            )
+    found = {
+        "challenger": gates(register, results.get("base", {}), results.get("tuned", {})),
+        "champion": gates(register, best, results.get("tuned_best", {})),
+    }
+    return Verdict(found, rivals, note)
+
+
+def _differences(one: Any, other: Any) -> str:
+    """The names in which two protocols differ; not knowing one is a difference too."""
+    if not one or not other:
+        return "unknown"
+    return ", ".join(name for name in sorted({*one, *other}) if one.get(name) != other.get(name))
+
+
+# --- the registry ------------------------------------------------------------------------------
+
+
+class Registry:
+    """One registered model in MLflow. Numbers live in a version's tags: its link to a run's metrics is not
+    kept by every MLflow store."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        self.server, self.client, self.name = server, server.client, name
+
+    def _versions(self) -> list[Any]:
+        return list(self.client.search_model_versions(f"name = '{self.name}'"))
+
+    def _aliases(self) -> dict[str, str]:
+        found = self.client.search_registered_models(f"name = '{self.name}'")
+        return {alias: str(version) for alias, version in found[0].aliases.items()} if found else {}
+
+    def champion(self, but: str) -> Champion | None:
+        """The present champion, unless it is made of the weights ``but``: nobody needs to beat himself."""
+        version = self._aliases().get("champion")
+        if version is None:
+            return None
+        tags = self.client.get_model_version(self.name, version).tags
+        if tags.get("weights") == but:
+            return None
+        return Champion(version, json.loads(tags.get("tuned_best", "{}")), json.loads(tags.get("protocol", "{}")))
+
+    def publish(self, model: ModelConfig, tune: Path, results: dict[str, Any], digest: str, verdict: Verdict) -> dict[str, Any]:
+        """Make a version (or find the one made before) and point the aliases at it."""
+        tags = {
+            **self._lineage(digest),
+            **{name: json.dumps(results[name]) for name in ("base", "tuned", "base_best", "tuned_best", "protocol")},
+        }
+        same = ("weights", "tuned", "tuned_best", "protocol")
+        found = [version for version in self._versions() if all(version.tags.get(name) == tags[name] for name in same)]
+        version = str(found[0].version) if found else self._create(model, tune, results, tags, verdict)
+        aliases = ["challenger", "champion"] if verdict.champion else ["challenger"]
+        for alias in aliases:
+            self.client.set_registered_model_alias(self.name, alias, version)
+        ids = {"run": self.server.run, "parent": self.server.parent}
+        return {"version": version, "aliases": aliases, "registry": self.server.uri, **ids}
+
+    def _lineage(self, digest: str) -> dict[str, str]:
+        """Where a version comes from: data, code, configuration, runs."""
+        code = data.code_version()
+        runs = {"run": self.server.run, "parent": self.server.parent}
+        return {"weights": digest, **self.server.lineage, **runs, **{f"code.{k}": v for k, v in code.items()}, **_dvc_lineage()}
+
+    def _create(self, model: ModelConfig, tune: Path, results: dict[str, Any], tags: dict[str, str], verdict: Verdict) -> str:
+        logged = self._log_model(model, tune, results["tuned_best"])
+        if not self.client.search_registered_models(f"name = '{self.name}'"):
+            self.client.create_registered_model(self.name)
+        version = self.client.create_model_version(
+            self.name,
+            source=logged.model_uri,
+            run_id=self.server.run,
+            tags=tags,
+            description=f"```\n{verdict.table()}\n```",
+            model_id=logged.model_id,
+        )
+        return str(version.version)
+
+    def _log_model(self, model: ModelConfig, tune: Path, best: Scores) -> Any:
+        """The weights with the code that draws from them, as a model of this run."""
+        mlflow = self.server.mlflow
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*An input example")  # it would draw an image here, and the signature says it all
+            config = Path(folder) / "config.json"
+            data.write_json(config, plain(model))
+            # Model.log rather than pyfunc.log_model: it takes the run by id and leaves MLflow's "active run" alone
+            return mlflow.models.Model.log(
+                artifact_path=None,
+                name="generator",
+                flavor=mlflow.pyfunc,
+                run_id=self.server.run,
+                python_model=str(serving_code()),
+                artifacts={
+                    "generator": str(tune / "model.safetensors"),
+                    "tokenizer": str(weights.locate(model.tokenizer)),
+                    "config": str(config),
+                },
+                code_paths=[str(Path(__file__).parent)],
+                # never our own name: on the public index it is somebody else's
+                pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
+                signature=_signature(mlflow, best),
+            )
+
+
+def _signature(mlflow: Any, best: Scores) -> Any:
+    types = mlflow.types
+    params = [
+        types.ParamSpec("seed", "long", 0),
+        types.ParamSpec("temperature", "double", float(best.get("temperature", 1.0))),
+        types.ParamSpec("guidance", "double", float(best.get("guidance", 1.0))),
+        types.ParamSpec("top_k", "long", int(best.get("top_k", 0))),
+        types.ParamSpec("top_p", "double", float(best.get("top_p", 1.0))),
+    ]
+    outputs = types.Schema([types.ColSpec("long", "class_id"), types.ColSpec("string", "png_base64")])
+    return mlflow.models.ModelSignature(types.Schema([types.ColSpec("long", "class_id")]), outputs, types.ParamSchema(params))
+
+
+def serving_code() -> Path:
+    """``mlflow/generator.py`` of the clone. Raises ValueError outside one (the folder is not part of the package)."""
+    for root in (Path.cwd(), Path(__file__).parent.parent):
+        path = root / "mlflow" / "generator.py"
+        if path.is_file() and not (root / "mlflow" / "__init__.py").exists():
+            return path
+    raise ValueError("mlflow/generator.py is not here; register inside the project's clone")
+
+
+def _dvc_lineage() -> dict[str, str]:
+    """What DVC knows of the weights: the hash of the stage tune's output."""
+    lock = Path("dvc.lock")
+    stages = read_yaml(lock.read_text()).get("stages", {}) if lock.is_file() else {}
+    return {f"dvc.{Path(out['path']).name}": str(out["md5"]) for out in stages.get("tune", {}).get("outs", []) if "md5" in out}

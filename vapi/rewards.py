@@ -1,0 +1,177 @@
+"""Rewards: how well a decoded token map reconstructs its image (eq. 10), as a weighted sum that keeps its parts.
+
+A reward is a function ``(images, targets) -> (N,)`` of two batches (N, 3, H, W) in [-1, 1]; higher
+is better. On a CPU, ``vapi.tune`` calls it from several threads. To add one, write it and register it,
+
+    REWARDS["edges"] = edges          # then: --tune.rewards "{mse: 1.0, edges: 0.5}"
+
+or pass it to ``Reward`` in Python. The decoded image is not clamped and the target is the raw
+image, not the tokenizer's reconstruction of it, as in the paper. LPIPS reads the features of each
+image once for its G reconstructions.
+
+Left out: adversarial and embedding rewards, which the released code carries and the paper does not use.
+
+Shapes: B images, G group, N = B x G.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vapi.config import nearest
+from vapi.models import features, weights
+
+RewardFunction = Callable[[Tensor, Tensor], Tensor]
+VGG_FILE = "vgg16-397923af.pth"  # torchvision's name for VGG-16 trained on ImageNet
+LPIPS_FILE = "vgg.pth"  # the lpips package's name for its linear weights, v0.1
+
+
+def mse(images: Tensor, targets: Tensor) -> Tensor:
+    """Minus the mean squared error over channels and pixels, (N, 3, H, W) twice -> (N,)."""
+    return -(images - targets).square().flatten(1).mean(1)
+
+
+def l1(images: Tensor, targets: Tensor) -> Tensor:
+    """Minus the mean absolute error over channels and pixels, (N, 3, H, W) twice -> (N,)."""
+    return -(images - targets).abs().flatten(1).mean(1)
+
+
+class Lpips:
+    """Minus LPIPS (arXiv 1801.03924): squared distance of channel-normalised features, summed over layers.
+
+    ``layers`` turns images into a list of feature maps; ``weights`` holds one non-negative number
+    per channel of each. Compares all draws of an image with one set of the image's features.
+    """
+
+    def __init__(self, layers: Callable[[Tensor], list[Tensor]], weights: list[Tensor] | None = None) -> None:
+        self.layers, self.weights = layers, weights
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        return [m.float() / (m.float().norm(dim=1, keepdim=True) + 1e-10) for m in self.layers(images)]
+
+    def grouped(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Images (B, G, 3, H, W) against their targets (B, 3, H, W) -> (B, G)."""
+        total = images.new_zeros(images.shape[:2])
+        pairs = zip(self._features(images.flatten(0, 1)), self._features(targets))
+        for layer, (ours, theirs) in enumerate(pairs):
+            difference = (ours.unflatten(0, images.shape[:2]) - theirs[:, None]).square_().mean((3, 4))  # (B, G, C)
+            total -= difference.mean(-1) if self.weights is None else difference @ self.weights[layer]
+        return total
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        return self.grouped(images[:, None], targets)[:, 0]
+
+
+class Vgg(nn.Module):
+    """The five feature maps of VGG-16 that LPIPS compares, from images in [-1, 1]."""
+
+    shift: Tensor
+    scale: Tensor
+    ends = (4, 9, 16, 23, 30)  # after relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        from torchvision.models import vgg16
+
+        self.body = vgg16(weights=None, init_weights=False).features.eval().requires_grad_(False)
+        self.body.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
+        # ImageNet's mean and standard deviation, for images in [-1, 1] (lpips's scaling layer)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps, x = [], (images - self.shift) / self.scale
+        for start, end in zip((0, *self.ends), self.ends):
+            x = self.body[start:end](x)
+            maps.append(x)
+        return maps
+
+
+def network_files(perceptual: str, folder: str = "") -> dict[str, Path]:
+    """The files behind the lpips reward. ``perceptual`` is a .safetensors of ours, or ``vgg``: then ``folder``
+    holds vgg16-397923af.pth (torchvision's VGG-16) and vgg.pth (the lpips package's v0.1 weights); if it
+    is empty they are torch's own cache and the installed lpips package.
+
+    Raises ValueError with the expected file if one is missing; VGG is never downloaded.
+    """
+    if perceptual != "vgg":
+        return {"perceptual": weights.locate(perceptual)}
+    package = importlib.util.find_spec("lpips")
+    assert package is not None and package.origin is not None
+    vgg = Path(folder) / VGG_FILE if folder else Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
+    lines = Path(folder) / LPIPS_FILE if folder else Path(package.origin).parent / "weights" / "v0.1" / LPIPS_FILE
+    for path, source in ((vgg, f"https://download.pytorch.org/models/{VGG_FILE}"), (lines, "weights/v0.1/vgg.pth of the lpips package")):
+        if not path.is_file():
+            raise ValueError(f"the lpips reward with perceptual vgg needs {path}; put {source} there")
+    return {"vgg": vgg, "lpips": lines}
+
+
+def load_lpips(perceptual: str, folder: str = "", device: str | torch.device = "cpu") -> Lpips:
+    """The lpips reward: LPIPS as published (``vgg``), or with uniform weights on a network of ours. See ``network_files``."""
+    files = network_files(perceptual, folder)
+    if perceptual != "vgg":
+        return Lpips(features.load(files["perceptual"], device).features)
+    lines, _ = weights.read(files["lpips"])
+    return Lpips(
+        Vgg(weights.read(files["vgg"])[0]).to(device),
+        [lines[f"lin{i}.model.1.weight"].flatten().to(device) for i in range(len(Vgg.ends))],
+    )
+
+
+REWARDS: dict[str, RewardFunction | None] = {
+    "mse": mse,
+    "l1": l1,
+    "lpips": None,  # made by load_lpips, since it has a network to read
+}
+
+
+class Reward:
+    """A weighted sum of rewards that keeps its parts.
+
+    ``Reward({"mse": 1.0, "lpips": 1.0}, perceptual="vgg")`` takes rewards by name;
+    ``Reward({"mse": 1.0, "edges": 0.5}, functions={"edges": edges})`` takes one of yours as well.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        perceptual: str = "",
+        perceptual_weights: str = "",
+        device: str | torch.device = "cpu",
+        functions: Mapping[str, RewardFunction] | None = None,
+    ) -> None:
+        """Raises ValueError for an unknown name (with the nearest known one) or a missing network."""
+        known = {**REWARDS, **(functions or {})}
+        for name in weights:
+            if name not in known:
+                raise ValueError(f"no reward is called {name!r}; {nearest(name, known)}")
+        if not any(weights.values()):
+            raise ValueError(f"every reward has weight 0 in {dict(weights)}; there is nothing to optimise")
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.functions = {name: known[name] or load_lpips(perceptual, perceptual_weights, device) for name in self.weights}
+
+    @torch.no_grad()
+    def score(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decoded images (B, G, 3, H, W) against their targets (B, 3, H, W): total (B, G), and each part unweighted.
+
+        Networks may run in low precision (autocast); images and distances are float32 at least.
+        """
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        parts = {name: self._part(name, images, targets) for name in self.weights}
+        total = torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum(0)
+        return total, parts
+
+    def _part(self, name: str, images: Tensor, targets: Tensor) -> Tensor:
+        function = self.functions[name]
+        if isinstance(function, Lpips):
+            return function.grouped(images, targets)
+        flat = targets[:, None].expand_as(images).flatten(0, 1)
+        value = function(images.flatten(0, 1), flat)
+        if value.shape != flat.shape[:1]:
+            raise ValueError(f"reward {name!r} returned shape {tuple(value.shape)} for {len(flat)} images; it must be one number each")
+        return value.unflatten(0, images.shape[:2])

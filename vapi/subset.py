@@ -1,0 +1,291 @@
+"""Pick images from a source, prove that they can be used, and keep their bytes as they came.
+
+Which images are picked hangs on the seed and on each image's key, never on the order in which a
+file system lists them: every entry gets the hash of (seed, key), each class queues up by it, and the
+classes take turns. So any first n images of a subset are balanced too, and a larger subset with the
+same seed begins with the smaller one.
+
+Only what is picked is opened. An image that cannot be decoded, or whose bytes were picked already
+under another key, is quarantined with the reason and the next in its queue takes its place; nothing
+is ever replaced by a black image. Left out: resizing and re-encoding. Pixels are the tokenizer's
+business, and other stages may want another size.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from vapi import data, images, quality, sources
+from vapi.config import SubsetConfig, write_text
+from vapi.sources import Entry, Source
+from vapi.track import NO_RUN, Run
+
+HASHED_BELOW = 256 * 2**20
+"""A source of fewer bytes is listed with the hash of each file, a larger one with the time of its last change."""
+SAMPLES = 48
+"""Images on the quality page."""
+
+
+def subset(subset: SubsetConfig, out: Path, run: Run = NO_RUN) -> None:
+    """The stage. Writes images-*.parquet, manifest.parquet, quality.json, quality.html, quarantine.csv.
+
+    Raises ValueError, with nothing written, if the source does not hold what was asked for, if too much
+    of it is unreadable, or if what was picked does not pass validation (the rows are named).
+    """
+    started = time.perf_counter()
+    with data.output_folder(out) as folder:
+        source = sources.open_source(subset)
+        queues = _queues(source.entries(), subset)
+        with (folder / "spool").open("w+b") as spool:
+            picked = _Picker(source, subset, spool).pick(queues)
+            data.write_subset(folder, picked.rows(spool), subset.images_per_shard)
+        (folder / "spool").unlink()
+        summary = _report(folder, picked.rejected, subset)
+        digest = hashlib.sha256(listing(source).encode()).hexdigest()
+        data.describe(folder, "subset", {"subset": subset}, {"source": digest}, time.perf_counter() - started)
+    run.dataset(Path(subset.source).name, data.file_digest(Path(out) / "manifest.parquet"), subset.source)
+    run.metrics({f"subset/{name}": float(summary[name]) for name in ("images", "quarantined", "unreadable")})
+    run.artifact(Path(out) / "quality.html")
+    print(f"{summary['images']:,} images, {summary['quarantined']:,} quarantined -> {out}")
+
+
+# --- the order of picking ----------------------------------------------------------------------
+
+
+def _draw(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+
+
+def _queues(entries: Sequence[Entry], config: SubsetConfig) -> list[list[Entry]]:
+    """One queue per class, in the order in which the classes take turns; or a single queue.
+
+    Raises ValueError if the source cannot hold what was asked for, before an image is opened.
+    """
+    if not entries:
+        raise ValueError(f"{config.source} holds no images")
+    if config.images > len(entries):
+        raise ValueError(f"subset.images is {config.images}, and {config.source} holds {len(entries)}; ask for fewer, or 0 for all")
+    _require_labels(entries, config)
+    by_turn = sorted(entries, key=lambda entry: _draw(config.seed, entry.key))
+    if config.classes == 0 or config.balance == "random":
+        return [by_turn]
+    queues: list[list[Entry]] = [[] for _ in range(config.classes)]
+    for entry in by_turn:
+        queues[entry.label].append(entry)
+    turns = sorted(range(config.classes), key=lambda label: _draw(config.seed, f"class {label}"))
+    _require_classes({label: len(queues[label]) for label in turns}, config)
+    return [queues[label] for label in turns]
+
+
+def _require_labels(entries: Sequence[Entry], config: SubsetConfig) -> None:
+    wrong = [entry for entry in entries if config.classes and not 0 <= entry.label < config.classes]
+    if wrong:
+        named = "; ".join(f"{entry.key}: {entry.label}" for entry in wrong[: quality.SHOWN])
+        raise ValueError(f"{len(wrong)} labels lie outside of 0 .. {config.classes - 1} (subset.classes is {config.classes}): {named}")
+
+
+def _require_classes(counts: dict[int, int], config: SubsetConfig) -> None:
+    empty = [label for label, count in sorted(counts.items()) if count == 0]
+    if empty:
+        named = ", ".join(map(str, empty[: quality.SHOWN]))
+        raise ValueError(f"{config.source} holds no images of class {named}; subset.balance random does without")
+    each, over = divmod(config.images, config.classes)
+    for turn, (label, count) in enumerate(counts.items()):
+        need = each + (turn < over)
+        if count < need:
+            enough = min(counts.values()) * config.classes
+            raise ValueError(
+                f"subset.images is {config.images}, that is {need} of class {label}, which has {count}; "
+                f"ask for at most {enough}, or set subset.balance random"
+            )
+
+
+# --- picking -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """A readable image, its bytes waiting in the spool."""
+
+    width: int
+    height: int
+    mode: str
+    sha256: str
+    offset: int
+    size: int
+
+
+@dataclass
+class Picked:
+    """The images in the order they were picked in, and what was passed over: (key, reason, readable)."""
+
+    images: list[tuple[Entry, Found]] = field(default_factory=list)
+    rejected: list[tuple[str, str, bool]] = field(default_factory=list)
+    unknown: list[Entry] = field(default_factory=list)  # picked, but not looked at yet
+
+    def rows(self, spool: BinaryIO) -> Iterator[data.Row]:
+        for entry, found in self.images:
+            spool.seek(found.offset)
+            yield data.Row(
+                key=entry.key,
+                label=entry.label,
+                caption=entry.caption,
+                width=found.width,
+                height=found.height,
+                mode=found.mode,
+                data=spool.read(found.size),
+                sha256=found.sha256,
+            )
+
+
+class _Picker:
+    """Sources are fast in their own order and slow at random, so images are not read one by one as the
+    turns come: assume that all are fine, read what the turns would take, and go through the turns again
+    with what was learnt until nothing new is needed. The result is the one-by-one result."""
+
+    def __init__(self, source: Source, config: SubsetConfig, spool: BinaryIO) -> None:
+        self.source, self.config, self.spool = source, config, spool
+        self.known: dict[str, Found | str] = {}  # key -> what was found, or why not
+
+    def pick(self, queues: Sequence[Sequence[Entry]]) -> Picked:
+        while True:
+            picked = self._turns(queues)
+            if not picked.unknown:
+                return picked
+            self._examine(picked.unknown)
+            self._require_readable()
+
+    def _turns(self, queues: Sequence[Sequence[Entry]]) -> Picked:
+        """Let the queues take turns until enough is picked, or all is (images: 0)."""
+        picked, seen = Picked(), dict[str, Entry]()
+        waiting = [iter(queue) for queue in queues]
+        wanted, count = self.config.images or None, 0
+        while waiting and count != wanted:
+            for queue in list(waiting):
+                entry = self._next(queue, picked, seen)
+                if entry is not None:
+                    count += 1
+                elif wanted is None:
+                    waiting.remove(queue)
+                else:
+                    raise ValueError(self._too_few(queues, picked))
+                if count == wanted:
+                    break
+        if not picked.images and not picked.unknown:
+            raise ValueError(f"no image of {self.config.source} can be used: {_named(picked.rejected)}")
+        return picked
+
+    def _next(self, queue: Iterator[Entry], picked: Picked, seen: dict[str, Entry]) -> Entry | None:
+        for entry in queue:
+            found = self.known.get(entry.key)
+            if found is None:
+                picked.unknown.append(entry)
+                return entry
+            if isinstance(found, str):
+                picked.rejected.append((entry.key, found, False))
+                continue
+            first = seen.setdefault(found.sha256, entry)
+            if first is entry:
+                picked.images.append((entry, found))
+                return entry
+            differs = "" if first.label == entry.label else f", which has label {first.label} instead of {entry.label}"
+            picked.rejected.append((entry.key, f"duplicate of {first.key}{differs}", True))
+        return None
+
+    def _too_few(self, queues: Sequence[Sequence[Entry]], picked: Picked) -> str:
+        of = "of every class " if len(queues) > 1 else ""
+        return (
+            f"subset.images is {self.config.images}, and {self.config.source} does not hold that many {of}which are readable and distinct; "
+            f"ask for fewer. Passed over: {_named(picked.rejected)}"
+        )
+
+    def _examine(self, entries: Sequence[Entry]) -> None:
+        def look(item: tuple[Entry, bytes | str]) -> tuple[Entry, bytes, Found | str]:
+            entry, payload = item
+            if isinstance(payload, str):
+                return entry, b"", payload
+            try:
+                image = images.inspect(payload, self.config.max_pixels)
+                images.unpack(image)
+            except ValueError as error:
+                return entry, b"", str(error)
+            return entry, payload, Found(*image.size, image.mode, hashlib.sha256(payload).hexdigest(), 0, len(payload))
+
+        looked = data.parallel(look, self.source.read(entries), len(os.sched_getaffinity(0)))
+        self.spool.seek(0, os.SEEK_END)
+        for entry, payload, found in tqdm(looked, "subset", len(entries), unit="image", disable=None):
+            if isinstance(found, Found):
+                found = Found(found.width, found.height, found.mode, found.sha256, self.spool.tell(), found.size)
+                self.spool.write(payload)
+            self.known[entry.key] = found
+
+    def _require_readable(self) -> None:
+        bad = [(key, found, False) for key, found in sorted(self.known.items()) if isinstance(found, str)]
+        if len(bad) > self.config.max_unreadable * len(self.known):
+            raise ValueError(
+                f"{len(bad)} of {len(self.known)} examined images are unreadable, more than subset.max_unreadable "
+                f"{self.config.max_unreadable:g} allows: {_named(bad)}"
+            )
+
+
+def _named(rejected: Sequence[tuple[str, str, bool]]) -> str:
+    named = "; ".join(f"{key}: {reason}" for key, reason, _ in rejected[: quality.SHOWN])
+    return named + (f"; and {len(rejected) - quality.SHOWN} more" if len(rejected) > quality.SHOWN else "")
+
+
+# --- what is said about them -------------------------------------------------------------------
+
+
+def _report(folder: Path, rejected: Sequence[tuple[str, str, bool]], config: SubsetConfig) -> dict[str, int]:
+    manifest = pd.read_parquet(folder / "manifest.parquet")
+    checks = quality.validate(manifest, rejected, config)
+    quality.require(checks)
+    summary = quality.report(manifest, rejected, checks, config)
+    data.write_json(folder / "quality.json", summary)
+    title = f"{Path(config.source).name}: {len(manifest):,} images"
+    write_text(folder / "quality.html", quality.page(title, summary, rejected, _samples(folder, config)))
+    with (folder / "quarantine.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("key", "reason"), *((key, reason) for key, reason, _ in rejected)])
+    return summary
+
+
+def _samples(folder: Path, config: SubsetConfig) -> list[tuple[str, np.ndarray]]:
+    picked = data.read_subset(folder)
+    samples = []
+    for i in range(min(SAMPLES, len(picked))):
+        image = images.decode(picked.image(i), config.max_pixels)
+        words = picked.captions[i] or (f"class {picked.labels[i]}" if config.classes else picked.keys[i])
+        samples.append((words, images.center_crop(image, min(96, *image.size))))
+    return samples
+
+
+# --- what the source consists of ---------------------------------------------------------------
+
+
+def listing(source: Source) -> str:
+    """The files of a source as JSON, a line each: name, bytes, and sha256, or for a large source (hashing 150 GB
+    takes longer than tuning) the time of the last change in nanoseconds."""
+    files = [(name, path, path.stat()) for name, path in source.files()]
+    small = sum(stat.st_size for _, _, stat in files) < HASHED_BELOW
+    lines = []
+    for name, path, stat in files:
+        mark = {"sha256": data.file_digest(path)} if small else {"changed": stat.st_mtime_ns}
+        lines.append(json.dumps({"name": name, "bytes": stat.st_size, **mark}, ensure_ascii=False))
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def write_listing(subset: SubsetConfig, out: Path) -> None:
+    """Write what DVC depends on in place of the source: ``artifacts/listing.json``."""
+    write_text(Path(out), listing(sources.open_source(subset)))

@@ -1,0 +1,238 @@
+"""Run the frozen tokenizer over the subset, once.
+
+The tokenizer never changes while the generator is tuned, so its codes are computed once and kept, by
+content: the cache is named after the tokenizer's weights, the image size and the crop, and inside it
+a record is named after the sha256 of the encoded image. An unchanged input is not encoded again, a
+hundred added images encode a hundred, and codes of another tokenizer cannot slip in. The cache is
+one file of fixed-size records, appended batch by batch, each with its own checksum: a run that was
+killed goes on where it stopped, and the torn end of the file is cut off.
+
+Every batch has the same size (the last is filled up with repeats), so an image meets the same
+arithmetic whichever images it happens to be encoded with.
+
+Shapes: B images, T codes of an image, V codebook.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vapi import data, images, models
+from vapi.config import ModelConfig, TokensConfig
+from vapi.data import Subset
+from vapi.track import NO_RUN, Run
+
+FORMAT = 1
+"""Of the cache's records. Raise it when crop or encoding change, and old codes are left behind."""
+JUDGED = 256
+"""Images whose reconstruction is compared with the original."""
+
+
+def tokens(model: ModelConfig, tokens: TokensConfig, subset: Path, out: Path, run: Run = NO_RUN) -> None:
+    """The stage. Writes codes.npy (uint16 (N, T)), index.parquet (key, label, sha256, crop) and summary.json.
+
+    Raises ValueError, with nothing written, if the subset cannot be read or the codes do not pass validation.
+    """
+    started = time.perf_counter()
+    with data.output_folder(out) as folder:
+        picked = data.read_subset(subset)
+        tokenizer, device = models.load_tokenizer(model), models.device_of(model)
+        codes, encoded = _codes(tokenizer, device, picked, model, tokens)
+        summary = {
+            "images": len(picked),
+            "tokenizer": data.tokenizer_digest(model),
+            "image_size": model.image_size,
+            "crop": tokens.crop,
+            **describe(codes, tokenizer.vocab),
+            **_reconstruct(tokenizer, device, codes, picked, model, tokens),
+        }
+        _require_valid(codes, summary, tokens)
+        data.write_tokens(folder, codes, picked, tokens.crop, summary)
+        sections, inputs = {"model": model, "tokens": tokens}, {"subset": data.file_digest(subset), "tokenizer": summary["tokenizer"]}
+        data.describe(folder, "tokens", sections, inputs, time.perf_counter() - started, encoded=encoded)
+    run.metrics({f"tokens/{name}": summary[name] for name in ("codebook_usage", "perplexity", "psnr")})
+    print(
+        f"{len(picked):,} images, {encoded:,} of them encoded now; {summary['codebook_usage']:.0%} of the codebook in use, "
+        f"perplexity {summary['perplexity']:.0f}, reconstruction {summary['psnr']:.1f} dB -> {out}"
+    )
+
+
+# --- encoding ----------------------------------------------------------------------------------
+
+
+def _codes(tokenizer: Any, device: torch.device, picked: Subset, model: ModelConfig, config: TokensConfig) -> tuple[np.ndarray, int]:
+    """Codes of every image (uint16 (N, T)), and how many had to be encoded for it."""
+    named = {"format": FORMAT, "tokenizer": data.tokenizer_digest(model), "image_size": model.image_size, "crop": config.crop}
+    name = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:24]
+    folder = data.state_dir("tokens", name)
+    with data.locked(folder / "lock"):
+        cache = Cache(folder, {**named, "codes": _num_codes(tokenizer, device, model.image_size), "vocab": tokenizer.vocab})
+        missing = [i for i, digest in enumerate(picked.sha256) if digest not in cache]
+        with tqdm(total=len(missing), desc="tokens", unit="image", disable=None) as bar:
+            for some, codes in encode(tokenizer, device, picked, missing, model.image_size, config):
+                cache.append([picked.sha256[i] for i in some], codes)
+                bar.update(len(some))
+        return cache.take(picked.sha256), len(missing)
+
+
+def encode(
+    tokenizer: Any, device: torch.device, picked: Subset, wanted: Sequence[int], size: int, config: TokensConfig
+) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    """Some images of a subset, batch by batch: their numbers and their codes, uint16 (B, T)."""
+    pixels = data.parallel(lambda i: crop(picked, i, size), wanted, config.workers)
+    for some in _batches(wanted, config.images_per_batch):
+        batch = np.stack([next(pixels) for _ in some])
+        padding = config.images_per_batch - len(some)
+        full = np.concatenate([batch, np.repeat(batch[:1], padding, axis=0)])
+        yield some, _encode(tokenizer, images.to_float(full).to(device))[: len(some)]
+
+
+def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def crop(picked: Subset, i: int, size: int) -> np.ndarray:
+    """Image ``i`` of a subset as the tokenizer sees it: uint8 (size, size, 3)."""
+    try:
+        # no limit of our own: the subset stage has applied the user's
+        return images.center_crop(images.decode(picked.image(i), max_pixels=2**62), size)
+    except ValueError as error:
+        raise ValueError(f"{picked.keys[i]}: {error}; the subset was made for another purpose or is damaged") from error
+
+
+@torch.inference_mode()
+def _encode(tokenizer: Any, batch: Tensor) -> np.ndarray:
+    codes = tokenizer.encode(batch).cpu().numpy()
+    if codes.min() < 0 or codes.max() >= tokenizer.vocab:
+        raise ValueError(f"the tokenizer gave codes from {codes.min()} to {codes.max()}, outside of its codebook of {tokenizer.vocab}")
+    return codes.astype(np.uint16)
+
+
+def _num_codes(tokenizer: Any, device: torch.device, size: int) -> int:
+    if tokenizer.vocab > 2**16:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab} codes; more than 65536 do not fit in uint16, in which codes are kept")
+    return _encode(tokenizer, torch.zeros(1, 3, size, size, device=device)).shape[1]
+
+
+# --- cache -------------------------------------------------------------------------------------
+
+
+class Cache:
+    """Codes by the sha256 of the encoded image, in a file that only grows. Hold a lock around it.
+
+    ``named`` is what the codes depend on beside the image; a folder with another name inside is refused.
+    """
+
+    def __init__(self, folder: Path, named: dict[str, Any]) -> None:
+        self._require_name(folder / "cache.json", named)
+        self.path = folder / "codes.bin"
+        self.record = np.dtype([("sha256", "V32"), ("codes", "<u2", (named["codes"],)), ("check", "<u4")])
+        self.path.touch()
+        records = self._whole()
+        os.truncate(self.path, records.nbytes)  # a killed run's torn end
+        self.rows = {record.tobytes(): row for row, record in enumerate(records["sha256"])}
+
+    def _require_name(self, path: Path, named: dict[str, Any]) -> None:
+        if not path.is_file():
+            data.write_json(path, named)
+        elif data.read_json(path) != named:
+            raise ValueError(f"{path.parent} holds codes that were made otherwise (see cache.json in it); delete it, it will be made anew")
+
+    def _whole(self) -> np.ndarray:
+        """The records up to the first that is torn."""
+        count = self.path.stat().st_size // self.record.itemsize
+        records = np.memmap(self.path, self.record, "r", shape=(count,)) if count else np.empty(0, self.record)
+        for row in range(count):
+            if _check(records[row]) != records["check"][row]:
+                return records[:row]
+        return records
+
+    def __contains__(self, sha256: str) -> bool:
+        return bytes.fromhex(sha256) in self.rows
+
+    def append(self, sha256: Sequence[str], codes: np.ndarray) -> None:
+        """Keep codes (uint16 (B, T)); they are on the disk when this returns."""
+        records = np.zeros(len(sha256), self.record)
+        records["codes"] = codes
+        for row, digest in enumerate(sha256):
+            records["sha256"][row] = np.void(bytes.fromhex(digest))
+            records["check"][row] = _check(records[row])
+            self.rows[bytes.fromhex(digest)] = len(self.rows)
+        with self.path.open("ab") as file:
+            file.write(records.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def take(self, sha256: Sequence[str]) -> np.ndarray:
+        """Codes of these images, uint16 (N, T)."""
+        records = np.memmap(self.path, self.record, "r")
+        return records["codes"][[self.rows[bytes.fromhex(digest)] for digest in sha256]]
+
+
+def _check(record: np.void) -> int:
+    return zlib.crc32(record["codes"].tobytes(), zlib.crc32(record["sha256"].tobytes()))
+
+
+# --- what is said about them -------------------------------------------------------------------
+
+
+def describe(codes: np.ndarray, vocab: int) -> dict[str, Any]:
+    """Range of the codes (uint16 (N, T)), share of the codebook in use, and perplexity: 2^entropy of all codes pooled."""
+    counts = np.bincount(codes.ravel(), minlength=vocab)
+    shares = counts[counts > 0] / counts.sum()
+    return {
+        "codes": codes.shape[1],
+        "vocab": vocab,
+        "smallest": int(codes.min()),
+        "largest": int(codes.max()),
+        "codebook_usage": float((counts > 0).mean()),
+        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+    }
+
+
+@torch.inference_mode()
+def _reconstruct(
+    tokenizer: Any, device: torch.device, codes: np.ndarray, picked: Subset, model: ModelConfig, config: TokensConfig
+) -> dict[str, Any]:
+    """PSNR in dB of decoded codes against the cropped images, in uint8; mean and lowest of up to 256 images."""
+    judged = range(min(JUDGED, len(picked)))
+    originals = data.parallel(lambda i: crop(picked, i, model.image_size), judged, config.workers)
+    values: list[float] = []
+    for some in _batches(judged, config.images_per_batch):
+        decoded = images.to_uint8(tokenizer.decode(torch.from_numpy(codes[list(some)].astype(np.int64)).to(device)))
+        for made in decoded.permute(0, 2, 3, 1).cpu().numpy():
+            values.append(psnr(made, next(originals)))
+    return {"psnr": float(np.mean(values)), "psnr_lowest": float(np.min(values)), "psnr_images": len(values)}
+
+
+def psnr(made: np.ndarray, original: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 images in dB; 100 at most (the same image)."""
+    error = np.square(made.astype(np.float64) - original).mean()
+    return min(100.0, 10 * math.log10(255**2 / error)) if error else 100.0
+
+
+def _require_valid(codes: np.ndarray, summary: dict[str, Any], config: TokensConfig) -> None:
+    """Raises ValueError for codes that are no basis for tuning; the cache keeps them all the same."""
+    if summary["largest"] >= summary["vocab"]:
+        raise ValueError(f"code {summary['largest']} lies outside of the codebook of {summary['vocab']}")
+    if summary["codebook_usage"] < config.min_codebook_usage:
+        raise ValueError(
+            f"{summary['codebook_usage']:.1%} of the codebook occur in the subset, less than tokens.min_codebook_usage "
+            f"{config.min_codebook_usage:.1%}; take more or more varied images, or another tokenizer"
+        )
+    same = len(np.unique(codes, axis=0))
+    if same == 1 and len(codes) > 1:
+        raise ValueError("every image has the same codes; the tokenizer's weights are not those of a trained tokenizer")
