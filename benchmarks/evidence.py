@@ -1,0 +1,213 @@
+"""Does VA-pi do here what the paper says it does? Arms, seeds and controls on the embedded world.
+
+    python benchmarks/evidence.py [--out artifacts/evidence] [--samples 5000]
+
+Two pretraining seeds x three tuning seeds of every arm: VA-pi, the prior alone (in the paper about the
+base), the reward alone (in the paper a collapse). Each arm gets the same search of learning rates, on
+the validation images with pretraining seed 0 and a tuning seed of its own; the reported numbers come
+from the reference images, which chose nothing. Base and VA-pi are also compared each at its best
+temperature. Resumable: whatever is finished is kept; the same command goes on. Prints JSON on the last
+line, and writes evidence.json and evidence.md beside the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from vapi import config, data, models
+from vapi.config import Config, EvaluateConfig, ModelConfig, TuneConfig
+from vapi.digits import build
+from vapi.evaluate import evaluate
+from vapi.subset import subset
+from vapi.tokens import tokens
+from vapi.tune import tune
+
+ARMS: dict[str, dict[str, Any]] = {"va-pi": {}, "prior alone": {"policy_weight": 0.0}, "reward alone": {"prior_weight": 0.0}}
+SHOWN = ("fid", "kid", "inception_score", "precision", "recall", "class_accuracy", "fid_random")
+Scores = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is run."""
+
+    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4)
+    pretraining_seeds: tuple[int, ...] = (0, 1)
+    tuning_seeds: tuple[int, ...] = (0, 1, 2)
+    search_seed: int = 1000
+    search_samples: int = 2000
+    samples: int = 5000
+
+
+class Evidence:
+    """The runs under one folder; a run that is there is not made again."""
+
+    def __init__(self, out: Path, params: Config, plan: Plan, world: build.World) -> None:
+        self.out, self.params, self.plan, self.world = out, params, plan, world
+        self.subset, self.tokens = out / "subset", out / "tokens"
+
+    def prepare(self) -> None:
+        """Subset and tokens."""
+        if not self.subset.exists():
+            subset(self.params.subset, self.subset)
+        if not self.tokens.exists():
+            tokens(self.params.model, self.params.tokens, self.subset, self.tokens)
+
+    def pretrain(self) -> None:
+        """A generator per pretraining seed."""
+        for seed in self.plan.pretraining_seeds:
+            path = Path(self.model(seed).generator)
+            if not path.exists():
+                print(f"pretraining the generator with seed {seed}", flush=True)
+                build.pretrain_generator(
+                    models.load_tokenizer(self.params.model), path, self.world, seed, lambda line: print(line, flush=True)
+                )
+
+    def model(self, pretraining: int) -> ModelConfig:
+        """Pretraining seed 0 is the bundled generator."""
+        if pretraining == 0:
+            return self.params.model
+        return dataclasses.replace(self.params.model, generator=str(self.out / f"pretrained-{pretraining}" / "generator.safetensors"))
+
+    def tuned(self, arm: str, lr: float, pretraining: int, seed: int) -> Path:
+        """The folder of a tuned model."""
+        chosen = dataclasses.replace(self.params.tune, **ARMS[arm], lr=lr, seed=seed)
+        folder = self.out / "tune" / f"{arm.replace(' ', '-')}-lr{lr:g}-p{pretraining}-s{seed}"
+        if not folder.exists():
+            print(f"tuning: {folder.name}", flush=True)
+            tune(self.model(pretraining), chosen, self.subset, self.tokens, folder)
+        _require_same(folder, chosen)
+        return folder
+
+    def scores(self, folder: Path, pretraining: int, how: EvaluateConfig, purpose: str) -> Scores:
+        """metrics.json of a tuned model against its base."""
+        out = self.out / purpose / folder.name
+        if not out.exists():
+            evaluate(self.model(pretraining), how, folder, out)
+        result: Scores = data.read_json(out / "metrics.json")
+        return result
+
+    def search(self, arm: str) -> dict[str, Scores]:
+        """The same learning rates for every arm, judged on the validation images."""
+        how = dataclasses.replace(
+            self.params.evaluate,
+            reference=self.params.evaluate.validation,
+            samples=self.plan.search_samples,
+            seeds=[0],
+            temperatures=[1.0],
+            guidances=[1.0],
+        )
+        folders = {lr: self.tuned(arm, lr, 0, self.plan.search_seed) for lr in self.plan.rates}
+        return {f"{lr:g}": self.scores(folder, 0, how, "search")["tuned"] for lr, folder in folders.items()}
+
+    def report(self, arm: str, lr: float) -> list[Scores]:
+        """Every pretraining and tuning seed at the chosen rate, against the reference images."""
+        temperatures = self.params.evaluate.temperatures if arm == "va-pi" else [1.0]
+        how = dataclasses.replace(self.params.evaluate, samples=self.plan.samples, seeds=[0], temperatures=temperatures)
+        rows = []
+        for pretraining in self.plan.pretraining_seeds:
+            for seed in self.plan.tuning_seeds:
+                metrics = self.scores(self.tuned(arm, lr, pretraining, seed), pretraining, how, "report")
+                rows.append(
+                    {"pretraining": pretraining, "seed": seed, **{k: v for k, v in metrics.items() if k not in ("protocol", "sweep")}}
+                )
+        return rows
+
+
+def _require_same(folder: Path, chosen: TuneConfig) -> None:
+    made = data.read_json(folder / "config.json")["sections"]["tune"]
+    if made != config.plain(chosen):
+        raise ValueError(f"{folder} was made with other settings; move it away, or give another --out")
+
+
+def interval(differences: list[float]) -> dict[str, float]:
+    """Mean of paired differences with a 95 % interval (Student's t). Runs of one pretraining seed share their
+    base, so it is too narrow as a statement about other bases."""
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    half = float(student.ppf(0.975, len(differences) - 1)) * error
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def spread(rows: list[Scores], which: str, name: str) -> dict[str, float]:
+    """Mean and standard deviation over models; a base that several runs share counts once."""
+    models_once = {row["weights"][which.removesuffix("_best")]: row[which][name] for row in rows}
+    values = list(models_once.values())
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def summarise(found: dict[str, list[Scores]]) -> Scores:
+    """Means over runs, paired differences with the base, and the comparison at each one's best."""
+    shown = found["va-pi"]
+    rows: Scores = {"base": {name: spread(shown, "base", name) for name in SHOWN}}
+    for arm, runs in found.items():
+        rows[arm] = {name: spread(runs, "tuned", name) for name in SHOWN}
+        rows[arm]["fid minus base"] = interval([run["tuned"]["fid"] - run["base"]["fid"] for run in runs])
+    pairs = list(zip(found["va-pi"], found["prior alone"], strict=True))
+    rows["va-pi"]["fid minus prior alone"] = interval([a["tuned"]["fid"] - b["tuned"]["fid"] for a, b in pairs])
+    rows["base at its best"] = {name: spread(shown, "base_best", name) for name in SHOWN}
+    rows["va-pi at its best"] = {name: spread(shown, "tuned_best", name) for name in SHOWN}
+    rows["va-pi at its best"]["fid minus base at its best"] = interval(
+        [run["tuned_best"]["fid"] - run["base_best"]["fid"] for run in shown]
+    )
+    return rows
+
+
+def markdown(rows: Scores, searched: dict[str, dict[str, Scores]], plan: Plan) -> str:
+    """The tables that the README quotes."""
+    seeds = f"{len(plan.pretraining_seeds)} pretraining x {len(plan.tuning_seeds)} tuning seeds"
+    lines = [f"{plan.samples:,} samples per model, {seeds}; mean and standard deviation over models.", ""]
+    lines += _table(["", *SHOWN], [[name, *(_cell(row[metric]) for metric in SHOWN)] for name, row in rows.items()])
+    lines += ["", "Paired differences in FID, mean and 95 % interval:", ""]
+    for name, row in rows.items():
+        for key, value in row.items():
+            if "minus" in key:
+                lines.append(f"- {name}: {key} = {value['mean']:+.2f} ({value['low']:+.2f} to {value['high']:+.2f})")
+    lines += ["", f"Learning rates searched (FID on the validation images, {plan.search_samples:,} samples):", ""]
+    rates = list(next(iter(searched.values())))
+    lines += _table(["arm", *rates], [[arm, *(f"{scores['fid']:.2f}" for scores in by_lr.values())] for arm, by_lr in searched.items()])
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3g} ± {value['std']:.2g}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def run(evidence: Evidence) -> Scores:
+    """Search, pretrain, repeat, summarise; evidence.json and evidence.md in the folder."""
+    evidence.prepare()
+    searched = {arm: evidence.search(arm) for arm in ARMS}
+    chosen = {arm: float(min(by_lr, key=lambda lr: by_lr[lr]["fid"])) for arm, by_lr in searched.items()}
+    evidence.pretrain()
+    found = {arm: evidence.report(arm, chosen[arm]) for arm in ARMS}
+    rows = summarise(found)
+    summary = {"plan": dataclasses.asdict(evidence.plan), "chosen": chosen, "summary": rows, "searched": searched, "runs": found}
+    config.write_text(evidence.out / "evidence.json", json.dumps(summary, indent=1) + "\n")
+    config.write_text(evidence.out / "evidence.md", markdown(rows, searched, evidence.plan))
+    return {"chosen": chosen, "summary": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("artifacts/evidence"))
+    parser.add_argument("--samples", type=int, default=Plan.samples)
+    arguments = parser.parse_args()
+    result = run(Evidence(arguments.out, config.load(), Plan(samples=arguments.samples), build.WORLD))
+    print((arguments.out / "evidence.md").read_text())
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
