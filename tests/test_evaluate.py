@@ -1,0 +1,361 @@
+"""The stage from end to end on a tiny policy, and every input it must refuse."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import TINY_GPT, write_tiny
+from PIL import Image
+
+from vapi import data, evaluate, models
+from vapi.config import EvaluateConfig, ModelConfig, TuneConfig
+from vapi.evaluate import Sampler, sample_seed
+from vapi.metrics import features as judges
+from vapi.metrics import stream
+from vapi.models import features as networks
+from vapi.models import weights
+from vapi.track import Run
+
+
+def write_images(path: Path, count: int, seed: int, size: int = 16, labels: np.ndarray | None = None) -> str:
+    """Smooth coloured blobs, sorted by class, as Hugging Face writes images."""
+    rng = np.random.default_rng(seed)
+    labels = np.sort(np.arange(count) % 10) if labels is None else labels
+    rows = []
+    for label in labels:
+        small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8) // 2 + np.uint8(10 * (label % 10))
+        buffer = io.BytesIO()
+        Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "PNG")
+        rows.append({"bytes": buffer.getvalue(), "path": ""})
+    pq.write_table(pa.table({"image": rows, "label": labels}), path)
+    return str(path)
+
+
+def write_tune(folder: Path, model: ModelConfig, generator_seed: int = 1) -> Path:
+    """A folder as the stage tune leaves it: other weights of the same shape."""
+    other = write_tiny(folder.parent / "other", seed=generator_seed)
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(Path(other.generator).read_bytes())
+    looks = [{"step": step, "holdout/reward": -0.5 + step / 10, "holdout/ce": 3.0, "holdout/entropy": 2.5} for step in (0, 1, 2)]
+    lines = [looks[0], *({"tune/reward": -0.4, "tune/ce": 3.1, "tune/entropy": 2.4, **look} for look in looks[1:])]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data.write_json(folder / "summary.json", {"holdout": {"images": 8, "first": looks[0], "last": looks[-1]}})
+    inputs = {"generator": data.file_digest(Path(model.generator)), "tokenizer": data.file_digest(Path(model.tokenizer))}
+    data.describe(folder, "tune", {"model": model, "tune": TuneConfig()}, inputs, 1.0)
+    return folder
+
+
+@dataclass
+class World:
+    """Everything the stage needs, in a folder that is a project of its own."""
+
+    root: Path
+    model: ModelConfig
+    config: EvaluateConfig
+    tune: Path
+
+    def run(self, out: str = "out", run: Run | None = None, **changes: object) -> dict:
+        config = dataclasses.replace(self.config, **changes)
+        evaluate.evaluate(self.model, config, self.tune, self.root / out, run or Run())
+        return json.loads((self.root / out / "metrics.json").read_text())
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    model = write_tiny(tmp_path / "base")
+    images = torch.randint(256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    weights.save(judges.calibrated(networks.random_twin(7), images), tmp_path / "metric.safetensors", {})
+    config = EvaluateConfig(
+        samples=40, seeds=[0], temperatures=[0.8, 1.0], guidances=[1.0], sweep_samples=20, images_per_batch=16, sheet_images=10,
+        reference=write_images(tmp_path / "reference.parquet", 50, 0), validation=write_images(tmp_path / "validation.parquet", 30, 1),
+        extractor=str(tmp_path / "metric.safetensors"),
+    )  # fmt: skip
+    yield World(tmp_path, model, config, write_tune(tmp_path / "tune", model))
+
+
+class Memory(Run):
+    """Keeps what a stage reports."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, float] = {}
+        self.shown: list[str] = []
+
+    def metrics(self, values: dict[str, float], step: int | None = None) -> None:
+        self.numbers |= values
+
+    def image(self, key: str, image: object, step: int | None = None) -> None:
+        assert Path(str(image)).is_file()
+        self.shown.append(key)
+
+    def artifact(self, path: Path | str, folder: str = "") -> None:
+        assert Path(path).is_file()
+        self.shown.append(Path(path).name)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "timing.json"}
+
+
+# --- the whole stage ---------------------------------------------------------------------------
+
+
+def test_from_end_to_end(world: World) -> None:
+    memory = Memory()
+    results = world.run(run=memory)
+    for name in ("base", "tuned", "base_best", "tuned_best"):
+        found = results[name]
+        assert found["images"] == 40 and found["fid"] > 0 and found["fid_std"] is None
+        assert {"kid", "inception_score", "precision", "recall", "class_accuracy", "fid_random"} <= set(found)
+    assert results["base"]["fid"] != results["tuned"]["fid"]
+    assert (results["base"]["reward"], results["tuned"]["reward"]) == (-0.5, -0.3)
+    assert set(results["anchors"]) == {"real", "reconstruction"} and results["anchors"]["real"]["images"] == 30
+    assert results["anchors"]["real"]["fid"] < results["base"]["fid"]
+    gap = results["exposure"]["base"]
+    assert gap["gap"] == pytest.approx(gap["fid_free_running"] - gap["fid_teacher_forced"], abs=1e-4) and gap["images"] == 30
+    assert len(results["sweep"]) == 4
+    with (world.root / "out" / "sweep.csv").open() as file:
+        assert [row["model"] for row in csv.DictReader(file)] == ["base", "base", "tuned", "tuned"]
+    with (world.root / "out" / "curves.csv").open() as file:
+        assert next(csv.DictReader(file))["tune/reward"] == ""
+    assert memory.numbers["base/fid"] == results["base"]["fid"] and "tuned_exposure/gap" in memory.numbers
+    assert memory.shown == ["samples/before_after", "samples/best", "report.html", "metrics.json"]
+    names = {"metrics.json", "report.html", "config.json", "sheet-before-after.png", "sheet-best.png", "sheet-anchors.png"}
+    assert names <= set(files(world.root / "out"))
+
+
+def test_best_is_the_best_of_the_sweep(world: World) -> None:
+    results = world.run()
+    for name in ("base", "tuned"):
+        best = min((point for point in results["sweep"] if point["model"] == name), key=lambda point: point["fid"])
+        assert results[f"{name}_best"]["temperature"] == best["temperature"]
+        if best["temperature"] == 1.0:
+            assert results[f"{name}_best"]["fid"] == results[name]["fid"]
+
+
+def test_the_same_bytes_with_and_without_features_from_before(world: World) -> None:
+    world.run()
+    first = files(world.root / "out")
+    world.run()
+    assert files(world.root / "out") == first
+    for folder in data.state_dir("evaluate").iterdir():  # as if nothing had ever been drawn
+        for part in folder.glob("*.safetensors"):
+            part.unlink()
+    world.run()
+    assert files(world.root / "out") == first
+
+
+def test_the_same_weights_give_the_same_numbers(world: World) -> None:
+    (world.tune / "model.safetensors").write_bytes(Path(world.model.generator).read_bytes())
+    results = world.run()
+    for pair in (("base", "tuned"), ("base_best", "tuned_best")):
+        one, other = ({k: v for k, v in results[name].items() if k != "reward"} for name in pair)
+        assert one == other
+    assert results["exposure"]["base"] == results["exposure"]["tuned"]
+
+
+def test_seeds_give_a_spread(world: World) -> None:
+    results = world.run(seeds=[0, 1, 2])
+    assert results["base"]["fid_std"] > 0 and results["exposure"]["base"]["gap_std"] > 0
+    assert results["base"]["reward"] == -0.5
+
+
+def test_batch_size_does_not_matter(world: World) -> None:
+    one, other = world.run(), world.run(images_per_batch=7)
+    for name in ("base", "tuned"):
+        for key in ("fid", "kid", "inception_score", "recall", "class_accuracy", "fid_random"):
+            assert other[name][key] == pytest.approx(one[name][key], rel=1e-3, abs=1e-6)
+
+
+def test_cores_do_not_matter(world: World) -> None:
+    world.run()
+    one = files(world.root / "out")
+    shutil.rmtree(world.root / ".vapi")
+    torch.set_num_threads(2)
+    world.run()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert files(world.root / "out") == one
+
+
+def test_guidance_is_swept_too(world: World) -> None:
+    results = world.run(guidances=[1.0, 1.5], temperatures=[1.0])
+    assert [(point["temperature"], point["guidance"]) for point in results["sweep"][:2]] == [(1.0, 1.0), (1.0, 1.5)]
+    assert results["sweep"][0]["fid"] != results["sweep"][1]["fid"]
+
+
+def test_samples_can_be_scaled_before_they_are_judged(world: World) -> None:
+    reference = write_images(world.root / "small.parquet", 30, 4, size=8)
+    results = world.run(resize=8, reference=reference)
+    assert results["protocol"]["resize"] == "bicubic to 8, before uint8"
+    with pytest.raises(ValueError, match="16 x 16 pixels, but 8 x 8 are compared"):
+        world.run(resize=8)
+
+
+# --- samples, and features kept ----------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_where_it_stopped(world: World) -> None:
+    drawn: list[range] = []
+    policy = models.load(world.model)
+    bench = evaluate.Bench.of(world.model, world.config, policy)
+    make = evaluate.Contestant(bench, "base", Path(world.model.generator)).draw(Sampler(), seed=0)
+
+    def dies_in_the_third_batch(numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(numbers)
+        return make(numbers)
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.judge.features({"set": "test"}, 40, dies_in_the_third_batch, "")
+    whole = bench.judge.features({"set": "other"}, 40, make, "")
+    drawn.clear()
+
+    def counts(numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn.append(numbers)
+        return make(numbers)
+
+    again = bench.judge.features({"set": "test"}, 40, counts, "")
+    assert [numbers.start for numbers in drawn] == [32]
+    assert torch.equal(again.pooled, whole.pooled) and torch.equal(again.labels, whole.labels)
+
+
+def test_the_base_is_drawn_once_for_many_tunings(world: World) -> None:
+    world.run()
+    known = {folder.name for folder in data.state_dir("evaluate").iterdir()}
+    (world.root / "second").mkdir()
+    world.tune = write_tune(world.root / "second" / "tune", world.model, generator_seed=2)
+    results = world.run("second-out")
+    new = {folder.name for folder in data.state_dir("evaluate").iterdir()} - known
+    plain_sweep_best_forced = 1 + 2 + (results["tuned_best"]["temperature"] != 1.0) + 1
+    assert len(new) == plain_sweep_best_forced
+
+
+def test_old_features_are_thrown_away_when_there_are_too_many(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.run()
+    monkeypatch.setattr(stream, "KEEP_BYTES", 1)
+    stream.prune()
+    assert any(data.state_dir("evaluate").iterdir())  # too young
+    monkeypatch.setattr(stream, "KEEP_SECONDS", 0)
+    stream.prune()
+    assert not any(data.state_dir("evaluate").iterdir())
+
+
+def test_labels_are_balanced_and_images_do_not_depend_on_their_batch(world: World) -> None:
+    bench = evaluate.Bench.of(world.model, world.config, models.load(world.model))
+    make = evaluate.Contestant(bench, "base", Path(world.model.generator)).draw(Sampler(), seed=3)
+    images, labels = make(range(20))
+    assert labels.bincount().tolist() == [2] * 10
+    alone, label = make(range(13, 14))
+    assert torch.equal(alone[0], images[13]) and label.item() == 3
+
+
+def test_sample_seeds_never_meet() -> None:
+    seeds = [evaluate.SWEEP_SEED, *range(20)]
+    blocks = sorted(sample_seed(seed, 0) for seed in seeds)
+    assert min(b - a for a, b in zip(blocks, blocks[1:])) > 10_000_000
+    assert all(0 <= sample_seed(seed, 49_999) < 2**32 for seed in seeds)
+
+
+def test_teacher_forced_draws_follow_the_policy(world: World) -> None:
+    """At a temperature near zero a draw is the likeliest code; here: a peaked policy redraws what it predicts."""
+    bench = evaluate.Bench.of(world.model, world.config, models.load(world.model))
+    contestant = evaluate.Contestant(bench, "base", Path(world.model.generator))
+    with torch.no_grad():
+        contestant.policy.generator.output.weight.mul_(1e4)
+    labels = bench.labels[:6]
+    true = contestant.policy.encode(evaluate._floats(bench.images, range(6), contestant.policy))
+    drawn = contestant._redraw(true, labels, torch.arange(6), seed=0)
+    likeliest = contestant.policy.logits(contestant.policy.condition(labels), true).argmax(-1)
+    assert (drawn == likeliest).float().mean() > 0.98
+
+
+# --- what is refused, before anything is drawn ---------------------------------------------------
+
+
+def refused(world: World, match: str, **changes: object) -> None:
+    with pytest.raises(ValueError, match=match):
+        world.run(**changes)
+    assert not (world.root / "out").exists() and not list(world.root.glob(".out*"))
+
+
+def test_missing_reference(world: World) -> None:
+    refused(world, "evaluate.reference is .*nowhere.parquet, which is not here", reference=str(world.root / "nowhere.parquet"))
+
+
+def test_reference_of_another_size(world: World) -> None:
+    wrong = write_images(world.root / "wide.parquet", 20, 3, size=24)
+    refused(world, "24 x 24 pixels, but 16 x 16 are compared", reference=wrong)
+    refused(world, "evaluate.validation .* 24 x 24", validation=wrong)
+
+
+def test_classes_out_of_range(world: World) -> None:
+    wrong = write_images(world.root / "classes.parquet", 20, 3, labels=np.arange(20))
+    refused(world, r"labels 0 \.\. 19, but the model draws classes 0 \.\. 9", reference=wrong)
+    none = write_images(world.root / "none.parquet", 20, 3, labels=np.full(20, -1))
+    refused(world, r"labels -1 \.\. -1", validation=none)
+
+
+def test_too_few_images(world: World) -> None:
+    refused(world, "evaluate.samples is 4; precision and recall need at least 5", samples=4)
+    refused(world, "evaluate.sweep_samples is 3", sweep_samples=3)
+    refused(world, "holds 4 images", reference=write_images(world.root / "few.parquet", 4, 3))
+
+
+def test_extractor_that_is_none(world: World) -> None:
+    refused(world, "evaluate.extractor is 'incepton'.*did you mean 'inception'", extractor="incepton")
+    refused(world, "data/models/nowhere.safetensors is not here", extractor="data/models/nowhere.safetensors")
+    refused(world, "does not fit the network", extractor=world.model.tokenizer)
+    refused(world, r"inception\.pth is not here", extractor="inception", extractor_weights=str(world.root / "inception.pth"))
+
+
+def test_extractor_with_damaged_weights(world: World) -> None:
+    state, _ = weights.read(world.config.extractor)
+    network = networks.FeatureNet()
+    network.load_state_dict(state)
+    with torch.no_grad():
+        network.head.bias[0] = float("nan")
+    weights.save(network, world.root / "damaged.safetensors", {})
+    refused(world, "not finite", extractor=str(world.root / "damaged.safetensors"))
+
+
+def test_no_tuned_weights(world: World) -> None:
+    (world.tune / "model.safetensors").unlink()
+    refused(world, "make it with: vapi tune")
+
+
+def test_tuned_from_another_base(world: World) -> None:
+    other = write_tiny(world.root / "elsewhere", seed=9)
+    world.model = dataclasses.replace(world.model, generator=other.generator)
+    refused(world, "tuned with another generator than")
+    world.model = dataclasses.replace(world.model, generator=str(world.root / "base" / "generator.safetensors"), tokenizer=other.tokenizer)
+    refused(world, "tuned with another tokenizer than")
+    world.model = dataclasses.replace(world.model, image_size=32)
+    refused(world, "model.image_size 16, and now it is 32")
+
+
+def test_tuned_checkpoint_of_another_size(world: World) -> None:
+    wide = write_tiny(world.root / "wide", gpt_config=dataclasses.replace(TINY_GPT, codes=64))
+    (world.tune / "model.safetensors").write_bytes(Path(wide.generator).read_bytes())
+    refused(world, "64 codes")
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(world: World) -> None:
+    (world.root / "out").mkdir()
+    (world.root / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="no stage of vapi wrote"):
+        world.run()
+    assert (world.root / "out" / "thesis.txt").read_text() == "years of work"

@@ -1,0 +1,174 @@
+"""The contract of a base model: causality, sampler equals teacher forcing, independence of batch mates."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_GPT, TINY_VQ, write_tiny
+
+from vapi import models
+from vapi.config import ModelConfig
+from vapi.models import gpt, sampler, vq, weights
+
+
+def codes_of(policy: models.Policy, rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(policy.vocab, (rows, policy.num_codes), generator=torch.Generator().manual_seed(seed))
+
+
+def test_causality(tiny_policy: models.Policy) -> None:
+    condition, context = tiny_policy.condition([3, 4]), codes_of(tiny_policy, 2)
+    before = tiny_policy.logits(condition, context)
+    for t in (0, 5, tiny_policy.num_codes - 1):
+        changed = context.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % tiny_policy.vocab
+        after = tiny_policy.logits(condition, changed)
+        assert torch.equal(before[:, : t + 1], after[:, : t + 1])
+        if t < tiny_policy.num_codes - 1:
+            assert not torch.equal(before[:, t + 1], after[:, t + 1])
+
+
+def test_class_matters(tiny_policy: models.Policy) -> None:
+    context = codes_of(tiny_policy, 1)
+    one, other = (tiny_policy.logits(tiny_policy.condition([c]), context) for c in (1, 2))
+    assert not torch.allclose(one[:, 0], other[:, 0])
+
+
+@torch.no_grad()
+def test_sampler_sees_the_teacher_forced_logits(tiny_policy: models.Policy) -> None:
+    condition, context = tiny_policy.condition([0, 9, 5]), codes_of(tiny_policy, 3)
+    model = tiny_policy.generator
+    cache = model.new_cache(3)
+    inputs, stepped = condition, []
+    for t in range(tiny_policy.num_codes):
+        stepped.append(model.step(inputs, t, cache))
+        inputs = context[:, t]
+    torch.testing.assert_close(torch.stack(stepped, 1), tiny_policy.logits(condition, context), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_do_not_depend_on_batch_mates(tiny_policy: models.Policy) -> None:
+    condition, context = tiny_policy.condition([0, 1, 2, 3]), codes_of(tiny_policy, 4)
+    together = tiny_policy.logits(condition, context)
+    alone = torch.cat([tiny_policy.logits(condition[i : i + 1], context[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_image_n_depends_on_seed_n_alone(tiny_policy: models.Policy, guidance: float) -> None:
+    labels = tiny_policy.condition([0, 1, 2, 3])
+    all_at_once = tiny_policy.generate(labels, [10, 11, 12, 13], guidance=guidance)
+    one = tiny_policy.generate(labels[2:3], [12], guidance=guidance)
+    assert torch.equal(all_at_once[2:3], one)
+    assert not torch.equal(all_at_once[0], tiny_policy.generate(labels[:1], [11], guidance=guidance)[0])
+
+
+def test_guidance_one_is_none_and_two_is_not(tiny_policy: models.Policy) -> None:
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sampler.guide(logits, 1.0), logits)
+    torch.testing.assert_close(sampler.guide(logits, 2.0), 2 * logits[:2] - logits[2:])
+
+
+def test_pick_follows_the_distribution() -> None:
+    p = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    counts = torch.bincount(sampler.pick(p.expand(10_000, 4), u), minlength=4) / 10_000
+    torch.testing.assert_close(counts, p, atol=1e-3, rtol=0)
+    assert sampler.pick(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([0.999999999999], dtype=torch.float64)).item() == 1
+
+
+def test_top_k_and_top_p_keep_the_likeliest() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    assert torch.isinf(sampler.keep_likely(logits, 2, 1.0)).tolist() == [[False, False, True, True]]
+    assert torch.isinf(sampler.keep_likely(logits, 0, 0.6)).tolist() == [[False, False, True, True]]
+    assert torch.equal(sampler.keep_likely(logits, 0, 1.0), logits)
+
+
+def test_low_temperature_is_greedy(tiny_policy: models.Policy) -> None:
+    labels = tiny_policy.condition([1, 1])
+    cold = tiny_policy.generate(labels, [1, 2], temperature=1e-4)
+    assert torch.equal(cold[0], cold[1])
+    greedy = tiny_policy.logits(labels, cold).argmax(-1)
+    assert torch.equal(greedy, cold)
+
+
+def test_decode_of_encode_has_the_shape_of_the_image(tiny_policy: models.Policy) -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = tiny_policy.encode(images)
+    assert codes.shape == (2, 16) and codes.max() < 32
+    assert tiny_policy.decode(codes).shape == images.shape
+
+
+def test_nearest_code_is_the_nearest() -> None:
+    torch.manual_seed(0)
+    quantizer = vq.Quantizer(TINY_VQ)
+    z = torch.randn(2, 4, 3, 3)
+    unit = torch.nn.functional.normalize(z, dim=1).flatten(2).transpose(1, 2)
+    distance = torch.cdist(unit.double(), quantizer.entries().double().expand(2, -1, -1))
+    assert torch.equal(quantizer.nearest(z), distance.argmin(-1))
+
+
+def test_save_and_load_again(tiny_policy: models.Policy, tiny_model: ModelConfig, tmp_path: Path) -> None:
+    tiny_policy.save(tmp_path / "m.safetensors")
+    again = models.load(tiny_model, tmp_path / "m.safetensors")
+    for (name, a), (_, b) in zip(tiny_policy.generator.state_dict().items(), again.generator.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert again.generator.config == tiny_policy.generator.config
+
+
+@pytest.mark.parametrize("wrap", ["", "model", "module", "state_dict"])
+def test_reads_torch_checkpoints(tiny_model: ModelConfig, tmp_path: Path, wrap: str) -> None:
+    state, _ = weights.read(tiny_model.tokenizer)
+    torch.save({wrap: state} if wrap else state, tmp_path / "vq.pt")
+    read, _ = weights.read(tmp_path / "vq.pt")
+    assert weights.shapes(read) == weights.shapes(state)
+
+
+def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": Path("x")}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="not executed"):
+        weights.read(tmp_path / "bad.pt")
+
+
+def test_missing_and_extra_keys_are_listed(tiny_model: ModelConfig, tmp_path: Path) -> None:
+    state, _ = weights.read(tiny_model.generator)
+    state["surplus"] = state.pop("norm.weight")
+    torch.save(state, tmp_path / "bad.pt")
+    config = dataclasses.replace(tiny_model, generator=str(tmp_path / "bad.pt"))
+    with pytest.raises(ValueError, match="names no heads"):
+        models.load(config)
+    with pytest.raises(ValueError, match="(?s)missing norm.weight.*unexpected surplus"):
+        weights.fill(gpt.Transformer(TINY_GPT), state, "bad.pt")
+
+
+def test_another_size_is_refused(tiny_model: ModelConfig, tmp_path: Path) -> None:
+    wide = write_tiny(tmp_path / "wide", gpt_config=dataclasses.replace(TINY_GPT, codes=64))
+    with pytest.raises(ValueError, match="64 codes"):
+        models.load(wide)
+    other = write_tiny(tmp_path / "vocab", vq_config=dataclasses.replace(TINY_VQ, vocab=48))
+    with pytest.raises(ValueError, match="do not belong together"):
+        models.load(other)
+    with pytest.raises(ValueError, match="not the weights of a class-conditional LlamaGen generator"):
+        models.load(dataclasses.replace(tiny_model, generator=tiny_model.tokenizer))
+    with pytest.raises(ValueError, match="not the weights of a LlamaGen tokenizer"):
+        models.load(dataclasses.replace(tiny_model, tokenizer=tiny_model.generator))
+
+
+def test_half_a_file_and_no_file(tiny_model: ModelConfig, tmp_path: Path) -> None:
+    half = Path(tiny_model.generator).read_bytes()[:1000]
+    (tmp_path / "half.safetensors").write_bytes(half)
+    with pytest.raises(ValueError, match="fetch it again"):
+        weights.read(tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match="dvc pull"):
+        weights.read("data/models/nowhere.safetensors")
+
+
+def test_misspelt_policy(tiny_model: ModelConfig) -> None:
+    with pytest.raises(ValueError, match="did you mean 'llamagen'"):
+        models.load(dataclasses.replace(tiny_model, policy="lamagen"))
+
+
+def test_class_out_of_range(tiny_policy: models.Policy) -> None:
+    with pytest.raises(ValueError, match="0 .. 9"):
+        tiny_policy.condition([11])

@@ -1,0 +1,109 @@
+"""Rewards: parts by hand, LPIPS against the package, custom functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vapi import rewards
+from vapi.models import features
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_parts_by_hand() -> None:
+    target = torch.zeros(2, 3, 8, 8)
+    decoded = torch.stack([target + 0.5, target - 2.0], dim=1)  # (B, G, 3, H, W), the second far outside [-1, 1]
+    total, parts = rewards.Reward({"mse": 1.0, "l1": 0.5}).score(decoded, target)
+    torch.testing.assert_close(parts["mse"], torch.tensor([[-0.25, -4.0]]).expand(2, 2))  # not clamped
+    torch.testing.assert_close(parts["l1"], torch.tensor([[-0.5, -2.0]]).expand(2, 2))
+    torch.testing.assert_close(total, parts["mse"] + 0.5 * parts["l1"])
+
+
+def test_small_lpips_by_hand() -> None:
+    network = features.random_twin(3)
+    lpips = rewards.Lpips(network.features)
+    a, b = images(2, 3, 16, 16), images(2, 3, 16, 16, seed=1)
+    expected = torch.zeros(2)
+    for x, y in zip(network.features(a), network.features(b)):
+        x, y = (m / (m.square().sum(1, keepdim=True).sqrt() + 1e-10) for m in (x, y))
+        expected -= (x - y).square().mean((1, 2, 3))
+    torch.testing.assert_close(lpips(a, b), expected)
+    assert torch.equal(lpips(a, a), torch.zeros(2))
+
+
+def test_groups_are_rows() -> None:
+    lpips = rewards.Lpips(features.random_twin().features)
+    decoded, target = images(3, 4, 3, 16, 16), images(3, 3, 16, 16, seed=2)
+    total, parts = rewards.Reward({"mse": 1.0, "near": 1.0}, functions={"near": lpips}).score(decoded, target)
+    torch.testing.assert_close(parts["near"], torch.stack([lpips(decoded[:, g], target) for g in range(4)], dim=1))
+    torch.testing.assert_close(total, parts["mse"] + parts["near"])
+
+
+def test_features_of_an_image_are_computed_once() -> None:
+    seen: list[int] = []
+
+    def layers(x: Tensor) -> list[Tensor]:
+        seen.append(len(x))
+        return [x]
+
+    reward = rewards.Reward({"near": 1.0}, functions={"near": rewards.Lpips(layers)})
+    reward.score(images(4, 4, 3, 8, 8), images(4, 3, 8, 8))
+    assert sum(seen) == 4 * 4 + 4
+
+
+def test_custom_reward_registered_or_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def brightness(images: Tensor, targets: Tensor) -> Tensor:
+        return -(images.mean((1, 2, 3)) - targets.mean((1, 2, 3))).abs()
+
+    decoded, target = images(2, 3, 3, 8, 8), images(2, 3, 8, 8, seed=1)
+    passed, _ = rewards.Reward({"brightness": 2.0}, functions={"brightness": brightness}).score(decoded, target)
+    monkeypatch.setitem(rewards.REWARDS, "brightness", brightness)
+    registered, parts = rewards.Reward({"brightness": 2.0}).score(decoded, target)
+    assert torch.equal(passed, registered) and torch.equal(registered, 2 * parts["brightness"])
+
+
+def test_bad_rewards_are_refused() -> None:
+    with pytest.raises(ValueError, match="no reward is called 'lipps'; did you mean 'lpips'"):
+        rewards.Reward({"lipps": 1.0})
+    with pytest.raises(ValueError, match="nothing to optimise"):
+        rewards.Reward({"mse": 0.0})
+    with pytest.raises(ValueError, match="nowhere.safetensors is not here"):
+        rewards.Reward({"lpips": 1.0}, perceptual="data/nowhere.safetensors")
+    flat = rewards.Reward({"flat": 1.0}, functions={"flat": lambda images, targets: images.mean()})
+    with pytest.raises(ValueError, match="'flat' returned shape"):
+        flat.score(images(2, 3, 3, 8, 8), images(2, 3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def package() -> Iterator[torch.nn.Module]:
+    import lpips
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_vgg_equals_the_lpips_package(package: torch.nn.Module, tmp_path: Path) -> None:
+    names = {k.split(".", 1)[1]: v for k, v in package.net.state_dict().items()}  # slice3.10.weight -> 10.weight
+    torch.save({f"features.{k}": v for k, v in names.items()}, tmp_path / rewards.VGG_FILE)
+    torch.save({k: v for k, v in package.state_dict().items() if k.startswith("lin") and "lins" not in k}, tmp_path / rewards.LPIPS_FILE)
+    a, b = images(3, 3, 48, 48), images(3, 3, 48, 48, seed=1)
+    with torch.no_grad():
+        expected = package(a, b).flatten()
+    torch.testing.assert_close(-rewards.load_lpips("vgg", str(tmp_path))(a, b), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_missing_vgg_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=f"needs {tmp_path}/vgg16-397923af.pth; put https://download.pytorch.org"):
+        rewards.Reward({"lpips": 1.0}, perceptual="vgg", perceptual_weights=str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{tmp_path}/hub/checkpoints/vgg16-397923af.pth"):
+        rewards.Reward({"lpips": 1.0}, perceptual="vgg")

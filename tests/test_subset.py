@@ -1,0 +1,452 @@
+"""What is picked hangs on the seed and the keys alone; what cannot be used is named, never replaced."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from vapi import data, images, quality, sources
+from vapi.config import SubsetConfig
+from vapi.subset import subset, write_listing
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def png(number: int, width: int = 20, height: int = 18) -> bytes:
+    """A picture like no other."""
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return images.png_bytes(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST))
+
+
+def folder(root: Path, classes: int = 4, each: int = 6) -> Path:
+    for label in range(classes):
+        (root / f"class-{label}").mkdir(parents=True)
+        for i in range(each):
+            (root / f"class-{label}" / f"{i}.png").write_bytes(png(100 * label + i))
+    return root
+
+
+def config(source: Path, **changes: object) -> SubsetConfig:
+    return dataclasses.replace(SubsetConfig(source=str(source), images=0, classes=4, max_unreadable=0.2), **changes)  # type: ignore[arg-type]
+
+
+def fails(settings: SubsetConfig, out: Path, why: str) -> None:
+    """The stage says why, and leaves nothing."""
+    with pytest.raises(ValueError, match=why):
+        subset(settings, out)
+    assert not out.exists() and not list(out.parent.glob(".subset*"))
+
+
+def picks(settings: SubsetConfig, out: Path) -> list[str]:
+    subset(settings, out)
+    return data.read_subset(out).keys
+
+
+# --- what is picked ----------------------------------------------------------------------------
+
+
+def test_bytes_labels_and_manifest(tmp_path: Path) -> None:
+    source = folder(tmp_path / "src")
+    out = tmp_path / "artifacts" / "subset"
+    subset(config(source, images=12, images_per_shard=5), out)
+    made = data.read_subset(out)
+    assert len(made) == 12 and np.bincount(made.labels).tolist() == [3, 3, 3, 3]
+    for i, key in enumerate(made.keys):
+        assert made.image(i) == (source / key).read_bytes() and key.startswith(f"class-{made.labels[i]}/")
+    manifest = pd.read_parquet(out / "manifest.parquet")
+    assert list(manifest) == ["key", "label", "caption", "width", "height", "mode", "bytes", "sha256", "shard", "row"]
+    assert manifest["sha256"][0] == hashlib.sha256(made.image(0)).hexdigest() and manifest["width"].unique().tolist() == [20]
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("config.json", "images-00000.parquet", "images-00001.parquet", "images-00002.parquet", "manifest.parquet"),
+        *("quality.html", "quality.json", "quarantine.csv", "timing.json"),
+    ]
+    summary = data.read_json(out / "quality.json")
+    assert summary["passed"] and summary["classes"] == [3] * 4 and all(check["passed"] for check in summary["checks"])
+    first = data.file_digest(out)
+    subset(config(source, images=12, images_per_shard=5), out)
+    assert data.file_digest(out) == first
+
+
+def test_the_file_systems_order_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder(tmp_path / "src")
+    settings = config(source, images=10)
+    picked = picks(settings, tmp_path / "a")
+    entries = sources.Folder.entries
+
+    def shuffled(self: sources.Folder) -> list[sources.Entry]:
+        return random.Random(1).sample(found := entries(self), len(found))
+
+    monkeypatch.setattr(sources.Folder, "entries", shuffled)
+    assert picks(settings, tmp_path / "b") == picked
+    assert picks(dataclasses.replace(settings, seed=1), tmp_path / "c") != picked
+
+
+def test_a_larger_subset_begins_with_the_smaller_and_every_prefix_is_balanced(tmp_path: Path) -> None:
+    source = folder(tmp_path / "src")
+    small, large = (picks(config(source, images=n), tmp_path / str(n)) for n in (9, 24))
+    assert large[:9] == small
+    for n in range(1, 25):
+        counts = np.bincount([int(key[6]) for key in large[:n]], minlength=4)
+        assert counts.max() - counts.min() <= 1
+    random_picks = picks(config(source, images=9, balance="random", max_imbalance=0), tmp_path / "random")
+    assert len(set(random_picks)) == 9 and random_picks != small
+
+
+# --- sources -----------------------------------------------------------------------------------
+
+
+def table(tmp_path: Path, rows: list[dict[str, object]], name: str) -> Path:
+    path = tmp_path / name
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    else:
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, body in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            archive.addfile(info, io.BytesIO(body))
+    return path
+
+
+def samples(count: int = 8) -> list[tuple[str, bytes, int, str]]:
+    return [(f"{i:04d}", png(i), i % 4, f"picture <b>{i}</b>") for i in range(count)]
+
+
+def as_parquet(tmp_path: Path) -> Path:
+    (tmp_path / "pq").mkdir()
+    for part in range(2):
+        rows = samples()[part::2]
+        columns = {
+            "image": [{"bytes": body, "path": None} for _, body, _, _ in rows],
+            "label": [label for _, _, label, _ in rows],
+            "caption": [caption for _, _, _, caption in rows],
+        }
+        pq.write_table(pa.table(columns), tmp_path / "pq" / f"train-{part}.parquet", row_group_size=3)
+    return tmp_path / "pq"
+
+
+def as_binary(tmp_path: Path) -> Path:
+    columns = {name: [row[i] for row in samples()] for name, i in (("image", 1), ("label", 2), ("caption", 3))}
+    pq.write_table(pa.table(columns), tmp_path / "all.parquet")
+    return tmp_path / "all.parquet"
+
+
+def _as_table(tmp_path: Path, name: str) -> Path:
+    (tmp_path / "files").mkdir()
+    for key, body, _, _ in samples():
+        (tmp_path / "files" / f"{key}.png").write_bytes(body)
+    return table(tmp_path, [{"image": f"files/{key}.png", "label": label, "caption": text} for key, _, label, text in samples()], name)
+
+
+def as_csv(tmp_path: Path) -> Path:
+    return _as_table(tmp_path, "list.csv")
+
+
+def as_jsonl(tmp_path: Path) -> Path:
+    return _as_table(tmp_path, "list.jsonl")
+
+
+def as_tars(tmp_path: Path) -> Path:
+    (tmp_path / "tars").mkdir()
+    for part in range(2):
+        members = {}
+        for key, body, label, caption in samples()[part::2]:
+            members |= {f"./{key}.png": body, f"./{key}.cls": f"{label}\n".encode(), f"./{key}.txt": caption.encode()}
+        tar(tmp_path / "tars" / f"{part}.tar", members)
+    return tmp_path / "tars"
+
+
+def as_tar_with_json(tmp_path: Path) -> Path:
+    members = {}
+    for key, body, label, caption in samples():
+        members |= {f"d/{key}.json": json.dumps({"label": label, "caption": caption}).encode(), f"d/{key}.png": body}
+    return tar(tmp_path / "one.tar", members)
+
+
+@pytest.mark.parametrize("make", [as_parquet, as_binary, as_csv, as_jsonl, as_tars, as_tar_with_json])
+def test_every_source_gives_the_same_images(make: object, tmp_path: Path) -> None:
+    source = make(tmp_path)  # type: ignore[operator]
+    opened = sources.open_source(config(source))
+    entries = opened.entries()
+    assert len({entry.key for entry in entries}) == 8
+    read = {body: (entry.label, entry.caption) for entry, body in opened.read(reversed(entries))}
+    assert read == {body: (label, caption) for _, body, label, caption in samples()}
+    assert all(path.is_file() and not Path(name).is_absolute() for name, path in opened.files())
+    unlabelled = sources.open_source(config(source, classes=0)).entries()
+    assert {entry.label for entry in unlabelled} == {-1} and {entry.caption for entry in unlabelled} == {text for *_, text in samples()}
+
+
+def test_captions_instead_of_labels_end_to_end(tmp_path: Path) -> None:
+    subset(config(as_jsonl(tmp_path), classes=0, images=5), tmp_path / "subset")
+    made = data.read_subset(tmp_path / "subset")
+    assert made.labels.tolist() == [-1] * 5 and all(caption.startswith("picture") for caption in made.captions)
+
+
+def test_a_folder_without_classes_may_nest_and_hide(tmp_path: Path) -> None:
+    source = folder(tmp_path / "src", classes=2, each=2)
+    (source / "top.png").write_bytes(png(7))
+    (source / "class-0" / "deep").mkdir()
+    (source / "class-0" / "deep" / "x.JPG").write_bytes(png(8))
+    (source / ".cache").mkdir()
+    (source / ".cache" / "y.png").write_bytes(png(9))
+    (source / "class-0" / "notes.txt").write_text("no image")
+    keys = {entry.key for entry in sources.open_source(config(source, classes=0)).entries()}
+    assert keys == {"top.png", "class-0/0.png", "class-0/1.png", "class-1/0.png", "class-1/1.png", "class-0/deep/x.JPG"}
+    labelled = {entry.key: entry.label for entry in sources.open_source(config(source, classes=2)).entries()}
+    assert labelled["class-0/deep/x.JPG"] == 0 and labelled["class-1/1.png"] == 1 and "top.png" not in labelled
+
+
+def test_listing_tells_of_every_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = folder(tmp_path / "src"), tmp_path / "artifacts" / "listing.json"
+
+    def listed() -> list[dict[str, object]]:
+        write_listing(config(source), out)
+        return json.loads(out.read_text())
+
+    first = listed()
+    assert len(first) == 24 and first[0]["name"] == "class-0/0.png" and set(first[0]) == {"name", "bytes", "sha256"}
+    os.utime(source / "class-0" / "0.png", (1, 1))
+    assert listed() == first  # small: contents count
+    (source / "class-0" / "0.png").write_bytes(png(999))
+    assert listed() != first
+    monkeypatch.setattr("vapi.subset.HASHED_BELOW", 10)
+    first = listed()
+    assert set(first[0]) == {"name", "bytes", "changed"}
+    os.utime(source / "class-0" / "0.png", (2, 2))
+    assert listed() != first
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def test_unreadable_images_are_quarantined_and_replaced_by_the_next(tmp_path: Path) -> None:
+    source = folder(tmp_path / "src", classes=4, each=10)
+    good = picks(config(source, images=20), tmp_path / "good")
+    bad = {good[0]: b"words, not pixels", good[5]: (source / good[5]).read_bytes()[:60]}
+    for key, body in bad.items():
+        (source / key).write_bytes(body)
+    subset(config(source, images=20), tmp_path / "subset")
+    made = data.read_subset(tmp_path / "subset")
+    assert np.bincount(made.labels).tolist() == [5] * 4 and not set(bad) & set(made.keys)
+    assert set(good) - set(bad) < set(made.keys)  # the others stay
+    rows = pd.read_csv(tmp_path / "subset" / "quarantine.csv")
+    assert set(rows["key"]) == set(bad) and "not an image" in rows["reason"].str.cat() and "cannot be" in rows["reason"].str.cat()
+    assert data.read_json(tmp_path / "subset" / "quality.json")["unreadable"] == 2
+    fails(config(source, images=20, max_unreadable=0.05), tmp_path / "no", "2 of 2[01] examined images are unreadable.*not an image")
+
+
+def test_duplicates_keep_the_first_and_say_so(tmp_path: Path) -> None:
+    source = folder(tmp_path / "src")
+    (source / "class-1" / "5.png").write_bytes((source / "class-0" / "3.png").read_bytes())
+    (source / "class-2" / "4.png").write_bytes((source / "class-2" / "2.png").read_bytes())
+    subset(config(source, max_unreadable=0), tmp_path / "subset")  # a duplicate is readable
+    made = data.read_subset(tmp_path / "subset")
+    rows = {row["key"]: row["reason"] for row in csv.DictReader((tmp_path / "subset" / "quarantine.csv").open())}
+    assert len(made) == 22 and len(set(made.sha256)) == 22 and len(rows) == 2 and not set(rows) & set(made.keys)
+    for key, reason in rows.items():
+        assert reason.startswith("duplicate of ") and ("which has label" in reason) == (key[6] in "01")
+    fails(config(source, images=24), tmp_path / "no", "does not hold that many of every class.*duplicate of")
+
+
+def test_strange_modes_and_sizes_are_kept_as_they_are(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    source.mkdir()
+    rgb = Image.open(io.BytesIO(png(1)))
+    rgb.convert("CMYK").save(source / "cmyk.jpg")
+    rgb.quantize(8).save(source / "palette.png")
+    Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100).save(source / "sixteen.png")
+    rgb.resize((17, 700)).save(source / "tall.webp")
+    Image.new("RGB", (900, 1)).save(source / "strip.png")
+    subset(config(source, classes=0), tmp_path / "subset")
+    manifest = pd.read_parquet(tmp_path / "subset" / "manifest.parquet").set_index("key")
+    assert manifest["mode"].to_dict() == {"cmyk.jpg": "CMYK", "palette.png": "P", "sixteen.png": "I;16", "tall.webp": "RGB"}
+    assert 'strip.png,"900 x 1 is a strip' in (tmp_path / "subset" / "quarantine.csv").read_text()
+
+
+def test_too_small_images_fail_validation_by_name(tmp_path: Path) -> None:
+    source = folder(tmp_path / "src", each=3)
+    (source / "class-2" / "1.png").write_bytes(png(1, 40, 9))
+    fails(config(source), tmp_path / "subset", r"shorter side has at least 16 pixels: image class-2/1.png, 9")
+    subset(config(source, min_size=8), tmp_path / "subset")
+
+
+def test_unbalanced_classes_fail_validation_by_name(tmp_path: Path) -> None:
+    source = folder(tmp_path / "src", each=6)
+    for i in range(1, 6):
+        (source / "class-3" / f"{i}.png").unlink()
+    fails(config(source), tmp_path / "subset", "every class has at least 4 images .*: class 3, 1")
+    subset(config(source, max_imbalance=0), tmp_path / "subset")
+    fails(config(source, images=16), tmp_path / "no", "that is 4 of class 3, which has 1; ask for at most 4, or")
+
+
+def test_validation_names_every_kind_of_row() -> None:
+    frame = pd.DataFrame(
+        {
+            "key": ["a", "b", "b", "c"],
+            "label": [0, 7, 1, 1],
+            "caption": ["", "", None, ""],
+            **{"width": 20, "height": 20, "mode": "RGB", "bytes": 9, "shard": 0, "row": 0},
+            "sha256": ["x", "y", "z", "x"],
+        }
+    )
+    checks = quality.validate(frame, [("d", "not an image", False)], config(Path(), classes=2, max_imbalance=0))
+    with pytest.raises(ValueError, match="do not pass validation") as error:
+        quality.require(checks)
+    for words in (
+        "keys are unique: image b",
+        "same bytes (sha256): image a, x; c, x",
+        "0 .. 1: image b, 7",
+        "caption is never null: image b",
+    ):
+        assert words in str(error.value)
+    assert "unreadable" not in str(error.value)  # one in five, and a fifth is allowed
+    strict = quality.validate(frame, [("d", "", False), ("e", "", False)], config(Path(), classes=2, max_imbalance=0))
+    assert "examined image d" in "".join(quality._failure(check) for check in strict if not check.passed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"images": 25}, "subset.images is 25, and .* holds 24"),
+        ({"images": 25, "balance": "random"}, "holds 24"),
+        ({"classes": 3}, "holds 4 class folders .*subset.classes is 3"),
+        ({"classes": 5}, "holds 4 class folders"),
+        ({"format": "table"}, "is a folder"),
+        ({"format": "parquet"}, "holds no .parquet files"),
+    ],
+)
+def test_what_the_source_cannot_give(changes: dict[str, object], why: str, tmp_path: Path) -> None:
+    fails(config(folder(tmp_path / "src"), **changes), tmp_path / "subset", why)
+
+
+def test_empty_sources_and_classes(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    fails(config(Path("nowhere/at/all")), tmp_path / "subset", "nowhere/at/all is not here")
+    fails(config(tmp_path / "empty"), tmp_path / "subset", "holds no class folders")
+    fails(config(tmp_path / "empty", classes=0), tmp_path / "subset", "holds no images")
+    source = folder(tmp_path / "src")
+    for path in (source / "class-2").iterdir():
+        path.unlink()
+    fails(config(source), tmp_path / "subset", "class 2 is empty")
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 2]}), tmp_path / "x.parquet")
+    fails(config(tmp_path / "x.parquet"), tmp_path / "subset", "no images of class 1, 3")
+
+
+def test_everything_unreadable(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    source.mkdir()
+    (source / "a.png").write_text("words")
+    fails(config(source, classes=0), tmp_path / "subset", "1 of 1 examined images are unreadable")
+    fails(config(source, classes=0, max_unreadable=1.0), tmp_path / "subset", "no image of .* can be used: a.png: not an image")
+
+
+@pytest.mark.parametrize("label", [4, -1, "cat", None, 1.5, True])
+def test_labels_outside_of_the_classes(label: object, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    rows = [{"image": f"files/{i}.png", "label": i} for i in range(4)]
+    rows[2]["label"] = label
+    fails(config(table(tmp_path, rows, "list.jsonl")), tmp_path / "subset", "(outside of 0 .. 3.*files/2.png: |line 3, has label)")
+
+
+def test_missing_columns_name_the_nearest(tmp_path: Path) -> None:
+    fails(config(as_parquet(tmp_path), label_column="lable"), tmp_path / "subset", "no column 'lable'; did you mean 'label'")
+    fails(config(as_csv(tmp_path), image_column="img"), tmp_path / "subset", "no column 'img'; ")
+    fails(config(tmp_path / "list.csv", classes=0, caption_column="captoin"), tmp_path / "subset", "did you mean 'caption'")
+    subset(config(tmp_path / "list.csv", classes=0, caption_column="", images=2), tmp_path / "subset")
+    fails(config(tmp_path / "pq", image_column="label"), tmp_path / "no", "not image bytes")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "files/../../secret.png"])
+def test_tables_cannot_climb_out(name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(png(1))
+    (tmp_path / "in").mkdir()
+    for kind in ("list.csv", "list.jsonl"):
+        fails(config(table(tmp_path / "in", [{"image": name, "label": 0}], kind)), tmp_path / "subset", "leads out of the data")
+
+
+def test_tables_name_their_bad_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"image": "a.png", "label": 0}\n{"image": \n')
+    fails(config(tmp_path / "x.jsonl"), tmp_path / "subset", "line 2 is not JSON")
+    (tmp_path / "x.jsonl").write_text('{"image": "", "label": 0}\n')
+    fails(config(tmp_path / "x.jsonl"), tmp_path / "subset", "line 1 names no image")
+    (tmp_path / "x.jsonl").write_text('{"image": "gone.png", "label": 0}\n')
+    fails(config(tmp_path / "x.jsonl", classes=1), tmp_path / "subset", "gone.png: no such file")
+
+
+def test_archives_that_are_no_data_are_refused(tmp_path: Path) -> None:
+    whole = as_tar_with_json(tmp_path)
+    for name in ("../../x.png", "/x.png", "a/../../x.png"):
+        fails(config(tar(tmp_path / "out.tar", {name: png(1)})), tmp_path / "subset", "leads out of the data")
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+        with tarfile.open(tmp_path / "link.tar", "w") as archive:
+            info = tarfile.TarInfo("x.png")
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+        fails(config(tmp_path / "link.tar"), tmp_path / "subset", "link, a device")
+    (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:3000])
+    fails(config(tmp_path / "cut.tar"), tmp_path / "subset", "not a plain, whole tar")
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as archive:
+        archive.add(whole)
+    fails(config(tmp_path / "packed.tar"), tmp_path / "subset", "unpacked first")
+    fails(config(tar(tmp_path / "bare.tar", {"a.png": png(1)})), tmp_path / "subset", "a has no label")
+    fails(config(tar(tmp_path / "bad.tar", {"a.png": png(1), "a.json": b"["})), tmp_path / "subset", "is not JSON")
+
+
+def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_text("words")
+    fails(config(tmp_path / "x.parquet"), tmp_path / "subset", "is not a Parquet file")
+    (tmp_path / "x.zip").write_text("words")
+    fails(config(tmp_path / "x.zip"), tmp_path / "subset", "cannot tell what")
+
+
+def test_bombs_are_quarantined_unopened(tmp_path: Path) -> None:
+    source = folder(tmp_path / "src", classes=1)
+    (source / "class-0" / "bomb.png").write_bytes(png(1, 300, 300))
+    subset(config(source, classes=1, max_pixels=80_000), tmp_path / "subset")
+    assert 'bomb.png,"300 x 300 would unpack to 90,000 pixels' in (tmp_path / "subset" / "quarantine.csv").read_text()
+
+
+def test_markup_in_data_stays_text(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    (tmp_path / "files").mkdir()
+    for i in range(3):
+        (tmp_path / "files" / f"<img src=x>{i}.png").write_bytes(png(i) if i else b"")
+    rows = [{"image": f"files/<img src=x>{i}.png", "caption": evil} for i in range(3)]
+    subset(config(table(tmp_path, rows, "<u>.jsonl"), classes=0, max_unreadable=0.5), tmp_path / "subset")
+    page = (tmp_path / "subset" / "quality.html").read_text()
+    assert "<script" not in page and "<img src=x" not in page and "<u>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "&lt;img src=x&gt;0.png" in page
+    assert "http" not in page.split("</style>")[1]
+    assert data.read_subset(tmp_path / "subset").captions == [evil] * 2
+
+
+def test_read_only_output(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # permissions do not stop root, a file in the way does
+    with pytest.raises(ValueError, match="cannot write to"):
+        subset(config(folder(tmp_path / "src")), tmp_path / "file" / "subset")
