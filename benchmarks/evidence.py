@@ -1,13 +1,14 @@
 """Does VA-pi do here what the paper says it does? Arms, seeds and controls on the embedded world.
 
-    python benchmarks/evidence.py [--out artifacts/evidence] [--samples 5000]
+    python benchmarks/evidence.py [--out artifacts/evidence] [--samples 5000] [--workers 0]
 
 Two pretraining seeds x three tuning seeds of every arm: VA-pi, the prior alone (in the paper about the
 base), the reward alone (in the paper a collapse). Each arm gets the same search of learning rates, on
 the validation images with pretraining seed 0 and a tuning seed of its own; the reported numbers come
 from the reference images, which chose nothing. Base and VA-pi are also compared each at its best
-temperature. Resumable: whatever is finished is kept; the same command goes on. Prints JSON on the last
-line, and writes evidence.json and evidence.md beside the runs.
+temperature. Resumable: whatever is finished is kept; the same command goes on. Runs do not depend on each
+other: ``--workers`` of them go on at a time, by default one per core, with the cores shared out. Prints
+JSON on the last line, and writes evidence.json and evidence.md beside the runs.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
+import os
 import statistics
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from scipy.stats import t as student
 
 from vapi import config, data, models
@@ -61,15 +67,12 @@ class Evidence:
         if not self.tokens.exists():
             tokens(self.params.model, self.params.tokens, self.subset, self.tokens)
 
-    def pretrain(self) -> None:
-        """A generator per pretraining seed."""
-        for seed in self.plan.pretraining_seeds:
-            path = Path(self.model(seed).generator)
-            if not path.exists():
-                print(f"pretraining the generator with seed {seed}", flush=True)
-                build.pretrain_generator(
-                    models.load_tokenizer(self.params.model), path, self.world, seed, lambda line: print(line, flush=True)
-                )
+    def pretrain(self, seed: int) -> None:
+        """The generator of a pretraining seed."""
+        path = Path(self.model(seed).generator)
+        if not path.exists():
+            print(f"pretraining the generator with seed {seed}", flush=True)
+            build.pretrain_generator(models.load_tokenizer(self.params.model), path, self.world, seed, lambda line: print(line, flush=True))
 
     def model(self, pretraining: int) -> ModelConfig:
         """Pretraining seed 0 is the bundled generator."""
@@ -95,8 +98,8 @@ class Evidence:
         result: Scores = data.read_json(out / "metrics.json")
         return result
 
-    def search(self, arm: str) -> dict[str, Scores]:
-        """The same learning rates for every arm, judged on the validation images."""
+    def search(self, arm: str, lr: float) -> Scores:
+        """A learning rate, judged on the validation images."""
         how = dataclasses.replace(
             self.params.evaluate,
             reference=self.params.evaluate.validation,
@@ -105,21 +108,30 @@ class Evidence:
             temperatures=[1.0],
             guidances=[1.0],
         )
-        folders = {lr: self.tuned(arm, lr, 0, self.plan.search_seed) for lr in self.plan.rates}
-        return {f"{lr:g}": self.scores(folder, 0, how, "search")["tuned"] for lr, folder in folders.items()}
+        result: Scores = self.scores(self.tuned(arm, lr, 0, self.plan.search_seed), 0, how, "search")["tuned"]
+        return result
 
-    def report(self, arm: str, lr: float) -> list[Scores]:
-        """Every pretraining and tuning seed at the chosen rate, against the reference images."""
+    def report(self, arm: str, lr: float, pretraining: int, seed: int) -> Scores:
+        """A run at the chosen rate, against the reference images."""
         temperatures = self.params.evaluate.temperatures if arm == "va-pi" else [1.0]
         how = dataclasses.replace(self.params.evaluate, samples=self.plan.samples, seeds=[0], temperatures=temperatures)
-        rows = []
-        for pretraining in self.plan.pretraining_seeds:
-            for seed in self.plan.tuning_seeds:
-                metrics = self.scores(self.tuned(arm, lr, pretraining, seed), pretraining, how, "report")
-                rows.append(
-                    {"pretraining": pretraining, "seed": seed, **{k: v for k, v in metrics.items() if k not in ("protocol", "sweep")}}
-                )
-        return rows
+        metrics = self.scores(self.tuned(arm, lr, pretraining, seed), pretraining, how, "report")
+        return {"pretraining": pretraining, "seed": seed, **{k: v for k, v in metrics.items() if k not in ("protocol", "sweep")}}
+
+    def work(self, job: tuple[Any, ...]) -> Any:
+        """One of the above: (its name, arguments)."""
+        return getattr(self, job[0])(*job[1:])
+
+
+def share(evidence: Evidence, jobs: Iterable[tuple[Any, ...]], workers: int) -> list[Any]:
+    """The results of ``jobs`` in their order, ``workers`` at a time."""
+    cores = len(os.sched_getaffinity(0))
+    workers = workers or cores
+    if workers == 1:
+        return [evidence.work(job) for job in jobs]
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, fresh, torch.set_num_threads, (max(1, cores // workers),)) as pool:
+        return list(pool.map(evidence.work, jobs))
 
 
 def _require_same(folder: Path, chosen: TuneConfig) -> None:
@@ -185,17 +197,24 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def run(evidence: Evidence) -> Scores:
+def run(evidence: Evidence, workers: int = 1) -> Scores:
     """Search, pretrain, repeat, summarise; evidence.json and evidence.md in the folder."""
+    plan = evidence.plan
     evidence.prepare()
-    searched = {arm: evidence.search(arm) for arm in ARMS}
+    sweep = [("search", arm, lr) for arm in ARMS for lr in plan.rates]
+    scores = share(evidence, [*(("pretrain", seed) for seed in plan.pretraining_seeds), *sweep], workers)[len(plan.pretraining_seeds) :]
+    searched: dict[str, dict[str, Scores]] = {arm: {} for arm in ARMS}
+    for (_, arm, lr), score in zip(sweep, scores, strict=True):
+        searched[arm][f"{lr:g}"] = score
     chosen = {arm: float(min(by_lr, key=lambda lr: by_lr[lr]["fid"])) for arm, by_lr in searched.items()}
-    evidence.pretrain()
-    found = {arm: evidence.report(arm, chosen[arm]) for arm in ARMS}
+    grid = [("report", arm, chosen[arm], p, s) for arm in ARMS for p in plan.pretraining_seeds for s in plan.tuning_seeds]
+    found: dict[str, list[Scores]] = {arm: [] for arm in ARMS}
+    for job, row in zip(grid, share(evidence, grid, workers), strict=True):
+        found[job[1]].append(row)
     rows = summarise(found)
-    summary = {"plan": dataclasses.asdict(evidence.plan), "chosen": chosen, "summary": rows, "searched": searched, "runs": found}
+    summary = {"plan": dataclasses.asdict(plan), "chosen": chosen, "summary": rows, "searched": searched, "runs": found}
     config.write_text(evidence.out / "evidence.json", json.dumps(summary, indent=1) + "\n")
-    config.write_text(evidence.out / "evidence.md", markdown(rows, searched, evidence.plan))
+    config.write_text(evidence.out / "evidence.md", markdown(rows, searched, plan))
     return {"chosen": chosen, "summary": rows}
 
 
@@ -203,8 +222,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("artifacts/evidence"))
     parser.add_argument("--samples", type=int, default=Plan.samples)
+    parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0: one per core")
     arguments = parser.parse_args()
-    result = run(Evidence(arguments.out, config.load(), Plan(samples=arguments.samples), build.WORLD))
+    result = run(Evidence(arguments.out, config.load(), Plan(samples=arguments.samples), build.WORLD), arguments.workers)
     print((arguments.out / "evidence.md").read_text())
     print(json.dumps(result))
 

@@ -43,7 +43,7 @@ def test_the_whole_grid_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     build.build(Path("data"), build.TINY)
     plan = evidence.Plan(rates=(1e-3, 1e-2), tuning_seeds=(0,), search_samples=20, samples=20)
     grid = evidence.Evidence(Path("out"), tiny(tmp_path / "data"), plan, build.TINY)
-    result = evidence.run(grid)
+    result = evidence.run(grid, workers=2)
     written = json.loads(Path("out/evidence.json").read_text())
     assert set(written["runs"]) == set(evidence.ARMS) and all(len(runs) == 2 for runs in written["runs"].values())
     bases = {run["weights"]["base"] for run in written["runs"]["va-pi"]}
