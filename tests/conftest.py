@@ -57,7 +57,7 @@ class SenderThread(threading.Thread):
     """What sends a run's journal, as a thread: importing mlflow in a process of its own takes seconds."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(target=track.main, args=(folder,))
+        super().__init__(target=track.sender.main, args=(folder,))
         self.start()
 
     def poll(self) -> int | None:
@@ -70,4 +70,4 @@ class SenderThread(threading.Thread):
 @pytest.fixture
 def sender_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are sent from this process."""
-    monkeypatch.setattr(track, "_spawn", SenderThread)
+    monkeypatch.setattr(track.sender, "spawn", SenderThread)

@@ -14,7 +14,7 @@ from imports import MODULES, ROOT, reached
 from vapi import config
 from vapi.config import ARTIFACTS, STAGES, Config
 
-NO_RESULT = {"vapi", "vapi.config", "vapi.track"}
+NO_RESULT = {"vapi", "vapi.config", "vapi.run"}
 """Modules that a stage imports and that decide nothing of what it makes; params.yaml carries the values."""
 
 

@@ -26,7 +26,7 @@ from vapi.metrics import features as judges
 from vapi.metrics import stream
 from vapi.models import features as networks
 from vapi.models import weights
-from vapi.track import Run
+from vapi.run import Run
 
 
 def write_images(path: Path, count: int, seed: int, size: int = 16, labels: np.ndarray | None = None) -> str:

@@ -34,7 +34,8 @@ def test_the_mathematics_needs_torch_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("stage", sorted(STAGE_MODULES))
 def test_stages_meet_on_disk(stage: str) -> None:
-    assert not reached(stage, without=set()) & (STAGE_MODULES | ENTRY_POINTS) - {stage}
+    """And none knows where its numbers go."""
+    assert not reached(stage, without=set()) & (STAGE_MODULES | ENTRY_POINTS | {"vapi.track"}) - {stage}
     assert ours(stage) == ours(stage, deferred=False), "what a stage needs stands at its top, where DVC's dependencies are read off"
 
 
@@ -49,14 +50,15 @@ def test_models_and_metrics_do_not_know_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "owner"), [("mlflow", "vapi.track"), ("kubernetes", "vapi.cluster"), ("kfp", ""), ("great_expectations", "vapi.quality")]
+    ("library", "owner"),
+    [("mlflow", "vapi.track.sender"), ("kubernetes", "vapi.cluster"), ("kfp", ""), ("great_expectations", "vapi.quality")],
 )
 def test_a_service_has_one_importer(library: str, owner: str) -> None:
     assert {module for module in MODULES if library in libraries(module)} <= {owner}
 
 
 def test_mlflow_is_imported_only_when_it_is_used() -> None:
-    assert "mlflow" not in libraries("vapi.track", deferred=False, hints=False)
+    assert "mlflow" not in libraries("vapi.track.sender", deferred=False, hints=False)
 
 
 def test_the_command_line_imports_a_stage_only_once_it_was_named() -> None:

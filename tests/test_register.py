@@ -20,7 +20,7 @@ from PIL import Image
 
 from vapi import config, data, images, models, register, track
 from vapi.config import Config, ModelConfig, RegisterConfig
-from vapi.track import NO_RUN
+from vapi.run import NO_RUN
 
 REPO = Path(__file__).parent.parent
 BASE = {"fid": 14.0, "kid": 0.02, "inception_score": 4.0, "precision": 0.6, "recall": 0.5, "class_accuracy": 0.8, "fid_std": None}

@@ -177,7 +177,7 @@ def test_a_killed_run_is_reported_and_the_same_command_goes_on_in_it(clone: Path
     run = runs(clone)["tune"][0]
     assert run.info.status == "KILLED" and run.data.metrics == {"tune/reward": 40.0}
 
-    monkeypatch.setattr(track, "_spawn", SenderThread)
+    monkeypatch.setattr(track.sender, "spawn", SenderThread)
     with track.start("tune", Config()) as again:
         again.metrics({"tune/reward": 41.0}, 41)
     (resumed,) = runs(clone)["tune"]
@@ -187,7 +187,7 @@ def test_a_killed_run_is_reported_and_the_same_command_goes_on_in_it(clone: Path
 
 
 def test_a_journal_whose_sender_died_too_is_sent_whole_and_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(track, "PIECE", 7)
+    monkeypatch.setattr(track.sender, "PIECE", 7)
     with track.start("tune", settings()) as run:
         for step in range(30):
             run.metrics({"tune/reward": float(step)}, step)
@@ -195,7 +195,7 @@ def test_a_journal_whose_sender_died_too_is_sent_whole_and_once(project: Path, m
         kept = {path: path.read_bytes() for path in run.folder.rglob("*.png")}  # type: ignore[attr-defined]
     run.sender.wait()  # type: ignore[attr-defined]
     # as if the sender had been killed between sending a piece and noting that it did
-    state = track._State.read(run.folder)  # type: ignore[attr-defined]
+    state = track.State.read(run.folder)  # type: ignore[attr-defined]
     with (run.folder / "journal.jsonl").open("rb") as file:  # type: ignore[attr-defined]
         state.offset, state.done = sum(len(file.readline()) for _ in range(9)), False
     state.write(run.folder)  # type: ignore[attr-defined]

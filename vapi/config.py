@@ -296,7 +296,7 @@ class Stage:
 
 
 # A stage is the function vapi.<name>.<name>(**sections, **inputs, out, run): sections are config
-# dataclasses, inputs and out are folders (default artifacts/<name>), run is a vapi.track.Run.
+# dataclasses, inputs and out are folders (default artifacts/<name>), run is a vapi.run.Run.
 STAGES = {
     "subset": Stage("Pick images from a source and validate them.", ("subset",)),
     "tokens": Stage("Run the frozen tokenizer over the subset, once.", ("model", "tokens"), ("subset",)),

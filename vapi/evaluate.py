@@ -42,7 +42,7 @@ from vapi.metrics.fid import Features
 from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
 from vapi.models import Policy, sampler, weights
 from vapi.models import features as networks
-from vapi.track import NO_RUN, Run
+from vapi.run import NO_RUN, Run
 
 Scores = dict[str, Any]
 

@@ -29,7 +29,7 @@ from typing import Any
 from vapi import data
 from vapi.config import ModelConfig, RegisterConfig, nearest, plain, read_yaml
 from vapi.models import weights
-from vapi.track import NO_RUN, Run, Server
+from vapi.run import NO_RUN, Run, Server
 
 LOWER = ("fid", "kid", "fid_random")  # better when lower
 HIGHER = ("inception_score", "precision", "recall", "class_accuracy", "reward")

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from vapi import data, images, quality, sources
 from vapi.config import SubsetConfig, write_text
+from vapi.run import NO_RUN, Run
 from vapi.sources import Entry, Source
-from vapi.track import NO_RUN, Run
 
 HASHED_BELOW = 256 * 2**20
 """A source of fewer bytes is listed with the hash of each file, a larger one with the time of its last change."""

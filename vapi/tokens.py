@@ -33,7 +33,7 @@ from tqdm import tqdm
 from vapi import data, images, models
 from vapi.config import ModelConfig, TokensConfig
 from vapi.data import Subset
-from vapi.track import NO_RUN, Run
+from vapi.run import NO_RUN, Run
 
 FORMAT = 1
 """Of the cache's records. Raise it when crop or encoding change, and old codes are left behind."""

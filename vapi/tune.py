@@ -49,7 +49,7 @@ from vapi import checkpoint, data, grpo, images, models
 from vapi.config import ModelConfig, TuneConfig, plain
 from vapi.models import Policy, weights
 from vapi.rewards import Reward, network_files
-from vapi.track import NO_RUN, Run
+from vapi.run import NO_RUN, Run
 
 INTERRUPTED = 75
 """Exit code after SIGTERM or Ctrl-C (EX_TEMPFAIL): run the same command again to continue."""

@@ -1,0 +1,230 @@
+"""Where runs are compared: MLflow, reached through a journal.
+
+What a stage logs goes into an append-only journal on disk, and nothing else happens in the stage's
+own process: it never imports mlflow, never waits for a server, and loses nothing when it is killed.
+A second process reads the journal and ships it in batches. It remembers how far it came, and every
+record carries its own time and name, so sending one twice changes nothing. A server that cannot be
+reached costs a run one line of notice; the journal waits until the next run or ``vapi track
+--resend``.
+
+One parent run per pipeline execution, one child per stage. The parent is found by the hash of the
+resolved configuration and the data's digest, so stages that run apart meet in it. Metrics and images
+without a step are final: they go to the parent too, under the same names, so that two executions line
+up in the compare view. Under an injected run (``MLFLOW_RUN_ID``) the stage logs into that run and its
+parent instead.
+
+``journal.py`` is the files on disk, ``sender.py`` the other process, this file the stage's side. Left
+out on purpose: system metrics, autologging, and MLflow's fluent API with its global state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vapi import config as configs
+from vapi import data
+from vapi.config import ARTIFACTS, STAGES, Config
+from vapi.run import NO_RUN, Run, Server
+from vapi.track import sender
+from vapi.track.journal import State, claim, name_for, now, waiting
+from vapi.track.sender import connect, resend
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["connect", "data_digest", "execution", "resend", "start", "tracking_uri", "waiting"]
+
+log = logging.getLogger("vapi.track")
+
+PATIENCE = 30.0  # seconds a finished stage waits for a server that answers
+GRACE = 6.0  # seconds a finished stage waits for a server that has not answered yet
+BACKOFF = 30.0  # seconds before an unreachable server is tried again
+
+
+@contextlib.contextmanager
+def start(stage: str, config: Config, artifacts: Path = ARTIFACTS) -> Iterator[Run]:
+    """Track one stage. Never raises or waits long because of an unreachable server.
+
+    ``artifacts`` is the folder in which the stages' folders lie; it tells which earlier run made the
+    inputs of a stage whose predecessors were skipped.
+    """
+    if config.track.uri == "off" or os.environ.get("RANK", "0") != "0":
+        yield NO_RUN
+        return
+    run = _JournalRun(stage, config, artifacts)
+    try:
+        yield run
+    except Exception:
+        run.close("FAILED")
+        raise
+    except BaseException as stop:  # Ctrl-C, or a SIGTERM handler's exit
+        run.close("FINISHED" if isinstance(stop, SystemExit) and not stop.code else "KILLED")
+        raise
+    run.close("FINISHED")
+
+
+class _JournalRun(Run):
+    """A run that writes its journal, with a process beside it that sends it."""
+
+    def __init__(self, stage: str, config: Config, artifacts: Path) -> None:
+        header = _header(stage, config, artifacts)
+        self.stage, self.uri = stage, header["uri"]
+        self.lineage = {"execution": header["execution"], "data": header["tags"]["data"], "git": header["tags"]["git"]}
+        self.output, self.begin = artifacts / stage / "config.json", time.time()
+        self.folder, self.lock = claim(header)
+        self.journal = open(self.folder / "journal.jsonl", "a")  # noqa: SIM115  (closed in close())
+        self._write("start", **header)
+        self._send()
+
+    def _send(self) -> None:
+        self.sender, self.spawned = sender.spawn(self.folder), time.monotonic()
+
+    def _write(self, do: str, **fields: Any) -> None:
+        self.journal.write(json.dumps({"do": do, "time": now(), **fields}) + "\n")
+        self.journal.flush()
+
+    def _keep_sending(self) -> None:
+        """The sender stops when it cannot reach the server; try again now and then."""
+        if self.sender.poll() is not None and time.monotonic() - self.spawned > BACKOFF:
+            self._send()
+
+    def params(self, values: dict[str, Any]) -> None:
+        self._write("params", values={name_for(k): str(v) for k, v in values.items()})
+
+    def metrics(self, values: dict[str, float], step: int | None = None) -> None:
+        self._write("metrics", values={name_for(k): float(v) for k, v in values.items()}, step=step or 0, final=step is None)
+        self._keep_sending()
+
+    def image(self, key: str, image: Image | Path | str, step: int | None = None) -> None:
+        key = re.sub(r"[^\w\-./ ]", "_", key, flags=re.ASCII).replace("/", "~")
+        # the name that MLflow's own log_image gives: its image grid reads key and step from it
+        target = self._room() / f"{key}+step+{step or 0}+timestamp+{now()}+{uuid.uuid4()}.png"
+        if isinstance(image, (str, Path)):
+            shutil.copyfile(image, target)
+        else:
+            image.save(target)
+        self._write("image", file=str(target.relative_to(self.folder)), final=step is None)
+
+    def artifact(self, path: Path | str, folder: str = "") -> None:
+        path, target = Path(path), self._room() / Path(path).name
+        if path.is_dir():
+            shutil.copytree(path, target)
+        else:
+            shutil.copyfile(path, target)
+        self._write("artifact", file=str(target.relative_to(self.folder)), folder=folder)
+
+    def dataset(self, name: str, digest: str, source: Path | str) -> None:
+        self._write("dataset", name=name, digest=digest[:36], source=str(source))
+
+    def tag(self, key: str, value: str) -> None:
+        self._write("tag", key=name_for(key), value=str(value))
+
+    def _room(self) -> Path:
+        room = self.folder / "files" / uuid.uuid4().hex
+        room.mkdir(parents=True)
+        return room
+
+    def server(self) -> Server:
+        if self.sender.poll() is not None:
+            self._send()
+        state = self._wait(4 * PATIENCE)
+        if state.offset < self.journal.tell():
+            raise ValueError(
+                f"the MLflow server at {self.uri} cannot be reached ({state.error or 'no answer'}); start it, or point track.uri "
+                "(or MLFLOW_TRACKING_URI) at one that runs, then repeat the command"
+            )
+        client, mlflow = connect(self.uri), sender.fluent(self.uri, state.run)
+        return Server(mlflow, client, self.uri, state.run, state.parent, self.lineage)
+
+    def close(self, status: str) -> None:
+        made = status == "FINISHED" and self.output.is_file() and self.output.stat().st_mtime >= self.begin
+        self._write("end", status=status, output=f"{self.stage}:{data.file_digest(self.output)}" if made else "")
+        self.lock.release()
+        self._keep_sending()
+        state = self._wait(PATIENCE)
+        if state.offset < self.journal.tell():
+            log.warning(
+                "MLflow at %s has not got all of this run (%s); it waits in %s, and goes with the next run or: vapi track --resend",
+                self.uri, state.error or "slow answer", self.folder,
+            )  # fmt: skip
+        elif state.error:
+            log.warning("MLflow at %s refused a part of this run: %s", self.uri, state.error)
+        self.journal.close()
+
+    def _wait(self, patience: float) -> State:
+        """Until the sender has caught up, gave up, or patience ran out."""
+        begin = time.monotonic()
+        while self.sender.poll() is None:
+            state = State.read(self.folder)
+            known = state.reached or self.uri.startswith("sqlite:")
+            if state.offset >= self.journal.tell() or time.monotonic() - begin > (patience if known else GRACE):
+                break
+            time.sleep(0.05)
+        return State.read(self.folder)
+
+
+# --- what identifies a run ---------------------------------------------------------------------
+
+
+def _header(stage: str, config: Config, artifacts: Path) -> dict[str, Any]:
+    root = data.project_root()
+    flat = {name: str(value) for name, value in configs.flat(config).items() if not name.startswith("track.")}
+    tags = {name: os.environ[name] for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV") if os.environ.get(name)}
+    earlier = list(STAGES)[: list(STAGES).index(stage)]
+    return {
+        "journal": uuid.uuid4().hex,
+        "stage": stage,
+        "execution": execution(config),
+        "uri": tracking_uri(config, root),
+        "root": str(root),
+        "experiment": config.track.experiment,
+        "attach": os.environ.get("MLFLOW_RUN_ID", ""),
+        "params": flat,
+        "sections": STAGES[stage].sections,
+        "tags": {"data": data_digest(config), "git": _git(), "mlflow.source.name": f"vapi {stage}", "mlflow.source.type": "LOCAL", **tags},
+        "upstream": [f"{s}:{data.file_digest(p)}" for s in earlier if (p := artifacts / s / "config.json").is_file()],
+    }
+
+
+def execution(config: Config) -> str:
+    """What identifies one execution of the pipeline: the resolved configuration and the data."""
+    values = {name: value for name, value in configs.plain(config).items() if name != "track"}
+    text = json.dumps([values, data_digest(config)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def data_digest(config: Config) -> str:
+    """DVC's hash of ``data/`` when the source lies in it, else a hash of the source's names and sizes."""
+    source, pointer = Path(config.subset.source).absolute(), Path("data.dvc").absolute()
+    if pointer.is_file():
+        outs = configs.read_yaml(pointer.read_text())["outs"]
+        if any(source.is_relative_to(pointer.parent / out["path"]) for out in outs):
+            hashes = [str(out["md5"]) for out in outs]
+            return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:32]
+    found = sorted(source.iterdir()) if source.is_dir() else [source]
+    listing = [(path.name, path.stat().st_size if path.is_file() else -1) for path in found]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
+
+
+def tracking_uri(config: Config, root: Path) -> str:
+    """Configuration first, then MLFLOW_TRACKING_URI, then the database where ``mlflow ui`` in the clone looks."""
+    return config.track.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+
+
+def _git() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(FileNotFoundError):  # a machine without git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "none"
+    return "none"
