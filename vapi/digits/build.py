@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vapi.config import write_text
 from vapi.digits import paint, train
-from vapi.digits.train import Schedule
+from vapi.digits.train import GeneratorSchedule, Schedule
 from vapi.images import png_bytes, to_float
 from vapi.models import gpt, vq, weights
 
@@ -47,7 +47,7 @@ class World:
         dim=128, layers=3, heads=4, hidden=352, vocab=1024, codes=64, classes=10, token_dropout=0, residual_dropout=0, hidden_dropout=0
     )
     tokenizer_schedule: Schedule = Schedule(1800, 32, 1.5e-3)
-    generator_schedule: Schedule = Schedule(2200, 64, 3e-3)
+    generator_schedule: GeneratorSchedule = GeneratorSchedule(2400, 64, 3e-3, muon_lr=0.02, flat_steps=400)
     reward_schedule: Schedule = Schedule(1000, 64, 4e-3, seed=2)
     metric_schedule: Schedule = Schedule(1500, 64, 4e-3, seed=3)
 
@@ -60,7 +60,7 @@ TINY = World(
     held_out=50,
     generator=gpt.GPTConfig(dim=32, layers=1, heads=2, hidden=64, vocab=1024, codes=64, classes=10),
     tokenizer_schedule=Schedule(20, 16, 1.5e-3),
-    generator_schedule=Schedule(20, 16, 2e-3),
+    generator_schedule=GeneratorSchedule(20, 16, 2e-3, flat_steps=5),
     reward_schedule=Schedule(20, 16, 4e-3, seed=2),
     metric_schedule=Schedule(20, 16, 4e-3, seed=3),
 )
@@ -83,18 +83,18 @@ def build(out: Path, world: World, pretraining_seed: int = 0) -> dict[str, float
 
 
 def _feature_networks(out: Path, world: World, log: train.Log) -> dict[str, float]:
-    images, labels = paint.paint("metric", world.features["metric"], SEEDS["metric"], plain=False)
+    images, labels = paint.paint("metric", world.features["metric"], SEEDS["metric"], pose=1.0)
     unseen, their = paint.paint("validation", world.held_out, SEEDS["held out"])
     metric = train.train_metric_network(images, torch.as_tensor(labels), world.metric_schedule, log)
     weights.save(metric, out / "metric.safetensors", {"objective": "digit, ground and damage"})
-    images, _ = paint.paint("reward", world.features["reward"], SEEDS["reward"], plain=False)
+    images, _ = paint.paint("reward", world.features["reward"], SEEDS["reward"], pose=1.0)
     reward = train.train_reward_network(images, world.reward_schedule, log)
     weights.save(reward, out / "reward.safetensors", {"objective": "rotation and denoising"})
     return {"metric network: accuracy on unseen glyphs": train.accuracy(metric, unseen, torch.as_tensor(their))}
 
 
 def _generator_and_tokenizer(out: Path, world: World, seed: int, log: train.Log) -> dict[str, float]:
-    images, _ = paint.paint("train", world.pretraining, SEEDS["pretraining"], plain=False)
+    images, _ = paint.paint("train", world.pretraining, SEEDS["pretraining"], pose=1.0)
     unseen, _ = paint.paint("validation", world.held_out, SEEDS["held out"])
     tokenizer = train.train_tokenizer(images, world.tokenizer, world.tokenizer_schedule, log)
     weights.save(tokenizer, out / "tokenizer.safetensors", vq.metadata(world.tokenizer))
@@ -106,11 +106,13 @@ def _generator_and_tokenizer(out: Path, world: World, seed: int, log: train.Log)
 
 def pretrain_generator(tokenizer: vq.VQModel, out: Path, world: World, seed: int, log: train.Log) -> dict[str, float]:
     """Train a generator on a tokenizer's codes of the pretraining images, write it, and return its losses."""
-    images, labels = (torch.as_tensor(x) for x in paint.paint("train", world.pretraining, SEEDS["pretraining"]))
-    unseen, their = (torch.as_tensor(x) for x in paint.paint("validation", world.held_out, SEEDS["held out"]))
-    codes, held_out = train.encode_all(tokenizer, images.numpy()), (train.encode_all(tokenizer, unseen.numpy()), their)
+    images, digits = paint.paint("train", world.pretraining, SEEDS["pretraining"])
+    plain, _ = paint.paint("train", world.pretraining, SEEDS["pretraining"], textured=False)
+    unseen, their = paint.paint("validation", world.held_out, SEEDS["held out"])
+    codes, flat, labels = train.encode_all(tokenizer, images), train.encode_all(tokenizer, plain), torch.as_tensor(digits)
+    held_out = train.encode_all(tokenizer, unseen), torch.as_tensor(their)
     schedule = dataclasses.replace(world.generator_schedule, seed=seed)
-    generator = train.train_generator(codes, labels, held_out, world.generator, schedule, log)
+    generator = train.train_generator(codes, flat, labels, held_out, world.generator, schedule, log)
     weights.save(generator, out, gpt.metadata(world.generator))
     return {
         "tokenizer: codebook perplexity on pretraining images": perplexity(codes, world.tokenizer.vocab),

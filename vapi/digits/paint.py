@@ -17,12 +17,7 @@ SIDE = 32
 GLYPHS = 1797
 # Share of the glyphs of each class, in this order; the remainder goes to the last.
 SPLITS = {"reward": 0.14, "metric": 0.20, "validation": 0.12, "reference": 0.14, "train": 0.40}
-# Grounds of plain pictures, red green blue.
-PALETTE = np.array(
-    [[0.80, 0.22, 0.20], [0.90, 0.58, 0.15], [0.93, 0.85, 0.35], [0.30, 0.62, 0.27],
-     [0.20, 0.60, 0.65], [0.18, 0.32, 0.70], [0.50, 0.25, 0.60], [0.88, 0.55, 0.68]]
-)  # fmt: skip
-PLAIN_POSE = 0.35
+SMALL_POSE = 0.35
 # Luminance of red, green, blue (Rec. 601), to keep ink and ground apart.
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -55,16 +50,14 @@ def uniforms(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
     return np.stack([np.random.Generator(np.random.PCG64([seed, int(i)])).random(count) for i in indices])
 
 
-def colours(u: np.ndarray, palette: bool) -> np.ndarray:
-    """Colours (N, 3) from u (N, 3): any, or near one of the palette."""
-    if not palette:
-        return 0.05 + 0.9 * u
-    return PALETTE[(u[:, 0] * len(PALETTE)).astype(int)] + 0.06 * (u[:, 1:2] - 0.5) + 0.06 * (u[:, 2:3] - 0.5) * [1, 0, -1]
+def colour(u: np.ndarray) -> np.ndarray:
+    """A colour (..., 3), neither black nor white."""
+    return 0.05 + 0.9 * u
 
 
-def ground(u: np.ndarray, palette: bool) -> np.ndarray:
+def ground(u: np.ndarray) -> np.ndarray:
     """Two colours, mixed by a smooth wave: u (N, 14) -> (N, S, S, 3) in [0, 1]."""
-    first, second = (colours(u[:, 3 * k : 3 * k + 3], palette) for k in range(2))
+    first, second = colour(u[:, 0:3]), colour(u[:, 3:6])
     y, x = np.meshgrid(np.arange(SIDE) / SIDE, np.arange(SIDE) / SIDE, indexing="ij")
     field = np.zeros((len(u), SIDE, SIDE))
     for k in range(2):  # a slow wave and a faster, fainter one
@@ -104,19 +97,20 @@ def bilinear(images: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nd
     return top * (1 - fr) + bottom * fr
 
 
-def inks(u: np.ndarray, grounds: np.ndarray, palette: bool) -> np.ndarray:
+def inks(u: np.ndarray, grounds: np.ndarray) -> np.ndarray:
     """A colour (N, 3) that stands out: light on a dark ground, dark on a light one. u (N, 3)."""
-    u = 0.35 + 0.3 * u if palette else u
     light = (grounds.mean(axis=(1, 2)) @ LUMA < 0.5)[:, None]
     return np.where(light, 0.75 + 0.25 * u, 0.25 * u)
 
 
-def paint(name: str, count: int, seed: int, first: int = 0, plain: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def paint(
+    name: str, count: int, seed: int, first: int = 0, pose: float = SMALL_POSE, textured: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Images ``first`` .. ``first + count`` of a split: uint8 (N, S, S, 3) and labels int64 (N,).
 
-    Classes are balanced: image i shows class i mod 10. Plain pictures (what a generator learns and is
-    compared with) keep to a palette and to small poses, since a generator this small does not learn the
-    classes otherwise; the others (what tokenizer and feature networks learn) vary in full.
+    Classes are balanced: image i shows class i mod 10. What a generator learns and is compared with keeps
+    to small poses; tokenizer and feature networks learn from full ones (``pose`` 1). Without texture the
+    ground has one colour, and of an image's entropy the class is a large share.
     """
     shapes, labels = glyphs()
     members = split(name)
@@ -124,8 +118,8 @@ def paint(name: str, count: int, seed: int, first: int = 0, plain: bool = True) 
     indices = np.arange(first, first + count)
     u = uniforms(seed, indices, 24)
     chosen = np.array([by_class[i % 10][int(v * len(by_class[i % 10]))] for i, v in zip(indices, u[:, 23], strict=True)])
-    base = ground(u[:, :14], palette=plain)
-    ink = inks(u[:, 14:17], base, palette=plain)[:, None, None]
-    cover = masks(shapes[chosen], u[:, 17:22], PLAIN_POSE if plain else 1.0)[..., None]
+    base = ground(u[:, :14]) if textured else np.broadcast_to(colour(u[:, None, None, :3]), (count, SIDE, SIDE, 3))
+    ink = inks(u[:, 14:17], base)[:, None, None]
+    cover = masks(shapes[chosen], u[:, 17:22], pose)[..., None]
     image = base * (1 - cover) + ink * cover
     return np.floor(image * 255 + 0.5).astype(np.uint8), labels[chosen]

@@ -1,8 +1,8 @@
 """Pretraining of the four small networks: tokenizer, generator, and two feature networks.
 
-The generator is trained like LlamaGen (dropout, 10 % null class, AdamW) until its held-out
-cross-entropy has stopped falling; the two feature networks learn from different glyphs, with
-different objectives, so that what rewards is not what measures.
+The generator learns next codes with 10 % null class, as LlamaGen does, until its rate is annealed to
+zero; the two feature networks learn from different glyphs, with different objectives, so that what
+rewards is not what measures.
 
 B images, T codes, S side in pixels.
 """
@@ -40,6 +40,19 @@ class Schedule:
         if step < warm:
             return self.lr * (step + 1) / warm
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+@dataclass(frozen=True)
+class GeneratorSchedule(Schedule):
+    """Muon (momentum, then orthogonalised: torch.optim.Muon) for the matrices inside the layers, AdamW at ``lr`` for the
+    rest. At this size and length it learns in hundreds of steps what AdamW alone learns in thousands."""
+
+    muon_lr: float = 0.02
+    flat_steps: int = 0
+
+    def trapezoid(self, step: int) -> float:
+        """Up over 50 steps, level, and linearly to zero over the last 60 %."""
+        return min(1, (step + 1) / 50) * min(1, (self.steps - step) / (0.6 * self.steps))
 
 
 def batches(size: int, schedule: Schedule) -> Iterator[tuple[int, Tensor]]:
@@ -125,20 +138,32 @@ def encode_all(tokenizer: VQModel, images: np.ndarray, batch: int = 256) -> Tens
 
 
 def train_generator(
-    codes: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], config: GPTConfig, schedule: Schedule, log: Log
+    codes: Tensor, flat: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], config: GPTConfig, schedule: GeneratorSchedule, log: Log
 ) -> Transformer:
-    """Next-code prediction on codes (N, T), labels (N,); logs cross-entropy on held-out glyphs."""
+    """Next-code prediction on codes (N, T), labels (N,); logs cross-entropy on held-out glyphs.
+
+    The first steps see the codes of the same glyphs on flat grounds, ``flat`` (N, T): there the class is a
+    large share of what is to be learned, and what was learned of it stays.
+    """
     torch.manual_seed(schedule.seed)
     model = Transformer(config).train()
-
-    def loss_of(step: int, indices: Tensor) -> Tensor:
-        logits = model(labels[indices], codes[indices])
-        loss = F.cross_entropy(logits.flatten(0, 1), codes[indices].flatten())
-        if step % 250 == 0 or step == schedule.steps - 1:
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    muon = torch.optim.Muon(matrices, lr=schedule.muon_lr, momentum=0.95, weight_decay=0.05)
+    adam = torch.optim.AdamW(rest, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    for step, indices in batches(len(codes), schedule):
+        for optimizer, peak in ((muon, schedule.muon_lr), (adam, schedule.lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * schedule.trapezoid(step)
+        batch = (flat if step < schedule.flat_steps else codes)[indices]
+        loss = F.cross_entropy(model(labels[indices], batch).flatten(0, 1), batch.flatten())
+        if step % 100 == 0 or step == schedule.steps - 1:
             log(f"generator step {step}: train {loss.item():.4f}, held out {cross_entropy(model, *held_out):.4f}")
-        return loss
-
-    optimise(list(model.parameters()), schedule, 0.05, len(codes), loss_of)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step()
+        adam.step()
     return model.eval()
 
 
