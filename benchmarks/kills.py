@@ -3,7 +3,7 @@
     python benchmarks/kills.py [--kills 10] [--seed 0]      # JSON on standard output, minutes
 
 A tiny embedded world is built, the stages run once undisturbed, and then each again in another folder
-while it is being killed. Whatever a stage writes, timing.json aside, must come out the same to the bit,
+while it is being killed. Whatever a stage writes, provenance.json aside, must come out the same to the bit,
 and no half-written folder may ever stand where a result belongs. Exit code 1 if one differs.
 """
 

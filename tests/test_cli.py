@@ -49,7 +49,7 @@ def test_words_become_flags() -> None:
         ("tune", ["--model.device", "cpu"], "model.device", "cpu"),
         ("tune", ["--track.uri", "off"], "track.uri", "off"),
         ("tune", ["--track.uri="], "track.uri", ""),
-        ("tune", ["--tune.seed", "-1"], "tune.seed", -1),
+        ("tune", ["--tune.seed", "3"], "tune.seed", 3),
         ("evaluate", ["--evaluate.seeds", "0", "1", "2"], "evaluate.seeds", [0, 1, 2]),
         ("evaluate", ["--evaluate.seeds", "[0, 1]"], "evaluate.seeds", [0, 1]),
         ("evaluate", ["--temperatures", "0.9"], "evaluate.temperatures", [0.9]),
@@ -192,6 +192,17 @@ def test_a_recipe_diff_shows_what_the_file_changes(project: Path, capsys: pytest
     assert "differs from the recipe digits-prior-alone" in out and "tune.steps: 100 -> 7" in out
     assert "tune.rewards.mse: 1.0 -> absent" in out and "tune.rewards.l1: absent -> 1.0" in out and "policy_weight" not in out
     assert "tune.policy_weight: 1.0 -> 0.0" in call(capsys, "recipe", "diff", "digits")[1]
+
+
+def test_a_file_of_another_version_can_be_compared_and_help_still_helps(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = recipes.text("digits").replace("  group_size: 8\n", "  draws: 8\n")
+    (project / "params.yaml").write_text(text)
+    code, _, err = call(capsys, "tune")
+    assert code == 2 and "tune has no field 'draws'" in err
+    out = call(capsys, "recipe", "diff")[1]
+    assert "tune.group_size: 8 -> absent" in out and "tune.draws: absent -> 8" in out
+    code, out, _ = call(capsys, "tune", "--help")
+    assert code == 0 and "tune has no field 'draws'" in out and "--tune.group_size 8" in out
 
 
 # --- as a process ------------------------------------------------------------------------------

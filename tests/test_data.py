@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -34,7 +37,7 @@ def rows(count: int) -> list[data.Row]:
 
 
 def write(out: Path, count: int) -> None:
-    with data.output_folder(out) as folder:
+    with data.output_folder(out, "subset") as folder:
         data.write_subset(folder, rows(count))
         data.describe(folder, "subset", {"subset": SubsetConfig()}, {"source": "abc"}, 1.5)
 
@@ -62,7 +65,7 @@ def test_root_is_the_clone_around_throw_away_copies(tmp_path: Path, monkeypatch:
 def test_a_result_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "artifacts" / "subset"
     write(out, 3)
-    with pytest.raises(RuntimeError), data.output_folder(out) as folder:
+    with pytest.raises(RuntimeError), data.output_folder(out, "subset") as folder:
         (folder / "half").touch()
         raise RuntimeError
     assert names(out.parent) == ["subset"] and len(data.read_subset(out)) == 3  # the old one is still there
@@ -81,11 +84,48 @@ def test_foreign_folders_and_files_are_left_alone(tmp_path: Path) -> None:
     (mine / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="no stage of vapi wrote"):
         write(mine, 1)
+    (mine / "config.json").write_text('{"stage": "tune"}')
+    with pytest.raises(ValueError, match="holds the result of vapi tune"):
+        write(mine, 1)
     with pytest.raises(ValueError, match="is a file"):
         write(mine / "beach.jpg", 1)
     assert names(mine) == ["beach.jpg", "config.json"] and (mine / "beach.jpg").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", 1)
+
+
+def test_a_link_stays_a_link_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for count in (1, 2):
+        write(tmp_path / "out", count)
+    assert (tmp_path / "out").is_symlink() and len(data.read_subset(tmp_path / "disk")) == 2
+    assert names(tmp_path) == [".vapi", "disk", "out"]
+
+
+def test_killed_between_its_two_renames_it_restores_the_earlier_result(tmp_path: Path) -> None:
+    write(tmp_path / "out", 2)
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    with pytest.raises(RuntimeError), data.output_folder(tmp_path / "out", "subset"):
+        raise RuntimeError
+    assert names(tmp_path) == [".vapi", "out"] and len(data.read_subset(tmp_path / "out")) == 2
+
+
+def test_mount_points_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="is a mount point"):
+        write(Path("/proc"), 1)
+
+
+def test_a_read_only_result_is_refused_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "out", 1)
+    (tmp_path / "out").chmod(0o555)
+    code = (
+        "import sys; from pathlib import Path; from vapi import data\nwith data.output_folder(Path(sys.argv[1]), 'subset'): print('began')"
+    )
+    mortal = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    ran = subprocess.run([*mortal, sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True)
+    assert "is read-only" in ran.stderr and "began" not in ran.stdout
+    assert len(data.read_subset(tmp_path / "out")) == 1
 
 
 def test_a_place_that_cannot_be_written_is_an_error_in_words(tmp_path: Path) -> None:
@@ -119,14 +159,14 @@ def test_repeating_a_command_gives_the_same_bits(tmp_path: Path) -> None:
     digests = []
     for out in (tmp_path / "a", tmp_path / "b"):
         write(out, 40)
-        (out / "timing.json").write_text(str(time.time()))
+        assert set(json.loads((out / "provenance.json").read_text())["code"]) == {"version", "commit", "source"}
+        (out / "provenance.json").write_text(str(time.time()))
         digests.append(data.file_digest(out))
     assert digests[0] == digests[1]
     (tmp_path / "b" / "more").touch()
     assert data.file_digest(tmp_path / "b") != digests[0]
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["stage"] == "subset" and config["sections"]["subset"]["images"] == 2048 and config["inputs"] == {"source": "abc"}
-    assert set(config["code"]) == {"version", "commit", "source"}
     with pytest.raises(ValueError, match="is not here"):
         data.file_digest(tmp_path / "c")
 

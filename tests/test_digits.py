@@ -17,7 +17,7 @@ from vapi.metrics import fid
 from vapi.models import features
 
 DATA = Path("data")
-GOLDEN = "82d6d505219fb555f79d397fe7785594f191e10734687972b5356c20013e122a"
+GOLDEN = "311d0f77f9e4049de83bfa662628716a1c940ae84f4ff0fe98a48e10cc7b7199"
 bundled = pytest.mark.skipif(not (DATA / "models").is_dir(), reason="data/ is not here: dvc pull data.dvc")
 
 

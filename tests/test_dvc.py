@@ -202,9 +202,9 @@ def test_a_push_never_fills_the_clone(reproduced: Path) -> None:
 
 
 def test_what_only_the_clock_decides_is_no_result(reproduced: Path) -> None:
-    """timing.json is outside DVC, so that a stage that makes the same again does not set off those after it."""
+    """provenance.json is outside DVC, so that a stage that makes the same again does not set off those after it."""
     lock = (reproduced / "dvc.lock").read_text()
-    timing = reproduced / "artifacts/subset/timing.json"
+    timing = reproduced / "artifacts/subset/provenance.json"
     made = timing.stat().st_mtime_ns
     call(reproduced, "dvc", "repro", "--force", "--single-item", "subset")
     assert timing.stat().st_mtime_ns > made and (reproduced / "dvc.lock").read_text() == lock

@@ -106,7 +106,7 @@ class Memory(Run):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "timing.json"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "provenance.json"}
 
 
 # --- the whole stage ---------------------------------------------------------------------------

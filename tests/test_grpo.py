@@ -62,7 +62,7 @@ def test_draws_are_exact_in_the_tail() -> None:
     logits = torch.zeros(1, 1, 16384)
     logits[..., -1] = math.log(1e-6 * 16383)
     drawn = grpo.draw(logits, 4_000_000, 1.0, torch.tensor([3]))
-    assert (drawn == 16383).sum() <= 12  # 4 expected
+    assert 1 <= (drawn == 16383).sum() <= 12  # 4 expected
     assert drawn.unique().numel() > 16380
 
 

@@ -115,7 +115,7 @@ def test_caveats_tell_of_disagreement_and_of_the_price() -> None:
 def artifacts(folder: Path, found: dict) -> Path:
     for stage, seconds in (("subset", 1.5), ("tune", 70.25), ("evaluate", 90.0)):
         (folder / stage).mkdir()
-        (folder / stage / "timing.json").write_text(json.dumps({"seconds": seconds}))
+        (folder / stage / "provenance.json").write_text(json.dumps({"seconds": seconds}))
     (folder / "evaluate" / "metrics.json").write_text(json.dumps(found))
     return folder
 

@@ -101,6 +101,15 @@ def test_vgg_equals_the_lpips_package(package: torch.nn.Module, tmp_path: Path) 
     torch.testing.assert_close(-rewards.load_lpips("vgg", str(tmp_path))(a, b), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_distances_are_float32_under_autocast() -> None:
+    """Networks may run in bfloat16; a sum over channels in it would make ties of what the group compares."""
+    perceptual = rewards.Lpips(lambda x: [x], [torch.rand(3, generator=torch.Generator().manual_seed(0))])
+    a, b = images(2, 4, 3, 8, 8), images(2, 3, 8, 8, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = perceptual.grouped(a, b)
+    assert low.dtype == torch.float32 and torch.equal(low, perceptual.grouped(a, b))
+
+
 def test_missing_vgg_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=f"needs {tmp_path}/vgg16-397923af.pth; put https://download.pytorch.org"):
         rewards.Reward({"lpips": 1.0}, perceptual="vgg", perceptual_weights=str(tmp_path))

@@ -76,7 +76,7 @@ def test_bytes_labels_and_manifest(tmp_path: Path) -> None:
     assert manifest["sha256"][0] == hashlib.sha256(made.image(0)).hexdigest() and manifest["width"].unique().tolist() == [20]
     assert sorted(p.name for p in out.iterdir()) == [
         *("config.json", "images-00000.parquet", "images-00001.parquet", "images-00002.parquet", "manifest.parquet"),
-        *("quality.html", "quality.json", "quarantine.csv", "timing.json"),
+        *("quality.html", "quality.json", "quarantine.csv", "provenance.json"),
     ]
     summary = data.read_json(out / "quality.json")
     assert summary["passed"] and summary["classes"] == [3] * 4 and all(check["passed"] for check in summary["checks"])
@@ -397,6 +397,17 @@ def test_tables_name_their_bad_lines(tmp_path: Path) -> None:
     fails(config(tmp_path / "x.jsonl"), tmp_path / "subset", "line 1 names no image")
     (tmp_path / "x.jsonl").write_text('{"image": "gone.png", "label": 0}\n')
     fails(config(tmp_path / "x.jsonl", classes=1), tmp_path / "subset", "gone.png: no such file")
+
+
+def test_tables_that_are_no_tables_name_the_line(tmp_path: Path) -> None:
+    for text, why in (
+        (b"image,label\na.png,0,a cat, sitting\n", "line 2 has more fields than the header"),
+        (b"image,label\na.png,0\nb.png," + b"9" * 200_000 + b"\n", "after line 2: field larger"),
+        (b"image,label\na.png," + b"9" * 400 + b"\n", "labels are class ids"),
+        ("image,label\ngr\u00fcn.png,0\n".encode("latin-1"), "must be UTF-8 text"),
+    ):
+        (tmp_path / "x.csv").write_bytes(text)
+        fails(config(tmp_path / "x.csv"), tmp_path / "subset", why)
 
 
 def test_archives_that_are_no_data_are_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def subset(folder: Path, numbers: range | list[int]) -> Path:
 
 
 def encoded(out: Path) -> int:
-    return int(data.read_json(out / "timing.json")["encoded"])
+    return int(data.read_json(out / "provenance.json")["encoded"])
 
 
 def test_codes_are_the_tokenizers(tiny_model: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import write_tiny
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vapi import data, grpo, images, models, rewards
@@ -79,7 +80,7 @@ def lines(out: Path) -> list[dict[str, float]]:
 
 
 def same(a: Path, b: Path) -> bool:
-    names = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file() and p.name not in ("timing.json", "config.json"))
+    names = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file() and p.name not in ("provenance.json", "config.json"))
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
 
 
@@ -91,7 +92,7 @@ def test_output(inputs: dict[str, Any], tmp_path: Path) -> None:
     stage.tune(**inputs, tune=config(rewards={"mse": 1.0, "l1": 0.5}), out=out)
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     sheets = {"sheets/step-000000.png", "sheets/step-000004.png"}
-    assert names == {"model.safetensors", "metrics.jsonl", "summary.json", "config.json", "timing.json"} | sheets
+    assert names == {"model.safetensors", "metrics.jsonl", "summary.json", "config.json", "provenance.json"} | sheets
     rows = lines(out)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     wanted = "loss policy ce entropy reward reward_mse reward_l1 reward_std advantage_std clip_fraction grad_norm"
@@ -104,7 +105,7 @@ def test_output(inputs: dict[str, Any], tmp_path: Path) -> None:
     summary = data.read_json(out / "summary.json")
     assert summary["holdout"]["first"]["step"] == 0 and summary["holdout"]["last"]["step"] == 4 and summary["images_seen"] == 24
     assert data.read_json(out / "config.json")["sections"]["tune"]["group_size"] == 4
-    assert data.read_json(out / "timing.json")["seconds_per_step"] > 0
+    assert data.read_json(out / "provenance.json")["seconds_per_step"] > 0
     models.load(inputs["model"], out / "model.safetensors")  # strictly
     assert not list((tmp_path / ".vapi" / "resume" / "tune").iterdir())
 
@@ -216,6 +217,55 @@ def test_official_dropout_moves_the_ratio(inputs: dict[str, Any]) -> None:
     assert totals["clip_fraction"] == 0
     shared, _ = gradient(objective(inputs, config()))
     torch.testing.assert_close(undropped, shared, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "also"),
+    [
+        ("lr", 2e-3, {}),
+        ("weight_decay", 0.5, {}),
+        ("beta1", 0.5, {}),
+        ("beta2", 0.5, {}),
+        ("max_grad_norm", 1e-9, {}),  # so small that AdamW's epsilon shows
+        ("advantage_clip", 0.1, {}),
+        ("ratio_clip", 0.0, {"policy_dropout": "official"}),
+        ("prior_weight", 0.5, {}),
+        ("policy_weight", 0.5, {}),
+        ("temperature", 0.5, {"prior": "kl"}),
+        ("context_noise", 0.5, {}),
+        ("seed", 1, {}),
+    ],
+)
+def test_every_knob_of_an_update_moves_the_weights(inputs: dict[str, Any], field: str, value: Any, also: dict[str, Any]) -> None:
+    def weights_after(tune: TuneConfig) -> torch.Tensor:
+        target, batch = objective(inputs, tune)
+        optimizer = stage.optimizer_of(target.policy.generator, tune)
+        for step in (1, 2):
+            stage.update(target, optimizer, batch, step)
+        return torch.cat([p.detach().flatten() for p in target.policy.generator.parameters()])
+
+    plain_run, again, other = (weights_after(config(**also, **change)) for change in ({}, {}, {field: value}))
+    assert torch.equal(plain_run, again) and not torch.allclose(plain_run, other, rtol=1e-4, atol=1e-7)
+
+
+def test_vectors_are_tuned_too(inputs: dict[str, Any]) -> None:
+    target, batch = objective(inputs, config())
+    vectors = {name: p.detach().clone() for name, p in target.policy.generator.named_parameters() if p.dim() < 2}
+    stage.update(target, stage.optimizer_of(target.policy.generator, config()), batch, 1)
+    now = dict(target.policy.generator.named_parameters())
+    assert vectors and all(not torch.equal(was, now[name]) for name, was in vectors.items())
+
+
+def test_held_out_images_meet_the_same_noise_and_draws_at_every_step(inputs: dict[str, Any]) -> None:
+    target, batch = objective(inputs, config(context_noise=0.5))
+    assert target.look(batch, 1) == target.look(batch, 2)
+
+
+def test_a_kl_prior_compares_with_the_tempered_base(inputs: dict[str, Any]) -> None:
+    """Before the first update policy and base are one, at any temperature."""
+    for temperature in (0.5, 2.0):
+        _, totals = gradient(objective(inputs, config(prior="kl", temperature=temperature)))
+        assert abs(totals["kl"]) < 1e-6
 
 
 def test_temperature_and_noise_reach_the_draws(inputs: dict[str, Any]) -> None:
@@ -390,6 +440,27 @@ def test_output_that_cannot_be_written(inputs: dict[str, Any], tmp_path: Path) -
     with pytest.raises(ValueError, match="no stage of vapi wrote"):
         stage.tune(**inputs, tune=config(), out=theirs)
     assert [path.name for path in theirs.iterdir()] == ["thesis.tex"]
+
+
+def test_disk_full_at_the_very_end_loses_no_step(inputs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Writing the weights is the last thing; the same command then has nothing left to compute."""
+    save, calls = weights.save_file, []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    weights.save_file = full
+    try:
+        with pytest.raises(ValueError, match="No space left on device.*make room and run the same command again"):
+            stage.tune(**inputs, tune=config(checkpoint_every=1000), out=tmp_path / "out")
+    finally:
+        weights.save_file = save
+    assert calls and not (tmp_path / "out").exists()
+    stage.tune(**inputs, tune=config(checkpoint_every=1000), out=tmp_path / "out")
+    assert "continuing after step 4 of 4" in capsys.readouterr().err
+    stage.tune(**inputs, tune=config(checkpoint_every=1000), out=tmp_path / "undisturbed")
+    assert same(tmp_path / "out", tmp_path / "undisturbed")
 
 
 def test_unknown_reward_and_missing_network(inputs: dict[str, Any], tmp_path: Path) -> None:

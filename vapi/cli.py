@@ -198,7 +198,7 @@ def _recipe(words: list[str], flags: Flags) -> int:
 
 
 def _recipe_diff(name: str = "") -> int:
-    ours = config.load()
+    ours = config.load_values()  # unchecked, so that a file from another version can be compared too
     name = name or recipes.closest(ours)
     changes = recipes.changes(recipes.recipe(name), ours)
     print(f"{PARAMS} {'differs from' if changes else 'is'} the recipe {name}")
@@ -285,9 +285,10 @@ def _overview() -> str:
 
 def _stage_help(stage: str) -> str:
     spec = STAGES[stage]
-    settings, origin = (
-        (config.load(), f"{PARAMS}") if PARAMS.exists() else (recipes.recipe("digits"), f"the recipe digits; there is no {PARAMS} here")
-    )
+    try:
+        settings, origin = config.load(), str(PARAMS)
+    except ValueError as error:  # none here, or of another version: help all the same
+        settings, origin = recipes.recipe("digits"), f"the recipe digits, because {error}"
     lines = [f"usage: vapi {stage} [--section.field value ...]", "", spec.doc, "", "folders:"]
     lines += [f"  --{name} {path}" for name, path in _folders(stage).items()]
     lines += ["", f"values now (from {origin}); --{stage}.field may be written --field:"]

@@ -33,6 +33,10 @@ def _require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_seed(name: str, seed: int) -> None:
+    _require(0 <= seed < 2**32, f"{name} holds {seed}; a seed lies in 0 .. 4294967295")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The base generator and its frozen tokenizer."""
@@ -40,9 +44,9 @@ class ModelConfig:
     policy: str = "llamagen"
     """Adapter of the base model: a name in vapi.models.POLICIES."""
     generator: str = "data/models/generator.safetensors"
-    """Weights of the base generator: a local path, or a hub id as org/name/file."""
+    """Weights of the base generator: a local path, or a hub id as org/name/file (outside DVC, which depends on the file)."""
     tokenizer: str = "data/models/tokenizer.safetensors"
-    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file."""
+    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file (outside DVC)."""
     image_size: int = 32
     """Side of the square image in pixels that the generator draws."""
     device: str = "auto"
@@ -81,7 +85,7 @@ class SubsetConfig:
     max_pixels: int = 100_000_000
     """An image that would unpack to more pixels is quarantined unopened (a decompression bomb)."""
     max_unreadable: float = 0.01
-    """Share of the source's images that may be unreadable before the stage fails."""
+    """Share of the images examined that may be unreadable before the stage fails."""
     max_imbalance: float = 1.5
     """Largest class over smallest class that data validation accepts; 0 accepts any."""
     images_per_shard: int = 10_000
@@ -91,6 +95,8 @@ class SubsetConfig:
         _require(self.images >= 0, f"subset.images is {self.images}; give a number of images, or 0 for all")
         _require(self.classes >= 0, f"subset.classes is {self.classes}; give a number of classes, or 0 for none")
         _require(0 <= self.max_unreadable <= 1, f"subset.max_unreadable is {self.max_unreadable}; it is a share from 0 to 1")
+        _require(self.max_imbalance >= 1 or self.max_imbalance == 0, f"subset.max_imbalance is {self.max_imbalance}; 1 is balanced, 0 any")
+        _require_seed("subset.seed", self.seed)
         _require(self.images_per_shard > 0, f"subset.images_per_shard is {self.images_per_shard}; it must be positive")
 
 
@@ -173,11 +179,18 @@ class TuneConfig:
         for name in ("steps", "images_per_step", "images_per_forward", "images_per_reward", "holdout_images"):
             _require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1")
         _require(
-            self.group_size >= 2 or self.policy_weight == 0,
+            self.group_size >= (2 if self.policy_weight else 1),
             f"tune.group_size is {self.group_size}; an advantage needs at least 2 draws to compare",
         )
         _require(self.lr > 0, f"tune.lr is {self.lr}; it must be positive")
         _require(self.temperature > 0, f"tune.temperature is {self.temperature}; it must be positive")
+        for name in ("max_grad_norm", "weight_decay", "ratio_clip"):
+            _require(getattr(self, name) >= 0, f"tune.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"tune.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        _require(self.advantage_clip > 0, f"tune.advantage_clip is {self.advantage_clip}; it must be positive")
+        _require(all(w >= 0 for w in self.rewards.values()), f"tune.rewards is {self.rewards}; weights must not be negative")
+        _require_seed("tune.seed", self.seed)
         _require(0 <= self.context_noise <= 1, f"tune.context_noise is {self.context_noise}; it is a probability")
         _require(
             self.policy_weight > 0 or self.prior_weight > 0,
@@ -208,7 +221,7 @@ class EvaluateConfig:
     """Keep the smallest set of codes with this probability; 1.0 keeps all."""
     guidance: float = 1.0
     """Classifier-free guidance of the plain comparison; 1.0 is none."""
-    temperatures: list[float] = field(default_factory=lambda: [0.7, 0.8, 0.85, 0.9, 0.95, 1.0])
+    temperatures: list[float] = field(default_factory=lambda: [0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     """Temperatures swept for each model's best; chosen on the validation reference."""
     guidances: list[float] = field(default_factory=lambda: [1.0])
     """Guidances swept for each model's best; chosen on the validation reference."""
@@ -233,6 +246,9 @@ class EvaluateConfig:
         _require(self.samples >= 2, f"evaluate.samples is {self.samples}; at least 2 are needed")
         _require(len(self.seeds) >= 1, "evaluate.seeds is empty; give at least one seed")
         _require(self.temperature > 0, f"evaluate.temperature is {self.temperature}; it must be positive")
+        _require(self.top_k >= 0, f"evaluate.top_k is {self.top_k}; give a number of codes, or 0 for all")
+        for seed in self.seeds:
+            _require_seed("evaluate.seeds", seed)
         _require(0 < self.top_p <= 1, f"evaluate.top_p is {self.top_p}; it must lie in (0, 1]")
         _require(self.guidance >= 1, f"evaluate.guidance is {self.guidance}; 1.0 is none, more is stronger")
         _require(all(t > 0 for t in self.temperatures), "evaluate.temperatures must all be positive")
@@ -260,6 +276,8 @@ class RegisterConfig:
     """Exit with code 1 when the model is not promoted."""
 
     def __post_init__(self) -> None:
+        _require(0 <= self.min_fid_drop < 1, f"register.min_fid_drop is {self.min_fid_drop}; it is a share from 0 to 1")
+        _require(all(a >= 0 for a in self.allowances.values()), f"register.allowances is {self.allowances}; they must not be negative")
         _require(bool(re.fullmatch(r"[\w.-]+", self.name)), f"register.name is {self.name!r}; use letters, digits, - _ .")
 
 
@@ -419,24 +437,31 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """A config dataclass as ``{"tune.lr": 2e-5, ...}``, for trackers."""
+    """A config dataclass, or its nested plain values, as ``{"tune.lr": 2e-5, ...}``."""
 
     def walk(values: Any, prefix: str) -> dict[str, Any]:
         if isinstance(values, dict) and values:
             return {k: v for name, value in values.items() for k, v in walk(value, f"{prefix}.{name}" if prefix else name).items()}
         return {prefix: values}
 
-    return walk(plain(config), "")
+    return walk(config if isinstance(config, dict) else plain(config), "")
+
+
+def load_values(path: Path = PARAMS) -> Any:
+    """What ``params.yaml`` says, unchecked. Raises ValueError if it is not there or no YAML."""
+    try:
+        return read_yaml(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not here; run inside the project, or make one with: vapi recipe digits --write") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def load(path: Path = PARAMS) -> Config:
     """Read ``params.yaml``. Raises ValueError in words a user can act on."""
+    values = load_values(path)
     try:
-        text = Path(path).read_text()
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not here; run inside the project, or make one with: vapi recipe digits --write") from None
-    try:
-        return build(Config, read_yaml(text))
+        return build(Config, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

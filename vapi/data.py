@@ -70,7 +70,7 @@ def state_dir(*parts: str) -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file; of a folder: over the sorted relative names and digests of its files, timing.json aside."""
+    """sha256 (hex) of a file; of a folder: over the sorted relative names and digests of its files, provenance.json aside."""
     path = Path(path)
     if path.is_file():
         with path.open("rb") as file:
@@ -78,7 +78,7 @@ def file_digest(path: Path) -> str:
     if not path.is_dir():
         raise ValueError(f"{path} is not here")
     whole = hashlib.sha256()
-    for part in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "timing.json"):
+    for part in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "provenance.json"):
         whole.update(f"{part.relative_to(path).as_posix()}\0{file_digest(part)}\n".encode())
     return whole.hexdigest()
 
@@ -106,26 +106,25 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
+def output_folder(out: Path, stage: str) -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes ``out`` if the block ends well and vanishes if it does not.
 
-    Enter it before anything expensive: an ``out`` that cannot be written, or that holds something
-    other than an earlier result of ours, is a ValueError at once.
+    Enter it before anything expensive: an ``out`` that cannot be replaced, or that holds something
+    other than an earlier result of the same stage, is a ValueError at once.
     """
-    out = Path(out).absolute()
-    _require_replaceable(out)
+    out = Path(out).resolve()  # what a link leads to is replaced, not the link
+    _require_replaceable(out, stage)
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     name = hashlib.sha256(str(out).encode()).hexdigest()[:16]
     with locked(state_dir("locks") / f"{name}.lock", wait=False):
-        shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
         try:
+            _clear(partial, old, out)  # what a killed process left
             partial.mkdir(parents=True)
         except OSError as error:
             raise ValueError(f"cannot write to {out.parent}: {error.strerror}") from error
         try:
             yield partial
             _sync(partial)
-            shutil.rmtree(old, ignore_errors=True)
             if out.exists():
                 out.rename(old)
             partial.rename(out)
@@ -136,15 +135,30 @@ def output_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _require_replaceable(out: Path) -> None:
+def _clear(partial: Path, old: Path, out: Path) -> None:
+    """Remove what a killed process left; killed between its two renames, it left the earlier result aside."""
+    if partial.exists():
+        shutil.rmtree(partial)
+    if old.exists() and not out.exists():
+        old.rename(out)
+    elif old.exists():
+        shutil.rmtree(old)
+
+
+def _require_replaceable(out: Path, stage: str) -> None:
     if not out.exists():
         return
     if not out.is_dir():
         raise ValueError(f"{out} is a file; a stage writes a folder")
+    if out.is_mount():
+        raise ValueError(f"{out} is a mount point and cannot be replaced; give a folder inside it")
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write to {out}: it is read-only")
     config = out / "config.json"
-    ours = config.is_file() and "stage" in read_json(config)
-    if any(out.iterdir()) and not ours:
-        raise ValueError(f"{out} holds files that no stage of vapi wrote; give another folder, or move them away")
+    theirs = read_json(config).get("stage") if config.is_file() else None
+    if any(out.iterdir()) and theirs != stage:
+        what = f"the result of vapi {theirs}" if theirs else "files that no stage of vapi wrote"
+        raise ValueError(f"{out} holds {what}; give another folder, or move them away")
 
 
 def _sync(folder: Path) -> None:
@@ -154,18 +168,15 @@ def _sync(folder: Path) -> None:
 
 
 def describe(folder: Path, stage: str, sections: dict[str, Any], inputs: dict[str, str], seconds: float, **timings: float) -> None:
-    """Write config.json (what made this folder: config sections, digests of the inputs, code) and timing.json.
-
-    config.json is the same whenever the same code does the same work; whatever may differ goes into ``timings``.
-    """
+    """Write config.json (what decides the folder's content: config sections, digests of the inputs) and provenance.json
+    (what may differ where the content does not: code version, seconds), which DVC and ``file_digest`` leave out."""
     made = {
         "stage": stage,
         "sections": {name: plain(section) for name, section in sections.items()},
         "inputs": inputs,
-        "code": code_version(),
     }
     write_json(folder / "config.json", made)
-    write_json(folder / "timing.json", {"seconds": round(seconds, 3), **timings})
+    write_json(folder / "provenance.json", {"code": code_version(), "seconds": round(seconds, 3), **timings})
 
 
 @functools.cache
@@ -270,6 +281,14 @@ class Subset:
         shard, row = self._places[i]
         with self._lock:
             return self._group(shard, row // ROWS)[row % ROWS]
+
+    def pixels(self, i: int, size: int) -> np.ndarray:
+        """Image ``i`` as the tokenizer sees it: uint8 (size, size, 3). Raises ValueError that names it."""
+        try:
+            # no limit of our own: the subset stage has applied the user's
+            return images.center_crop(images.decode(self.image(i), max_pixels=2**62), size)
+        except ValueError as error:
+            raise ValueError(f"{self.keys[i]}: {error}; the subset was made for another purpose or is damaged") from error
 
     def _read_group(self, shard: int, group: int) -> list[bytes]:
         return [image["bytes"] for image in self._file(shard).read_row_group(group, columns=["image"])["image"].to_pylist()]

@@ -75,13 +75,13 @@ def sample_seed(seed: int, number: int) -> int:
 def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path, run: Run = NO_RUN) -> None:
     """Measure base (``model.generator``) and tuned (``tune``/model.safetensors).
 
-    ``out``: metrics.json, sweep.csv, curves.csv, sheet-*.png, report.html, config.json, timing.json. Raises
+    ``out``: metrics.json, sweep.csv, curves.csv, sheet-*.png, report.html, config.json, provenance.json. Raises
     ValueError, before anything is drawn, for a reference, checkpoint or feature network that is missing or
     does not fit. An evaluation that was killed is continued by the same call.
     """
     begin = time.perf_counter()
     tune, out = Path(tune), Path(out)
-    with data.output_folder(out) as folder, thread_per_batch(models.device_of(model)) as workers:
+    with data.output_folder(out, "evaluate") as folder, thread_per_batch(models.device_of(model)) as workers:
         sources = {"base": weights.locate(model.generator), "tuned": _tuned_weights(tune, model)}
         holdout = _holdout(tune)
         for source in (sources["tuned"], sources["base"]):  # refuse one that does not fit before the other is drawn from

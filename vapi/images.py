@@ -75,10 +75,12 @@ def _words(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+_TO_8_BITS = ((np.arange(1 << 16) + 128) // 257).astype(np.uint8)  # 65535 -> 255, rounded
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_TO_8_BITS[np.asarray(image)]).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} (32 bits per pixel) has no fixed range; store 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:

@@ -194,7 +194,8 @@ def page(
         rows = [(key, reason) for key, reason, _ in rejected[:200]]
         more = f"<p>{len(rejected) - 200:,} more are in quarantine.csv.</p>" if len(rejected) > 200 else ""
         parts.append("<h2>Quarantined</h2>" + _table(("key", "reason"), rows) + more)
-    return _PAGE.replace("{title}", _escape(title)).replace("{body}", "\n".join(parts))
+    head, tail = _PAGE.split("{body}")
+    return head.replace("{title}", _escape(title)) + "\n".join(parts) + tail
 
 
 def _escape(text: Any) -> str:

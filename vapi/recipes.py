@@ -62,15 +62,16 @@ def text(name: str) -> str:
     return f"# Made by `vapi recipe {name} --write`: {RECIPES[name].doc}\n\n{config.dump(made)}"
 
 
-def changes(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields in which two configurations differ: ``{"tune.lr": (ours, theirs)}``; a name that one lacks is None."""
+def changes(ours: Config, theirs: Config | dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two configurations differ: ``{"tune.lr": (ours, theirs)}``; a name that one lacks is None.
+    ``theirs`` may be plain values that no longer, or not yet, make a configuration."""
     left, right = config.flat(ours), config.flat(theirs)
     return {name: (left.get(name), right.get(name)) for name in [*left, *(right.keys() - left)] if left.get(name) != right.get(name)}
 
 
-def closest(ours: Config) -> str:
+def closest(values: Config | dict[str, Any]) -> str:
     """The recipe that differs from a configuration in the fewest fields."""
-    return min(RECIPES, key=lambda name: len(changes(ours, recipe(name))))
+    return min(RECIPES, key=lambda name: len(changes(recipe(name), values)))
 
 
 def write(name: str, path: Path = config.PARAMS, force: bool = False) -> None:

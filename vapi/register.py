@@ -49,7 +49,7 @@ def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate:
     _check_names(register)
     results = data.read_json(evaluate / "metrics.json")
     digest = _weights_digest(results, tune, evaluate)
-    with data.output_folder(out) as folder, data.locked(data.state_dir("locks") / "register.lock"):
+    with data.output_folder(out, "register") as folder, data.locked(data.state_dir("locks") / "register.lock"):
         server = run.server()
         registry = Registry(server, register.name) if server else None
         verdict = judge(register, results, registry.champion(but=digest) if registry else None)

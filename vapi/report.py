@@ -198,7 +198,7 @@ def grid(results: Results) -> str:
 
 
 def _seconds(artifacts: Path) -> str:
-    found = {stage: artifacts / stage / "timing.json" for stage in STAGES}
+    found = {stage: artifacts / stage / "provenance.json" for stage in STAGES}
     spent = {stage: data.read_json(path)["seconds"] for stage, path in found.items() if path.is_file()}
     words = [f"{stage} {seconds:.1f}" for stage, seconds in spent.items()]
     return f"seconds   {'   '.join(words)}   all {sum(spent.values()):.1f}"

@@ -1,11 +1,11 @@
 """Rewards: how well a decoded token map reconstructs its image (eq. 10), as a weighted sum that keeps its parts.
 
 A reward is a function ``(images, targets) -> (N,)`` of two batches (N, 3, H, W) in [-1, 1]; higher
-is better. On a CPU, ``vapi.tune`` calls it from several threads. To add one, write it and register it,
+is better. On a CPU, ``vapi.tune`` calls it from several threads. To add one, register it in Python,
 
-    REWARDS["edges"] = edges          # then: --tune.rewards "{mse: 1.0, edges: 0.5}"
+    REWARDS["edges"] = edges          # then: vapi.tune.tune(..., TuneConfig(rewards={"mse": 1.0, "edges": 0.5}), ...)
 
-or pass it to ``Reward`` in Python. The decoded image is not clamped and the target is the raw
+or pass it to ``Reward``. The decoded image is not clamped and the target is the raw
 image, not the tokenizer's reconstruction of it, as in the paper. LPIPS reads the features of each
 image once for its G reconstructions.
 
@@ -60,7 +60,7 @@ class Lpips:
         pairs = zip(self._features(images.flatten(0, 1)), self._features(targets))
         for layer, (ours, theirs) in enumerate(pairs):
             difference = (ours.unflatten(0, images.shape[:2]) - theirs[:, None]).square_().mean((3, 4))  # (B, G, C)
-            total -= difference.mean(-1) if self.weights is None else difference @ self.weights[layer]
+            total -= difference.mean(-1) if self.weights is None else (difference * self.weights[layer]).sum(-1)
         return total
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def _label(value: Any, key: str, config: SubsetConfig) -> int:
         return -1
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0.5
     if isinstance(value, bool) or not number.is_integer():
         raise ValueError(f"{key} has label {value!r}; labels are class ids from 0 to {config.classes - 1}")
@@ -244,14 +244,21 @@ class Table:
         return found
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        with self.path.open(encoding="utf-8-sig", newline="") as file:
-            if self.path.suffix.lower() == ".csv":
-                reader = csv.DictReader(file)
-                yield from ((reader.line_num, row) for row in reader)
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, self._json(line, number)
+        number = 0
+        try:
+            with self.path.open(encoding="utf-8-sig", newline="") as file:
+                if self.path.suffix.lower() == ".csv":
+                    for row in (reader := csv.DictReader(file)):
+                        number = reader.line_num
+                        if None in row:
+                            raise ValueError(f"{self.path}, line {number} has more fields than the header; quote what holds a comma")
+                        yield number, row
+                    return
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield number, self._json(line, number)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{self.path}, after line {number}: {error}; the file must be UTF-8 text") from None
 
     def _json(self, line: str, number: int) -> dict[str, Any]:
         try:

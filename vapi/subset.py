@@ -45,7 +45,7 @@ def subset(subset: SubsetConfig, out: Path, run: Run = NO_RUN) -> None:
     of it is unreadable, or if what was picked does not pass validation (the rows are named).
     """
     started = time.perf_counter()
-    with data.output_folder(out) as folder:
+    with data.output_folder(out, "subset") as folder:
         source = sources.open_source(subset)
         queues = _queues(source.entries(), subset)
         with (folder / "spool").open("w+b") as spool:

@@ -47,7 +47,7 @@ def tokens(model: ModelConfig, tokens: TokensConfig, subset: Path, out: Path, ru
     Raises ValueError, with nothing written, if the subset cannot be read or the codes do not pass validation.
     """
     started = time.perf_counter()
-    with data.output_folder(out) as folder:
+    with data.output_folder(out, "tokens") as folder:
         picked = data.read_subset(subset)
         tokenizer, device = models.load_tokenizer(model), models.device_of(model)
         codes, encoded = _codes(tokenizer, device, picked, model, tokens)
@@ -92,7 +92,7 @@ def encode(
     tokenizer: Any, device: torch.device, picked: Subset, wanted: Sequence[int], size: int, config: TokensConfig
 ) -> Iterator[tuple[Sequence[int], np.ndarray]]:
     """Some images of a subset, batch by batch: their numbers and their codes, uint16 (B, T)."""
-    pixels = data.parallel(lambda i: crop(picked, i, size), wanted, config.workers)
+    pixels = data.parallel(lambda i: picked.pixels(i, size), wanted, config.workers)
     for some in _batches(wanted, config.images_per_batch):
         batch = np.stack([next(pixels) for _ in some])
         padding = config.images_per_batch - len(some)
@@ -102,15 +102,6 @@ def encode(
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (numbers[start : start + size] for start in range(0, len(numbers), size))
-
-
-def crop(picked: Subset, i: int, size: int) -> np.ndarray:
-    """Image ``i`` of a subset as the tokenizer sees it: uint8 (size, size, 3)."""
-    try:
-        # no limit of our own: the subset stage has applied the user's
-        return images.center_crop(images.decode(picked.image(i), max_pixels=2**62), size)
-    except ValueError as error:
-        raise ValueError(f"{picked.keys[i]}: {error}; the subset was made for another purpose or is damaged") from error
 
 
 @torch.inference_mode()
@@ -209,7 +200,7 @@ def _reconstruct(
 ) -> dict[str, Any]:
     """PSNR in dB of decoded codes against the cropped images, in uint8; mean and lowest of up to 256 images."""
     judged = range(min(JUDGED, len(picked)))
-    originals = data.parallel(lambda i: crop(picked, i, model.image_size), judged, config.workers)
+    originals = data.parallel(lambda i: picked.pixels(i, model.image_size), judged, config.workers)
     values: list[float] = []
     for some in _batches(judged, config.images_per_batch):
         decoded = images.to_uint8(tokenizer.decode(torch.from_numpy(codes[list(some)].astype(np.int64)).to(device)))

@@ -110,7 +110,7 @@ class Objective:
         self.policy, self.tune, self.reward = policy, tune, reward
         self.precision = precision
         self.map = _parallel_map(policy.device)
-        self.base = _frozen_copy(policy) if tune.prior == "kl" else None
+        self.base = _frozen_copy(policy) if tune.prior == "kl" and tune.prior_weight > 0 else None
 
     def pieces(self, batch: Batch, step: int) -> Iterator[tuple[float, Tensor, Terms]]:
         """(share of the batch, loss, its terms): the gradient of the step is that of sum(share * loss)."""
@@ -353,8 +353,7 @@ class Examples:
 
     def pixels(self, rows: Tensor) -> np.ndarray:
         """Images as the tokenizer saw them, uint8 (B, H, W, 3)."""
-        size = self.model.image_size
-        return np.stack([images.center_crop(images.decode(self.subset.image(row)), size) for row in rows.tolist()])
+        return np.stack([self.subset.pixels(row, self.model.image_size) for row in rows.tolist()])
 
     def batch(self, rows: Tensor, pixels: np.ndarray, policy: Policy) -> Batch:
         """Rows of the subset as tensors on the policy's device."""
@@ -479,7 +478,7 @@ class Tuning:
             self.run.image("samples/tune", path, step)
         self.step = step
         self.progress.log(step, values)
-        if step % tune.checkpoint_every == 0 and not last:
+        if step % tune.checkpoint_every == 0 or last:  # the last too: writing the result may fail
             self.save()
 
     def save(self) -> None:
@@ -525,11 +524,11 @@ def tune(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path, out: 
     """Fine-tune ``model.generator`` on a subset and write the tuned weights to ``out``.
 
     ``out``: model.safetensors, metrics.jsonl (a line per step, from 0), sheets/, summary.json, config.json,
-    timing.json. Raises ValueError for inputs that do not fit, before anything expensive, and for a loss that
+    provenance.json. Raises ValueError for inputs that do not fit, before anything expensive, and for a loss that
     is not finite; SystemExit(75) after SIGTERM or Ctrl-C. A run that ended early is continued by the same call.
     """
     begin = time.perf_counter()
-    with data.output_folder(out) as folder:
+    with data.output_folder(out, "tune") as folder:
         examples = Examples(model, tune, subset, tokens)
         inputs = _inputs(model, tune, subset, tokens)
         digest = _digest({"model": plain(model), "tune": plain(tune), "inputs": inputs, "source": data.code_version()["source"]})

@@ -75,7 +75,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> Non
 
 
 def save(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
-    """Write float32 weights as safetensors, whole or not at all."""
+    """Write float32 weights as safetensors, whole or not at all. Raises ValueError if they cannot be written (disk full)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
@@ -88,9 +88,10 @@ def save(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write {path}: {error}; make room and run the same command again") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def _sort_metadata(file: BinaryIO) -> None:
