@@ -29,7 +29,7 @@ import torch
 from scipy.stats import t as student
 
 from vapi import config, data, models
-from vapi.config import Config, EvaluateConfig, ModelConfig, TuneConfig
+from vapi.config import Config, EvaluateConfig, ModelConfig
 from vapi.digits import build
 from vapi.evaluate import evaluate
 from vapi.subset import subset
@@ -64,8 +64,11 @@ class Evidence:
         """Subset and tokens."""
         if not self.subset.exists():
             subset(self.params.subset, self.subset)
+        _require_same(self.subset, subset=self.params.subset)
         if not self.tokens.exists():
             tokens(self.params.model, self.params.tokens, self.subset, self.tokens)
+        _require_same(self.tokens, tokens=self.params.tokens)
+        _require_inputs(self.tokens, subset=self.subset, tokenizer=self.params.model.tokenizer)
 
     def pretrain(self, seed: int) -> None:
         """The generator of a pretraining seed."""
@@ -87,7 +90,9 @@ class Evidence:
         if not folder.exists():
             print(f"tuning: {folder.name}", flush=True)
             tune(self.model(pretraining), chosen, self.subset, self.tokens, folder)
-        _require_same(folder, chosen)
+        _require_same(folder, tune=chosen)
+        made_of = self.model(pretraining)
+        _require_inputs(folder, subset=self.subset, tokens=self.tokens, generator=made_of.generator, tokenizer=made_of.tokenizer)
         return folder
 
     def scores(self, folder: Path, pretraining: int, how: EvaluateConfig, purpose: str) -> Scores:
@@ -95,6 +100,8 @@ class Evidence:
         out = self.out / purpose / folder.name
         if not out.exists():
             evaluate(self.model(pretraining), how, folder, out)
+        _require_same(out, evaluate=how)
+        _require_inputs(out, tune=folder, reference=how.reference, validation=how.validation, extractor=how.extractor)
         result: Scores = data.read_json(out / "metrics.json")
         return result
 
@@ -134,10 +141,18 @@ def share(evidence: Evidence, jobs: Iterable[tuple[Any, ...]], workers: int) -> 
         return list(pool.map(evidence.work, jobs))
 
 
-def _require_same(folder: Path, chosen: TuneConfig) -> None:
-    made = data.read_json(folder / "config.json")["sections"]["tune"]
-    if made != config.plain(chosen):
-        raise ValueError(f"{folder} was made with other settings; move it away, or give another --out")
+def _require_same(folder: Path, **sections: Any) -> None:
+    made = data.read_json(folder / "config.json")["sections"]
+    for name, section in sections.items():
+        if made[name] != config.plain(section):
+            raise ValueError(f"{folder} was made with other settings; move it away, or give another --out")
+
+
+def _require_inputs(folder: Path, **paths: str | Path) -> None:
+    made = data.read_json(folder / "config.json")["inputs"]
+    for name, path in paths.items():
+        if made[name] != data.file_digest(Path(path)):
+            raise ValueError(f"{folder} was made with another {name} than {path}; move it away, or give another --out")
 
 
 def interval(differences: list[float]) -> dict[str, float]:

@@ -38,7 +38,7 @@ class Generator(PythonModel):
         files = context.artifacts
         values = json.loads(Path(files["config"]).read_text())
         model = build(ModelConfig, {**values, "generator": files["generator"], "tokenizer": files["tokenizer"]}, "model")
-        self.policy = models.load(model)
+        self.precision, self.policy = model.precision, models.load(model)
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Draw one image for each ``class_id``. Raises ValueError for a class that the model does not know."""
@@ -53,7 +53,8 @@ class Generator(PythonModel):
 
     @torch.inference_mode()
     def _draw(self, labels: list[int], seed: int, options: dict[str, Any]) -> list[str]:
-        codes = self.policy.generate(self.policy.condition(labels), [seed + n for n in range(len(labels))], **options)
+        with models.autocast(self.precision, self.policy.device):  # as it was evaluated
+            codes = self.policy.generate(self.policy.condition(labels), [seed + n for n in range(len(labels))], **options)
         pixels = images.to_uint8(self.policy.decode(codes)).permute(0, 2, 3, 1).cpu().numpy()
         return [base64.b64encode(images.png_bytes(Image.fromarray(image))).decode() for image in pixels]
 

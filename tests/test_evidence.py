@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evidence
+from vapi import data
 from vapi.config import Config
 from vapi.digits import build
 
@@ -61,6 +62,26 @@ def test_the_whole_grid_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(ValueError, match="made with other settings"):
         evidence.run(other)
+
+
+def test_results_of_another_plan_or_world_are_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder left by a run with fewer samples, or on other pictures, is refused by name."""
+    monkeypatch.chdir(tmp_path)
+    params = tiny(tmp_path / "data")
+    made = evidence.Evidence(Path("out"), params, evidence.Plan(), build.TINY)
+    how = dataclasses.replace(params.evaluate, samples=20)
+    reference, folder = tmp_path / "data/digits/reference.parquet", Path("out/report/va-pi-x")
+    reference.parent.mkdir(parents=True)
+    reference.write_bytes(b"once")
+    folder.mkdir(parents=True)
+    data.describe(folder, "evaluate", {"evaluate": how}, {"reference": data.file_digest(reference)}, 1.0)
+    evidence._require_same(folder, evaluate=how)
+    evidence._require_inputs(folder, reference=reference)
+    with pytest.raises(ValueError, match="made with other settings"):
+        made.scores(Path("out/tune/va-pi-x"), 0, dataclasses.replace(how, samples=5000), "report")
+    reference.write_bytes(b"repainted")
+    with pytest.raises(ValueError, match="made with another reference"):
+        evidence._require_inputs(folder, reference=reference)
 
 
 def test_interval_by_hand() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -59,6 +60,12 @@ def test_what_is_no_number_fails_closed(metric: str, where: str, value: Any) -> 
     assert "missing or not finite" in verdict.gates["challenger"][0 if metric == "fid" else 4].reason()
 
 
+def test_fid_and_reward_are_no_allowances(tmp_path: Path) -> None:
+    for name, words in (("fid", "a field of its own: register.min_fid_drop"), ("reward", "names 'reward'")):
+        with pytest.raises(ValueError, match=words):
+            register.register(ModelConfig(), RegisterConfig(allowances={name: 0.1}), tmp_path, tmp_path, tmp_path / "out")
+
+
 def test_an_empty_evaluation_fails_every_gate() -> None:
     verdict = register.judge(RULES, {}, None)
     assert len(failed(verdict.gates["challenger"])) == len(failed(verdict.gates["champion"])) == 6
@@ -108,6 +115,7 @@ class Project:
         (tune / "model.safetensors").write_bytes(Path(model.generator).read_bytes())
         digest = data.file_digest(tune / "model.safetensors")
         data.write_json(evaluate / "metrics.json", results(**changes) | {"weights": {"tuned": digest}})
+        data.describe(evaluate, "evaluate", {"model": self.model}, {"tokenizer": data.tokenizer_digest(self.model)}, 1.0)
         return digest
 
     def register(self, uri: str = "", **rules: Any) -> bool:
@@ -213,6 +221,24 @@ def test_an_evaluation_of_other_weights_is_refused(project: Project) -> None:
     (project.folder / "artifacts" / "tune" / "model.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match="measured on other weights.*vapi evaluate"):
         project.register(uri="off")
+
+
+def test_another_tokenizer_or_arithmetic_than_was_measured_is_refused(project: Project) -> None:
+    project.tuned(1)
+    measured = project.model
+    project.model = dataclasses.replace(measured, tokenizer=write_tiny(project.folder / "other", seed=9).tokenizer)
+    with pytest.raises(ValueError, match="measured with another tokenizer"):
+        project.register(uri="off")
+    project.model = dataclasses.replace(measured, precision="bfloat16")
+    with pytest.raises(ValueError, match="measured with model.precision 'float32', and now it is 'bfloat16'"):
+        project.register(uri="off")
+    assert not (project.folder / "artifacts" / "register").exists()
+
+
+def test_a_server_is_asked_for_only_when_there_is_something_to_register(project: Project) -> None:
+    project.tuned(1, tuned={"fid": 99.0})
+    assert project.register(uri="http://127.0.0.1:9") is False
+    assert project.registration()["passed"] == {"challenger": False, "champion": False}
 
 
 def test_without_a_server_nothing_is_half_done(project: Project) -> None:

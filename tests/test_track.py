@@ -146,6 +146,18 @@ def test_an_unreachable_server_costs_a_notice_and_the_numbers_are_sent_later(
     assert runs(clone)["tune"][0].data.metrics == {"tune/reward": 1.0}
 
 
+def test_one_journal_that_cannot_be_sent_does_not_hold_up_the_others(clone: Path) -> None:
+    for stage, uri in (("tokens", NOWHERE), ("tune", NOWHERE)):
+        with track.start(stage, settings(uri=uri)) as run:
+            run.metrics({"x": 1.0}, 1)
+    stuck, free = track.waiting()
+    assert "tokens" in stuck.name
+    journal = free / "journal.jsonl"
+    journal.write_text(journal.read_text().replace(NOWHERE, f"sqlite:///{clone / 'mlflow.db'}"))
+    assert track.resend() == 1 and track.waiting() == [stuck]
+    assert runs(clone)["tune"][0].data.metrics == {"x": 1.0}
+
+
 def test_a_server_that_accepts_and_never_answers_does_not_hold_up_a_run(clone: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begin = time.monotonic()

@@ -249,6 +249,7 @@ class EvaluateConfig:
         _require(self.top_k >= 0, f"evaluate.top_k is {self.top_k}; give a number of codes, or 0 for all")
         for seed in self.seeds:
             _require_seed("evaluate.seeds", seed)
+        _require(len(set(self.seeds)) == len(self.seeds), f"evaluate.seeds is {self.seeds}; a seed counts once")
         _require(0 < self.top_p <= 1, f"evaluate.top_p is {self.top_p}; it must lie in (0, 1]")
         _require(self.guidance >= 1, f"evaluate.guidance is {self.guidance}; 1.0 is none, more is stronger")
         _require(all(t > 0 for t in self.temperatures), "evaluate.temperatures must all be positive")
@@ -276,7 +277,7 @@ class RegisterConfig:
     """Exit with code 1 when the model is not promoted."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.min_fid_drop < 1, f"register.min_fid_drop is {self.min_fid_drop}; it is a share from 0 to 1")
+        _require(0 < self.min_fid_drop < 1, f"register.min_fid_drop is {self.min_fid_drop}; it is a share above 0 and below 1")
         _require(all(a >= 0 for a in self.allowances.values()), f"register.allowances is {self.allowances}; they must not be negative")
         _require(bool(re.fullmatch(r"[\w.-]+", self.name)), f"register.name is {self.name!r}; use letters, digits, - _ .")
 

@@ -343,7 +343,7 @@ class Contestant:
         def make(numbers: range) -> tuple[Tensor, Tensor]:
             labels = torch.tensor([number % self.policy.num_classes for number in numbers])
             seeds = [sample_seed(seed, number) for number in numbers]
-            with self.autocast():
+            with models.autocast(self.bench.model.precision, self.policy.device):
                 codes = self.policy.generate(self.policy.condition(labels), seeds, **dataclasses.asdict(how))
             return self.bench.judge.pixels(self.policy.decode(codes)), labels
 
@@ -366,7 +366,7 @@ class Contestant:
         return self.bench.judge.features(key, count, make, f"{self.name}, teacher forced")
 
     def _redraw(self, codes: Tensor, labels: Tensor, numbers: Tensor, seed: int) -> Tensor:
-        with self.autocast():
+        with models.autocast(self.bench.model.precision, self.policy.device):
             logits = self.policy.logits(self.policy.condition(labels), codes)
         seeds = [sample_seed(seed, number) for number in numbers.tolist()]
         uniform = sampler.uniforms(seeds, self.policy.num_codes).to(codes.device)
@@ -375,10 +375,6 @@ class Contestant:
     def sheet(self, how: Sampler) -> np.ndarray:
         """The first samples of the first seed: uint8 (N, H, W, 3)."""
         return _rows(self.draw(how, self.config.seeds[0])(range(self.config.sheet_images))[0])
-
-    def autocast(self) -> torch.autocast:
-        """The arithmetic of the generator; the tokenizer decodes in float32."""
-        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.bench.model.precision == "bfloat16")
 
 
 def _over_seeds(rows: list[Scores]) -> Scores:

@@ -32,8 +32,8 @@ from vapi.models import weights
 from vapi.run import NO_RUN, Run, Server
 
 LOWER = ("fid", "kid", "fid_random")  # better when lower
-HIGHER = ("inception_score", "precision", "recall", "class_accuracy", "reward")
-REQUIREMENTS = ("torch", "numpy", "pandas", "pillow", "safetensors", "pyyaml", "tqdm", "mlflow")
+HIGHER = ("inception_score", "precision", "recall", "class_accuracy")
+REQUIREMENTS = ("torch", "numpy", "pandas", "pillow", "safetensors", "pyyaml", "mlflow")
 
 Scores = dict[str, Any]
 
@@ -42,15 +42,16 @@ def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate:
     """Put ``tune``/model.safetensors into the registry if ``evaluate``/metrics.json lets it pass.
 
     Prints every gate and writes registration.json to ``out``. Returns whether the model was registered.
-    Raises ValueError if the evaluation is of other weights, or if the MLflow server cannot be reached;
-    with tracking off the gates are judged and nothing is registered.
+    Raises ValueError if the evaluation is of other weights, or if there is something to register and the
+    MLflow server cannot be reached; with tracking off the gates are judged and nothing is registered.
     """
     begin = time.perf_counter()
     _check_names(register)
     results = data.read_json(evaluate / "metrics.json")
     digest = _weights_digest(results, tune, evaluate)
+    _require_measured(model, evaluate)
     with data.output_folder(out, "register") as folder, data.locked(data.state_dir("locks") / "register.lock"):
-        server = run.server()
+        server = run.server() if judge(register, results, None).challenger else None
         registry = Registry(server, register.name) if server else None
         verdict = judge(register, results, registry.champion(but=digest) if registry else None)
         made = registry.publish(model, tune, results, digest, verdict) if registry and verdict.challenger else {}
@@ -67,14 +68,20 @@ def _outcome(register: RegisterConfig, verdict: Verdict, made: dict[str, Any], s
     if made:
         return f"registered: {register.name} version {made['version']} as {' and '.join(made['aliases'])} in {made['registry']}"
     if verdict.challenger:
-        return "not registered: the gates are passed, but tracking is off (track.uri), and the registry is part of MLflow"
+        return (
+            "not registered: the gates are passed, but tracking is off (track.uri), and the registry is part of MLflow; "
+            "with it on: vapi register (under DVC: dvc repro --force --single-item register)"
+        )
     return "not promoted: " + "; ".join(gate.reason() for gate in verdict.gates["challenger"] if not gate.passed)
 
 
 def _check_names(register: RegisterConfig) -> None:
+    known = set(LOWER + HIGHER) - {"fid"}
     for name in register.allowances:
-        if name not in LOWER + HIGHER:
-            raise ValueError(f"register.allowances names {name!r}; {nearest(name, LOWER + HIGHER)}")
+        if name == "fid":
+            raise ValueError("register.allowances names 'fid', which has a field of its own: register.min_fid_drop")
+        if name not in known:
+            raise ValueError(f"register.allowances names {name!r}; {nearest(name, known)}")
 
 
 def _weights_digest(results: dict[str, Any], tune: Path, evaluate: Path) -> str:
@@ -85,6 +92,17 @@ def _weights_digest(results: dict[str, Any], tune: Path, evaluate: Path) -> str:
     if results.get("weights", {}).get("tuned") != digest:
         raise ValueError(f"{evaluate}/metrics.json was measured on other weights than {path}; run: vapi evaluate")
     return digest
+
+
+def _require_measured(model: ModelConfig, evaluate: Path) -> None:
+    """What is published must be what was measured: the tokenizer and the arithmetic too, not the weights alone."""
+    made = data.read_json(evaluate / "config.json")
+    if made["inputs"]["tokenizer"] != data.tokenizer_digest(model):
+        raise ValueError(f"{evaluate} was measured with another tokenizer than {model.tokenizer}; run: vapi evaluate")
+    for name in ("policy", "image_size", "precision"):
+        then, now = made["sections"]["model"][name], getattr(model, name)
+        if then != now:
+            raise ValueError(f"{evaluate} was measured with model.{name} {then!r}, and now it is {now!r}; run: vapi evaluate")
 
 
 # --- gates -------------------------------------------------------------------------------------
@@ -127,7 +145,7 @@ def _number(value: Any) -> float | None:
 
 def gates(register: RegisterConfig, rival: Scores, candidate: Scores) -> list[Gate]:
     """FID and every metric with an allowance."""
-    allowances = {"fid": -register.min_fid_drop, **{name: a for name, a in register.allowances.items() if name != "fid"}}
+    allowances = {"fid": -register.min_fid_drop, **register.allowances}
     return [Gate.of(name, rival.get(name), candidate.get(name), allowance) for name, allowance in allowances.items()]
 
 

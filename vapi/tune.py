@@ -154,7 +154,7 @@ class Objective:
 
     def log_probs(self, policy: Policy, condition: Tensor, context: Tensor) -> Tensor:
         """Teacher-forced log-probabilities (B, T, V)."""
-        with self.autocast():
+        with models.autocast(self.precision, self.policy.device):
             return grpo.log_probs(policy.logits(condition, context))
 
     def prediction(self, log_probs: Tensor, codes: Tensor, step: int) -> Terms:
@@ -197,7 +197,7 @@ class Objective:
     @torch.no_grad()
     def _score_block(self, codes: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
         """``score`` of what fits at a time. Runs in a thread of its own."""
-        with self.autocast():
+        with models.autocast(self.precision, self.policy.device):
             decoded = self.policy.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
             return self.reward.score(decoded, targets)
 
@@ -232,10 +232,6 @@ class Objective:
             terms |= {"reward": rewards.mean(), **_named_means(parts)}
             _add(totals, terms, len(part) / len(batch))
         return totals
-
-    def autocast(self) -> torch.autocast:
-        """The arithmetic of the forward passes."""
-        return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
 
 def _parallel_map(device: torch.device) -> Callable[..., Iterable[Any]]:

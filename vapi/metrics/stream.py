@@ -113,10 +113,11 @@ def _digest(key: dict[str, Any]) -> str:
 def prune() -> None:
     """Throw away the features that went unused longest, down to ``KEEP_BYTES``."""
     folders = [path for path in data.state_dir("evaluate").iterdir() if path.is_dir()]
-    sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in folders}
+    # whole files only: what another evaluation is writing may be gone before it is measured
+    sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in folders}
     total = sum(sizes.values())
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
         if total <= KEEP_BYTES or time.time() - folder.stat().st_mtime < KEEP_SECONDS:
             return
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         total -= sizes[folder]

@@ -83,6 +83,11 @@ def device_of(model: ModelConfig) -> torch.device:
         raise ValueError(f"model.device is {model.device!r}; use auto, cpu or cuda") from None
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The arithmetic that ``model.precision`` names, for forward passes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def _module(model: ModelConfig) -> ModuleType:
     if model.policy not in POLICIES:
         raise ValueError(f"model.policy is {model.policy!r}; {nearest(model.policy, POLICIES)}")

@@ -67,7 +67,7 @@ class LlamaGen:
     def condition(self, labels: Sequence[int] | Tensor) -> Tensor:
         """Class ids as a tensor (B,) on the model's device. Raises ValueError for one out of range."""
         labels = torch.as_tensor(labels, dtype=torch.long, device=self.device)
-        if len(labels) and (labels.min() < 0 or labels.max() > self.num_classes):
+        if len(labels) and (labels.min() < 0 or labels.max() >= self.num_classes):
             raise ValueError(f"class ids must lie in 0 .. {self.num_classes - 1}; got {labels.min().item()} .. {labels.max().item()}")
         return labels
 

@@ -101,8 +101,9 @@ def _unreachable(uri: str) -> str:
 
 def resend() -> int:
     """Send every journal that waits (``vapi track --resend``). Returns how many still wait, and says why."""
-    for folder in waiting()[:1]:
-        spawn(folder).wait()  # having sent its own, it sends the others
+    for folder in waiting():
+        if not State.read(folder).done:  # a process that has sent its own sends the others too
+            spawn(folder).wait()
     left = waiting()
     for folder in left:
         log.warning("%s: %s", folder, State.read(folder).error or "not sent yet")
@@ -155,6 +156,7 @@ class _Sender:
                 for record in map(json.loads, piece):
                     getattr(self, f"_{record['do']}")(record)
                 self._flush()
+                self.state.reached = True
                 self.state.offset += sum(map(len, piece))
                 self.state.done = record["do"] == "end"
                 self.state.write(self.folder)
@@ -165,8 +167,7 @@ class _Sender:
         if self.client is None:
             if why := _unreachable(self.header["uri"]):
                 raise ConnectionError(why)
-            self.state.reached, self.state.error = True, ""
-            self.state.write(self.folder)
+            self.state.error = ""
             self.client = connect(self.header["uri"])
 
     def _try(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
