@@ -124,13 +124,13 @@ class TuneConfig:
 
     steps: int = 100
     """Optimizer steps; each sees a fresh batch of images."""
-    images_per_step: int = 32
+    images_per_step: int = 64
     """Images per optimizer step, over all processes."""
     images_per_forward: int = 64
     """Images that fit through one forward and backward; gradient accumulation follows from it."""
     group_size: int = 8
     """G: token maps drawn per image from the one teacher-forced prediction (section 3.3)."""
-    lr: float = 2e-5
+    lr: float = 3e-5
     """AdamW's constant learning rate; about a hundredth of pretraining's."""
     weight_decay: float = 1e-4
     """AdamW's weight decay, on parameters with two or more dimensions."""
@@ -154,8 +154,8 @@ class TuneConfig:
     """Group-normalised advantages are clipped to this."""
     temperature: float = 1.0
     """Temperature at which the G token maps are drawn."""
-    rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 1.0})
-    """Weight of each part of the reward (eq. 10): names in vapi.rewards.REWARDS."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 10.0})
+    """Weight of each part of the reward (eq. 10), names in vapi.rewards.REWARDS; with VGG, whose distances are larger, lpips is 1."""
     perceptual: str = "data/models/reward.safetensors"
     """Network behind the lpips reward: a .safetensors of ours, or vgg (LPIPS on torchvision's VGG-16)."""
     perceptual_weights: str = ""
