@@ -25,7 +25,7 @@ from vapi import config, data
 from vapi.digits import build
 from vapi.recipes import recipe
 
-STAGES = ("subset", "tokens", "tune", "evaluate")
+STAGES = ("subset", "tokens", "tune", "evaluate", "register")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,29 @@ def test_a_better_model_becomes_challenger_and_champion_and_draws_elsewhere(
         pixels = images.to_uint8(policy.decode(codes)).permute(0, 2, 3, 1).numpy()
     drawn = [Image.open(io.BytesIO(base64.b64decode(png))) for png in both]
     assert np.array_equal([np.asarray(image) for image in drawn], pixels)
+
+
+KILLED = """
+import os, signal
+from vapi import cli, register
+create = register.Registry._create
+def and_die(*values):
+    create(*values)
+    os.kill(os.getpid(), signal.SIGKILL)
+register.Registry._create = and_die
+cli.main(["register"])
+"""
+
+
+def test_killed_between_version_and_aliases_the_same_command_makes_no_second_version(project: Project) -> None:
+    project.tuned(1)
+    settings = Config(model=project.model, register=RegisterConfig(name="vapi-test"), track=config.TrackConfig(uri=project.uri))
+    (project.folder / "params.yaml").write_text(config.dump(settings))
+    ran = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    assert list(project.versions()) == ["1"] and project.aliases() == {}
+    assert project.register() is True
+    assert list(project.versions()) == ["1"] and project.aliases() == {"challenger": "1", "champion": "1"}
 
 
 def test_a_worse_model_leaves_the_registry_alone(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
