@@ -45,7 +45,7 @@ Scores = dict[str, Any]
 class Plan:
     """How much is run."""
 
-    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4)
+    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4)
     pretraining_seeds: tuple[int, ...] = (0, 1)
     tuning_seeds: tuple[int, ...] = (0, 1, 2)
     search_seed: int = 1000

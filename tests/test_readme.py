@@ -13,8 +13,8 @@ import pytest
 from imports import MODULES, ROOT
 from readme import ELSEWHERE, README, blocks, programs
 
-from vapi import cli
-from vapi.config import STAGES
+from vapi import cli, track
+from vapi.config import STAGES, Config
 
 
 def commands() -> list[str]:
@@ -80,3 +80,10 @@ def _answers(address: str, seconds: float) -> bool:
         except OSError:
             time.sleep(0.5)
     return False
+
+
+def test_the_numbers_were_measured_on_the_data_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    digest = track.data_digest(Config())[:8]
+    for page in (README, ROOT / "docs/embedded-world.md"):
+        assert f"data `{digest}`" in page.read_text(), "the world changed: measure again what the page says, then state its digest"
