@@ -76,7 +76,7 @@ def test_bytes_labels_and_manifest(tmp_path: Path) -> None:
     assert manifest["sha256"][0] == hashlib.sha256(made.image(0)).hexdigest() and manifest["width"].unique().tolist() == [20]
     assert sorted(p.name for p in out.iterdir()) == [
         *("config.json", "images-00000.parquet", "images-00001.parquet", "images-00002.parquet", "manifest.parquet"),
-        *("quality.html", "quality.json", "quarantine.csv", "provenance.json"),
+        *("provenance.json", "quality.html", "quality.json", "quarantine.csv"),
     ]
     summary = data.read_json(out / "quality.json")
     assert summary["passed"] and summary["classes"] == [3] * 4 and all(check["passed"] for check in summary["checks"])
