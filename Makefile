@@ -1,5 +1,5 @@
 # A bare machine needs git, make and Python 3.11 with venv (Debian: apt-get install git make python3-venv).
-# Everything is installed into .venv, and nothing outside the clone is touched.
+# Everything is installed into .venv; outside the clone only DVC keeps an index, in /var/tmp/dvc.
 
 PYTHON ?= python3
 SETUP := .venv/.setup-done
