@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -137,8 +138,21 @@ def share(evidence: Evidence, jobs: Iterable[tuple[Any, ...]], workers: int) -> 
     if workers == 1:
         return [evidence.work(job) for job in jobs]
     fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, fresh, torch.set_num_threads, (max(1, cores // workers),)) as pool:
+    with ProcessPoolExecutor(workers, fresh, _begin_worker, (max(1, cores // workers),)) as pool:
         return list(pool.map(evidence.work, jobs))
+
+
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's workers outlive a killed parent, and would hold the locks of the runs they are at."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _require_same(folder: Path, **sections: Any) -> None:
