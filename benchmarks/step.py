@@ -23,7 +23,7 @@ from vapi import rewards
 from vapi.config import TuneConfig
 from vapi.digits.build import WORLD
 from vapi.models import features, gpt, llamagen, vq
-from vapi.tune import Batch, Objective
+from vapi.objective import Batch, Objective
 
 
 def world(images: int, group: int) -> tuple[Objective, Batch, dict[naive.RewardFunction, float]]:

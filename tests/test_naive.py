@@ -12,7 +12,7 @@ from torch import Tensor
 from vapi import grpo, models, rewards
 from vapi.config import ModelConfig, TuneConfig
 from vapi.models import features
-from vapi.tune import Batch, Objective
+from vapi.objective import Batch, Objective
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import naive

@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    if "vapi.launch" in sys.modules:
+        sys.modules["vapi.launch"].leave(code)
     raise SystemExit(code)
 
 
@@ -160,14 +162,27 @@ def _stage(stage: str, words: list[str]) -> int:
     if positional:
         raise ValueError(f"vapi {stage} does not understand {positional[0]!r}; values follow a flag, as in --{stage}.field value")
     settings, folders = configure(stage, flags)
+    if STAGES[stage].parallel:
+        from vapi import launch
+
+        launch.end_with_starter()
+        count = launch.processes(settings.model.device)
+        if count > 1:
+            return launch.start([sys.executable, "-m", "vapi", stage, *words], count)
     promoted = run_stage(stage, settings, folders)
     return 1 if stage == "register" and settings.register.strict and not promoted else 0
 
 
 def run_stage(stage: str, settings: Config, folders: dict[str, Path]) -> Any:
-    """Import a stage, start tracking, run it; what the stage function returns."""
+    """Import a stage, start tracking, run it; what the stage function returns. Among several processes (torchrun) only
+    the first reports, and only the first runs a stage that is not made for several."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not (first or STAGES[stage].parallel):
+        return None
     function = getattr(importlib.import_module(f"vapi.{stage}"), stage)
     sections = {name: getattr(settings, name) for name in STAGES[stage].sections}
+    if not first:
+        return function(**sections, **folders)
     from vapi import track
 
     with track.start(stage, settings) as run:

@@ -164,6 +164,12 @@ class TuneConfig:
     """Decoded images that the tokenizer and the perceptual network take at a time."""
     policy_dropout: Literal["none", "official"] = "none"
     """none: one shared forward per image; official: dropout and class drop in the update, as released (slow)."""
+    sharding: Literal["none", "full"] = "none"
+    """none: every process holds the whole generator; full: FSDP2 shares out its weights, gradients and optimizer state."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: a third more work in the generator, a fraction of the memory."""
+    compile: bool = False
+    """Compile the generator's blocks and the decoder with torch.compile; pays on a GPU after about ten steps."""
     seed: int = 0
     """Data order, context noise and draws; the same for any number of processes."""
     holdout_images: int = 128
@@ -312,15 +318,16 @@ class Stage:
     doc: str
     sections: tuple[str, ...]
     inputs: tuple[str, ...] = ()
+    parallel: bool = False  # one process per visible GPU
 
 
 # A stage is the function vapi.<name>.<name>(**sections, **inputs, out, run): sections are config
 # dataclasses, inputs and out are folders (default artifacts/<name>), run is a vapi.run.Run.
 STAGES = {
     "subset": Stage("Pick images from a source and validate them.", ("subset",)),
-    "tokens": Stage("Run the frozen tokenizer over the subset, once.", ("model", "tokens"), ("subset",)),
-    "tune": Stage("Fine-tune the generator with VA-pi.", ("model", "tune"), ("subset", "tokens")),
-    "evaluate": Stage("Compare base and tuned side by side.", ("model", "evaluate"), ("tune",)),
+    "tokens": Stage("Run the frozen tokenizer over the subset, once.", ("model", "tokens"), ("subset",), parallel=True),
+    "tune": Stage("Fine-tune the generator with VA-pi.", ("model", "tune"), ("subset", "tokens"), parallel=True),
+    "evaluate": Stage("Compare base and tuned side by side.", ("model", "evaluate"), ("tune",), parallel=True),
     "register": Stage("Register the tuned model if it passes the gates.", ("model", "register"), ("tune", "evaluate")),
 }
 ARTIFACTS = Path("artifacts")

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vapi import data, images, models
+from vapi import data, images, launch, models
 from vapi.config import ModelConfig, TokensConfig
 from vapi.data import Subset
+from vapi.launch import World
 from vapi.run import NO_RUN, Run
 
 FORMAT = 1
@@ -47,10 +48,13 @@ def tokens(model: ModelConfig, tokens: TokensConfig, subset: Path, out: Path, ru
     Raises ValueError, with nothing written, if the subset cannot be read or the codes do not pass validation.
     """
     started = time.perf_counter()
-    with data.output_folder(out, "tokens") as folder:
+    world = launch.world()
+    with world.first_enters(data.output_folder(out, "tokens")) as folder:
         picked = data.read_subset(subset)
         tokenizer, device = models.load_tokenizer(model), models.device_of(model)
-        codes, encoded = _codes(tokenizer, device, picked, model, tokens)
+        codes, encoded = _codes(tokenizer, device, picked, model, tokens, world)
+        if folder is None:
+            return
         summary = {
             "images": len(picked),
             "tokenizer": data.tokenizer_digest(model),
@@ -73,19 +77,37 @@ def tokens(model: ModelConfig, tokens: TokensConfig, subset: Path, out: Path, ru
 # --- encoding ----------------------------------------------------------------------------------
 
 
-def _codes(tokenizer: Any, device: torch.device, picked: Subset, model: ModelConfig, config: TokensConfig) -> tuple[np.ndarray, int]:
-    """Codes of every image (uint16 (N, T)), and how many had to be encoded for it."""
+def _codes(
+    tokenizer: Any, device: torch.device, picked: Subset, model: ModelConfig, config: TokensConfig, world: World
+) -> tuple[np.ndarray, int]:
+    """Codes of every image (uint16 (N, T)), and how many had to be encoded for it. Only the first process gets them,
+    and only it touches the cache; the others encode for it."""
     named = {"format": FORMAT, "tokenizer": data.tokenizer_digest(model), "image_size": model.image_size, "crop": config.crop}
     name = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:24]
     folder = data.state_dir("tokens", name)
-    with data.locked(folder / "lock"):
-        cache = Cache(folder, {**named, "codes": _num_codes(tokenizer, device, model.image_size), "vocab": tokenizer.vocab})
-        missing = [i for i, digest in enumerate(picked.sha256) if digest not in cache]
-        with tqdm(total=len(missing), desc="tokens", unit="image", disable=None) as bar:
-            for some, codes in encode(tokenizer, device, picked, missing, model.image_size, config):
-                cache.append([picked.sha256[i] for i in some], codes)
+    with world.first_enters(data.locked(folder / "lock")):
+        count = _num_codes(tokenizer, device, model.image_size)
+        cache = Cache(folder, {**named, "codes": count, "vocab": tokenizer.vocab}) if world.first else None
+        missing = world.once(lambda: [i for i, digest in enumerate(picked.sha256) if cache is not None and digest not in cache])
+        with tqdm(total=len(missing), desc="tokens", unit="image", disable=None if world.first else True) as bar:
+            for some, codes in _encode_together(tokenizer, device, picked, missing, model.image_size, config, world):
+                if cache is not None:
+                    cache.append([picked.sha256[i] for i in some], codes)
                 bar.update(len(some))
-        return cache.take(picked.sha256), len(missing)
+        return cache.take(picked.sha256) if cache is not None else np.empty((0, count), np.uint16), len(missing)
+
+
+def _encode_together(
+    tokenizer: Any, device: torch.device, picked: Subset, wanted: Sequence[int], size: int, config: TokensConfig, world: World
+) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    """``encode`` by all processes, who take batches in turn; every process gets every batch, in order."""
+    batches = list(_batches(wanted, config.images_per_batch))
+    mine = [i for some in batches[world.rank :: world.size] for i in some]
+    encoded = encode(tokenizer, device, picked, mine, size, config)
+    for _ in range(0, len(batches), world.size):
+        for found in world.gather(next(encoded, None)):
+            if found is not None:
+                yield found
 
 
 def encode(

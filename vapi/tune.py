@@ -1,29 +1,23 @@
-"""Fine-tune a generator with VA-pi (arXiv 2512.19680, section 3).
+"""Fine-tune a generator with VA-pi (arXiv 2512.19680, section 3), in a run that can be killed.
 
     for every step:
-        images, codes, condition = next batch                      # codes from the token cache
-        context    = corrupt(codes)                                # eq. 28
-        logits     = generator(condition, context)                 # once per image, with gradient
-        draws      = G token maps from softmax(logits)             # eq. 7, no rollout
-        rewards    = -(MSE + LPIPS)(decode(draws), images)         # eq. 10, everything frozen
-        advantages = rewards normalised within each image's group  # eq. 4
-        loss       = clipped policy term + beta * prior            # eq. 11, eq. 9
+        batch = next images with their codes and conditions        # codes from the token cache
+        update(objective, optimizer, batch)                        # vapi.objective: equations 4 to 11
 
-``Objective`` is that algorithm; ``Examples`` is the data in its order; the rest makes a run that can
-be killed at any moment: the same command continues from the last checkpoint and ends with the same
-bits, because order, noise and draws follow from (seed, step, image) and never from what happened
-before. SIGTERM and Ctrl-C write a checkpoint after the current step and exit with code 75
-(``INTERRUPTED``, "try again").
+``Examples`` is the data in its order; ``Tuning`` is the run. Killed at any moment, it is continued by the
+same command from the last checkpoint and ends with the same bits, because order, noise and draws follow
+from (seed, step, image) and never from what happened before. Nor from how many processes share the work:
+each takes a slice of every step's images, so a run begun on eight GPUs goes on with one. SIGTERM and Ctrl-C
+write a checkpoint after the current step and exit with code 75 (``INTERRUPTED``, "try again").
 
 Left out, as in the paper: learning-rate schedule, weight averaging, guidance while tuning.
 
-Shapes: B images, G group, T codes, V codebook.
+Shapes: B images, T codes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import shutil
@@ -31,9 +25,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,266 +34,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from vapi import checkpoint, data, grpo, images, models
+from vapi import checkpoint, data, grpo, images, launch, models, parallelize
 from vapi.config import ModelConfig, TuneConfig, plain
+from vapi.launch import INTERRUPTED, World
 from vapi.models import Policy, weights
+from vapi.objective import DRAW, HOLDOUT, ORDER, Batch, Objective, optimizer_of, update
 from vapi.rewards import Reward, network_files
 from vapi.run import NO_RUN, Run
 
-INTERRUPTED = 75
-"""Exit code after SIGTERM or Ctrl-C (EX_TEMPFAIL): run the same command again to continue."""
-
-ORDER, NOISE, DRAW, DROPOUT, HOLDOUT = range(5)  # what a random number is for
-HOLDOUT_DRAWS = 1  # per held-out image; always from the same numbers, so that a change shows
 SHEET_IMAGES = 8
 READERS = 2  # threads that decode the next steps' images
-
-Terms = dict[str, Tensor]
-
-
-# --- the algorithm -----------------------------------------------------------------------------
-
-
-@dataclass
-class Batch:
-    """Images with what the frozen networks know about them."""
-
-    rows: Tensor  # (B,) which images of the subset
-    images: Tensor  # (B, 3, H, W) in [-1, 1]
-    codes: Tensor  # (B, T)
-    condition: Tensor  # (B, ...)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, part: slice) -> Batch:
-        return Batch(self.rows[part], self.images[part], self.codes[part], self.condition[part])
-
-    def split(self, size: int) -> Iterator[Batch]:
-        """Parts of at most ``size`` images."""
-        return (self[at : at + size] for at in range(0, len(self), size))
-
-
-@dataclass
-class Draws:
-    """G token maps of each image and how they fared."""
-
-    codes: Tensor  # (B, G, T)
-    advantages: Tensor  # (B, G)
-    old: Tensor | None = None  # (B, G, T) log-probabilities when drawn; None: those of now
-    base: Tensor | None = None  # (B, G, T) log-probabilities under the frozen base
-
-    def of(self, image: int) -> Draws:
-        """The draws of one image, each a row of its own: (G, 1, ...)."""
-
-        def rows(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[image, :, None]
-
-        return Draws(self.codes[image, :, None], self.advantages[image, :, None], rows(self.old), rows(self.base))
-
-
-class Objective:
-    """The loss of VA-pi on a batch, in pieces that fit through one forward and backward."""
-
-    def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32") -> None:
-        self.policy, self.tune, self.reward = policy, tune, reward
-        self.precision = precision
-        self.map = _parallel_map(policy.device)
-        self.base = _frozen_copy(policy) if tune.prior == "kl" and tune.prior_weight > 0 else None
-
-    def pieces(self, batch: Batch, step: int) -> Iterator[tuple[float, Tensor, Terms]]:
-        """(share of the batch, loss, its terms): the gradient of the step is that of sum(share * loss)."""
-        for part in batch.split(self.tune.images_per_forward):
-            if self.tune.policy_dropout == "none":
-                yield len(part) / len(batch), *self.shared(part, step)
-            else:
-                for loss, terms in self.official(part, step):
-                    yield 1 / len(batch), loss, terms
-
-    def shared(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
-        """One forward per image: its G draws share the context, so they share the prediction."""
-        context = self.context(batch, step)
-        predicted = self.log_probs(self.policy, batch.condition, context)
-        terms = self.prediction(predicted.detach(), batch.codes, step)
-        draws = self.rollout(predicted.detach(), batch, context, step, terms)
-        return self.loss(predicted, batch.codes, draws, step, terms)
-
-    def official(self, batch: Batch, step: int) -> Iterator[tuple[Tensor, Terms]]:
-        """As released: draws from the network in eval mode, the update in train mode, where every draw is a
-        forward of its own with its own dropout mask and class drop. The ratio leaves 1 for that reason alone."""
-        context = self.context(batch, step)
-        with torch.no_grad():
-            predicted = self.log_probs(self.policy, batch.condition, context)
-            terms = self.prediction(predicted, batch.codes, step)
-            draws = self.rollout(predicted, batch, context, step, terms)
-            if draws is not None:
-                draws.old = grpo.chosen(grpo.tempered(predicted, self.tune.temperature), draws.codes)
-        del predicted
-        for image in range(len(batch)):
-            one = batch[image : image + 1]
-            repeat = [0] * self.tune.group_size
-            with _dropout(self.policy, int(grpo.keys(one.rows, self.tune.seed, DROPOUT, step))):
-                rows = self.log_probs(self.policy, one.condition[repeat], context[image : image + 1][repeat])
-            yield self.loss(rows, one.codes[repeat], None if draws is None else draws.of(image), step, terms)
-
-    def context(self, batch: Batch, step: int) -> Tensor:
-        """The noised codes that the generator reads (eq. 28)."""
-        keys = grpo.keys(batch.rows, self.tune.seed, NOISE, step).to(batch.codes.device)
-        return grpo.corrupt(batch.codes, self.tune.context_noise, self.policy.vocab, keys)
-
-    def log_probs(self, policy: Policy, condition: Tensor, context: Tensor) -> Tensor:
-        """Teacher-forced log-probabilities (B, T, V)."""
-        with models.autocast(self.precision, self.policy.device):
-            return grpo.log_probs(policy.logits(condition, context))
-
-    def prediction(self, log_probs: Tensor, codes: Tensor, step: int) -> Terms:
-        """Cross-entropy and entropy of a prediction: how well, and how surely, it names the true codes."""
-        return _finite({"ce": grpo.prior_ce(log_probs, codes), "entropy": grpo.entropy(log_probs)}, step)
-
-    @torch.no_grad()
-    def rollout(self, log_probs: Tensor, batch: Batch, context: Tensor, step: int, terms: Terms) -> Draws | None:
-        """Draw G token maps per image and reward them, unless the prior alone is wanted; adds to ``terms`` what that showed."""
-        tune = self.tune
-        if tune.policy_weight == 0:
-            return None
-        keys = grpo.keys(batch.rows, tune.seed, DRAW, step).to(log_probs.device)
-        codes = grpo.draw(log_probs, tune.group_size, tune.temperature, keys)
-        rewards, parts = self.score(codes, batch.images)
-        terms |= _finite({**_named_means(parts), "reward": rewards.mean()}, step)
-        draws = Draws(codes, grpo.advantages(rewards, tune.advantage_clip))
-        terms |= {"reward_std": rewards.std(1).mean(), "advantage_std": draws.advantages.std(1).mean()}
-        if self.base is not None:
-            base = self.log_probs(self.base, batch.condition, context)
-            draws.base = grpo.chosen(grpo.tempered(base, tune.temperature), codes)
-        return draws
-
-    def score(self, codes: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
-        """Reward (B, G) of token maps (B, G, T) against their images, and its parts: most of a step's work."""
-        (count, group), size = codes.shape[:2], self.tune.images_per_reward
-        many, few = max(1, size // group), min(group, size)
-        blocks = [(slice(b, b + many), slice(g, g + few)) for b in range(0, count, many) for g in range(0, group, few)]
-        scored = list(self.map(lambda block: self._score_block(codes[block], targets[block[0]]), blocks))
-
-        def whole(values: list[Tensor]) -> Tensor:
-            result = values[0].new_empty(count, group)
-            for block, value in zip(blocks, values, strict=True):
-                result[block] = value
-            return result
-
-        parts = {name: whole([theirs[name] for _, theirs in scored]) for name in scored[0][1]}
-        return whole([total for total, _ in scored]), parts
-
-    @torch.no_grad()
-    def _score_block(self, codes: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
-        """``score`` of what fits at a time. Runs in a thread of its own."""
-        with models.autocast(self.precision, self.policy.device):
-            decoded = self.policy.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-            return self.reward.score(decoded, targets)
-
-    def loss(self, log_probs: Tensor, codes: Tensor, draws: Draws | None, step: int, terms: Terms) -> tuple[Tensor, Terms]:
-        """Equation 11: the clipped policy term plus beta times the prior. Predictions (B, T, V), true codes (B, T)."""
-        tune = self.tune
-        prior = ce = grpo.prior_ce(log_probs, codes)
-        terms = {**terms, "ce": ce.detach()}
-        loss = torch.zeros_like(ce)
-        if draws is not None:
-            new = grpo.chosen(grpo.tempered(log_probs, tune.temperature), draws.codes)
-            policy, clipped = grpo.policy_term(new, new.detach() if draws.old is None else draws.old, draws.advantages, tune.ratio_clip)
-            terms |= {"policy": policy.detach(), "clip_fraction": clipped}
-            loss = loss + tune.policy_weight * policy
-            if draws.base is not None:
-                prior = grpo.prior_kl(new, draws.base)
-                terms["kl"] = prior.detach()
-        if tune.prior_weight > 0:
-            loss = loss + tune.prior_weight * prior
-        return loss, _finite({**terms, "loss": loss.detach()}, step)
-
-    @torch.no_grad()
-    def look(self, batch: Batch, step: int) -> Terms:
-        """Reward, its parts, cross-entropy and entropy, with noise and draws that never change."""
-        totals: Terms = {}
-        for part in batch.split(self.tune.images_per_forward):
-            noise, draw = (grpo.keys(part.rows, HOLDOUT, purpose).to(part.codes.device) for purpose in (NOISE, DRAW))
-            context = grpo.corrupt(part.codes, self.tune.context_noise, self.policy.vocab, noise)
-            predicted = self.log_probs(self.policy, part.condition, context)
-            terms = self.prediction(predicted, part.codes, step)
-            rewards, parts = self.score(grpo.draw(predicted, HOLDOUT_DRAWS, self.tune.temperature, draw), part.images)
-            terms |= {"reward": rewards.mean(), **_named_means(parts)}
-            _add(totals, terms, len(part) / len(batch))
-        return totals
-
-
-def _parallel_map(device: torch.device) -> Callable[..., Iterable[Any]]:
-    """``map`` over independent blocks of work. On a CPU one thread each, instead of all threads in every
-    operation: these are small, and the slowest thread would hold up each of them."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        return map
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)).map
-
-
-def _frozen_copy(policy: Policy) -> Policy:
-    """The policy as it is now, for the KL prior; the frozen tokenizer is shared."""
-    base = copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer})
-    base.generator.requires_grad_(False)
-    return base
-
-
-@contextlib.contextmanager
-def _dropout(policy: Policy, seed: int) -> Iterator[None]:
-    """Train mode with masks that follow from ``seed``."""
-    with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        policy.generator.train()
-        yield
-        policy.generator.eval()
-
-
-def _named_means(parts: Terms) -> Terms:
-    return {f"reward_{name}": part.mean() for name, part in parts.items()}
-
-
-def _finite(terms: Terms, step: int) -> Terms:
-    for name, value in terms.items():
-        if not value.isfinite():
-            raise ValueError(
-                f"step {step}: {name} is {value.item()}; stopped before the update. "
-                "A smaller tune.lr, a larger tune.prior_weight or model.precision float32 may help"
-            )
-    return terms
-
-
-def _add(totals: Terms, terms: Terms, share: float) -> None:
-    for name, value in terms.items():
-        totals[name] = totals.get(name, 0.0) + share * value.double()
-
-
-def optimizer_of(generator: torch.nn.Module, tune: TuneConfig) -> torch.optim.AdamW:
-    """AdamW with a constant rate; weight decay on parameters with two or more dimensions."""
-    parameters = [p for p in generator.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": tune.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=tune.lr, betas=(tune.beta1, tune.beta2))
-
-
-def update(objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch, step: int) -> dict[str, float]:
-    """One optimizer step; means of all terms over the batch. Raises ValueError, before anything changed, if one is not finite."""
-    tune = objective.tune
-    totals: Terms = {}
-    optimizer.zero_grad(set_to_none=True)
-    for share, loss, terms in objective.pieces(batch, step):
-        (share * loss).backward()
-        _add(totals, terms, share)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = clip_grad_norm_(parameters, tune.max_grad_norm or float("inf"))
-    totals |= _finite({"grad_norm": norm}, step)
-    optimizer.step()
-    return {name: value.item() for name, value in totals.items()}
 
 
 # --- the data, in its order --------------------------------------------------------------------
@@ -358,18 +102,24 @@ class Examples:
         condition = policy.condition(torch.from_numpy(self.subset.labels[index]))
         return Batch(rows, images.to_float(pixels).to(policy.device), codes, condition)
 
-    def batches(self, first: int, last: int, policy: Policy) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) from ``first`` to ``last``, the next ones being read meanwhile."""
+    def load(self, rows: Tensor, policy: Policy) -> Batch:
+        """Rows of the subset, read now."""
+        return self.batch(rows, self.pixels(rows), policy)
+
+    def batches(self, first: int, last: int, policy: Policy, world: World) -> Iterator[tuple[int, Batch]]:
+        """(step, this process's part of its batch) from ``first`` to ``last``, the next ones being read meanwhile."""
         steps = range(first, last + 1)
-        for step, pixels in zip(steps, data.parallel(lambda step: self.pixels(self.order(step)), steps, READERS), strict=True):
-            yield step, self.batch(self.order(step), pixels, policy)
+        mine = [self.order(step)[world.part(self.tune.images_per_step)] for step in steps]
+        for step, rows, pixels in zip(steps, mine, data.parallel(self.pixels, mine, READERS), strict=True):
+            yield step, self.batch(rows, pixels, policy)
 
 
 # --- a run that can be killed ------------------------------------------------------------------
 
 
 class Progress:
-    """The numbers of a run: metrics.jsonl as it grows, the tracker, and a line for whoever watches."""
+    """The numbers of a run: metrics.jsonl as it grows, the tracker, and a line for whoever watches. The first
+    process's alone; the numbers are those of all."""
 
     def __init__(self, path: Path, lines: list[str], steps: int, run: Run) -> None:
         self.path, self.lines, self.steps, self.run = path, lines, steps, run
@@ -423,43 +173,52 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 class Tuning:
-    """Weights, optimizer, numbers and sheets of one run, in a folder that outlives it until it has succeeded."""
+    """Weights, optimizer, numbers and sheets of one run, in a folder that outlives it until it has succeeded.
 
-    def __init__(self, model: ModelConfig, tune: TuneConfig, examples: Examples, state: Path, digest: str, run: Run) -> None:
+    Every process has one, and they do the same steps; the first writes.
+    """
+
+    def __init__(
+        self, model: ModelConfig, tune: TuneConfig, examples: Examples, state: Path, digest: str, run: Run, world: World = launch.ALONE
+    ) -> None:
         device = models.device_of(model)
         reward = Reward(tune.rewards, tune.perceptual, tune.perceptual_weights, device)
-        self.tune, self.examples, self.state, self.digest, self.run = tune, examples, state, digest, run
+        self.tune, self.examples, self.state, self.digest, self.run, self.world = tune, examples, state, digest, run, world
         self.policy = models.load(model)
         examples.fit(self.policy)
         self.policy.generator.eval()
         self.policy.tokenizer.to(memory_format=torch.channels_last)  # a fifth faster to decode, the same numbers
-        self.objective = Objective(self.policy, tune, reward, model.precision)
+        self.objective = Objective(self.policy, tune, reward, model.precision, world)
+        parallelize.parallelize(self.policy, tune, model.precision, world)
         self.optimizer = optimizer_of(self.policy.generator, tune)
-        self.held = examples.batch(examples.held, examples.pixels(examples.held), self.policy)
+        self.held = examples.load(examples.held[world.part(len(examples.held))], self.policy)
+        self.shown = examples.load(examples.held[:SHEET_IMAGES], self.policy)
         self.sheets = state / "sheets"
         self.sheets.mkdir(exist_ok=True)
         saved = checkpoint.load(state / "checkpoint.pt", digest)
         self.step: int = saved["step"] if saved else -1  # -1: not even the look before the first step
         self.seconds: list[float] = saved["seconds"] if saved else []
-        self.progress = Progress(state / "metrics.jsonl", saved["lines"] if saved else [], tune.steps, run)
         if saved:
-            self.policy.generator.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            print(f"continuing after step {self.step} of {tune.steps}", file=sys.stderr, flush=True)
+            parallelize.restore(self.policy.generator, self.optimizer, saved)
+        if world.first:
+            self.progress = Progress(state / "metrics.jsonl", saved["lines"] if saved else [], tune.steps, run)
+            if saved:
+                print(f"continuing after step {self.step} of {tune.steps}", file=sys.stderr, flush=True)
 
     def train(self) -> None:
         """All steps that are left. Raises SystemExit(75) when a signal asked to stop."""
-        with stop_signals() as stop, contextlib.closing(self.progress.bar):
+        with stop_signals() as stop:
             if self.step < 0:
                 self.finish_step(0, {})
-            for step, batch in self.examples.batches(self.step + 1, self.tune.steps, self.policy):
+            for step, batch in self.examples.batches(self.step + 1, self.tune.steps, self.policy, self.world):
                 begin = time.perf_counter()
                 values = update(self.objective, self.optimizer, batch, step)
                 self.seconds.append(time.perf_counter() - begin)
                 self.finish_step(step, {f"tune/{name}": value for name, value in values.items()})
-                if stop.is_set() and step < self.tune.steps:
+                if self.world.any(stop.is_set()) and step < self.tune.steps:
                     self.save()
-                    print(f"stopped after step {step} of {self.tune.steps}; the same command continues", file=sys.stderr, flush=True)
+                    if self.world.first:
+                        print(f"stopped after step {step} of {self.tune.steps}; the same command continues", file=sys.stderr, flush=True)
                     raise SystemExit(INTERRUPTED)
 
     def finish_step(self, step: int, values: dict[str, float]) -> None:
@@ -467,30 +226,51 @@ class Tuning:
         tune, last = self.tune, step == self.tune.steps
         if step % tune.holdout_every == 0 or last:
             looked = self.objective.look(self.held, step)
-            values = {**values, **{f"holdout/{name}": value.item() for name, value in looked.items()}}
+            values = {**values, **{f"holdout/{name}": value for name, value in looked.items()}}
         if step % tune.sheet_every == 0 or last:
-            path = self.sheets / f"step-{step:06d}.png"
-            path.write_bytes(images.png_bytes(sheet(self.policy, self.objective, self.held[:SHEET_IMAGES])))
-            self.run.image("samples/tune", path, step)
+            self.draw_sheet(step)
         self.step = step
-        self.progress.log(step, values)
+        if self.world.first:
+            self.progress.log(step, values)
         if step % tune.checkpoint_every == 0 or last:  # the last too: writing the result may fail
             self.save()
 
+    def draw_sheet(self, step: int) -> None:
+        """What the generator makes of a few held-out images and their conditions."""
+        with parallelize.whole(self.policy.generator):
+            if self.world.first:
+                path = self.sheets / f"step-{step:06d}.png"
+                path.write_bytes(images.png_bytes(sheet(self.policy, self.objective, self.shown)))
+                self.run.image("samples/tune", path, step)
+
     def save(self) -> None:
         """Everything a later process needs to go on as if nothing had happened."""
-        networks = {"model": self.policy.generator.state_dict(), "optimizer": self.optimizer.state_dict()}
-        numbers = {"step": self.step, "lines": self.progress.lines, "seconds": self.seconds}
-        checkpoint.save(self.state / "checkpoint.pt", self.digest, {**networks, **numbers})
+        networks = parallelize.state(self.policy.generator, self.optimizer)
+        if self.world.first:
+            numbers = {"step": self.step, "lines": self.progress.lines, "seconds": self.seconds}
+            checkpoint.save(self.state / "checkpoint.pt", self.digest, {**networks, **numbers})
 
-    def summary(self) -> dict[str, Any]:
+    def write(self, folder: Path | None) -> None:
+        """The result, into the first process's folder; all processes give their shards of it."""
+        tensors = parallelize.weights(self.policy.generator)
+        if folder is None:
+            return
+        self.progress.bar.close()
+        self.policy.save(folder / "model.safetensors", tensors)
+        (folder / "metrics.jsonl").write_text("".join(self.progress.lines))
+        shutil.copytree(self.sheets, folder / "sheets")
+        summary = self.summary(sum(tensor.numel() for tensor in tensors.values()))
+        data.write_json(folder / "summary.json", summary)
+        self.run.metrics({f"final/{k.removeprefix('holdout/')}": v for k, v in summary["holdout"]["last"].items() if k != "step"})
+
+    def summary(self, parameters: int) -> dict[str, Any]:
         """summary.json: where it began, where it ended."""
         looks = self.progress.held_out()
         return {
             "steps": self.tune.steps,
             "images_seen": self.tune.steps * self.tune.images_per_step,
-            "parameters": sum(p.numel() for p in self.policy.generator.parameters()),
-            "holdout": {"images": len(self.held), "first": looks[0], "last": looks[-1]},
+            "parameters": parameters,
+            "holdout": {"images": len(self.examples.held), "first": looks[0], "last": looks[-1]},
         }
 
 
@@ -521,22 +301,71 @@ def tune(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path, out: 
 
     ``out``: model.safetensors, metrics.jsonl (a line per step, from 0), sheets/, summary.json, config.json,
     provenance.json. Raises ValueError for inputs that do not fit, before anything expensive, and for a loss that
-    is not finite; SystemExit(75) after SIGTERM or Ctrl-C. A run that ended early is continued by the same call.
+    is not finite; SystemExit(75) after SIGTERM or Ctrl-C. A run that ended early is continued by the same call,
+    by any number of processes.
     """
     begin = time.perf_counter()
-    with data.output_folder(out, "tune") as folder:
+    world = launch.world()
+    with world.first_enters(data.output_folder(out, "tune")) as folder:
+        _require_work(tune, world)
         examples = Examples(model, tune, subset, tokens)
-        inputs = _inputs(model, tune, subset, tokens)
+        inputs = world.once(lambda: _inputs(model, tune, subset, tokens))
         digest = _digest({"model": plain(model), "tune": plain(tune), "inputs": inputs, "source": data.code_version()["source"]})
-        with data.locked(data.state_dir("locks") / f"tune-{digest}.lock", wait=False):
+        with world.first_enters(data.locked(data.state_dir("locks") / f"tune-{digest}.lock", wait=False)):
             state = data.state_dir("resume", "tune", digest)
             run.dataset("subset", inputs["subset"], subset)
-            tuning = Tuning(model, tune, examples, state, digest, run)
-            tuning.train()
-            _write(folder, tuning)
-            timings = {"seconds_per_step": round(float(np.median(tuning.seconds)), 4)}
-            data.describe(folder, "tune", {"model": model, "tune": tune}, inputs, time.perf_counter() - begin, **timings)
-    shutil.rmtree(state, ignore_errors=True)
+            tuning = Tuning(model, tune, examples, state, digest, run, world)
+            with _memory_advice(tuning):
+                tuning.train()
+            tuning.write(folder)
+            if folder is not None:
+                timings = {"seconds_per_step": round(float(np.median(tuning.seconds)), 4), "processes": world.size}
+                data.describe(folder, "tune", {"model": model, "tune": tune}, inputs, time.perf_counter() - begin, **timings)
+    if world.first:
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def _require_work(tune: TuneConfig, world: World) -> None:
+    """Raises ValueError if there are more processes than images, or if they cannot move in step."""
+    for name in ("images_per_step", "holdout_images"):
+        count = getattr(tune, name)
+        if count < world.size:
+            raise ValueError(
+                f"{world.size} processes (GPUs) share tune.{name} {count}; use fewer GPUs (CUDA_VISIBLE_DEVICES) or more images"
+            )
+    if tune.sharding == "full" and tune.policy_dropout == "official" and tune.images_per_step % world.size:
+        raise ValueError(
+            f"tune.images_per_step {tune.images_per_step} is no multiple of {world.size} processes; with sharding full and "
+            "policy_dropout official they must all make as many forwards"
+        )
+
+
+@contextlib.contextmanager
+def _memory_advice(tuning: Tuning) -> Iterator[None]:
+    """Turn an allocator's error into words about the knobs, with what would probably fit."""
+    device, optimizer = tuning.policy.device, tuning.optimizer
+    fixed = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    fixed += trained if optimizer.state else 3 * trained  # the gradient, and AdamW's two moments
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(_advice(tuning.tune, fixed, device)) from error
+
+
+def _advice(tune: TuneConfig, fixed: int, device: torch.device) -> str:
+    words = f"out of memory with tune.images_per_forward {tune.images_per_forward} and tune.images_per_reward {tune.images_per_reward}"
+    if device.type == "cuda":
+        total, peak = torch.cuda.get_device_properties(device).total_memory, torch.cuda.max_memory_allocated(device)
+        fits = int(tune.images_per_forward * 0.8 * (total - fixed) / max(1, peak - fixed))
+        fits = max(1, min(fits, tune.images_per_forward // 2))
+        words += (
+            f": weights and optimizer take {fixed / 2**30:.1f} of {total / 2**30:.1f} GiB; images_per_forward {fits} would probably fit"
+        )
+    return (
+        f"{words}. Results depend on these two by rounding only: lower them, then try tune.activation_checkpointing true, "
+        "model.precision bfloat16, or with several GPUs tune.sharding full"
+    )
 
 
 def _inputs(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path) -> dict[str, str]:
@@ -549,12 +378,3 @@ def _inputs(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path) ->
 
 def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write(folder: Path, tuning: Tuning) -> None:
-    tuning.policy.save(folder / "model.safetensors")
-    (folder / "metrics.jsonl").write_text("".join(tuning.progress.lines))
-    shutil.copytree(tuning.sheets, folder / "sheets")
-    summary = tuning.summary()
-    data.write_json(folder / "summary.json", summary)
-    tuning.run.metrics({f"final/{k.removeprefix('holdout/')}": v for k, v in summary["holdout"]["last"].items() if k != "step"})

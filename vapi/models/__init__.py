@@ -6,7 +6,7 @@ A new base model is one file with a class of these methods and one line in ``POL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, Unpack
@@ -36,6 +36,10 @@ class Policy(Protocol):
     def tokenizer(self) -> nn.Module: ...
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The generator's repeated layers, in order: the units of sharding, compilation and checkpointing."""
+
+    @property
     def device(self) -> torch.device: ...
 
     def condition(self, labels: Sequence[int] | Tensor) -> Tensor:
@@ -53,8 +57,8 @@ class Policy(Protocol):
     def generate(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
         """Free-running codes (B, T); image n depends on seed n alone."""
 
-    def save(self, path: str | Path) -> None:
-        """Write the generator's weights."""
+    def save(self, path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write the generator's weights; ``tensors``, if they are not at hand in the module (sharded)."""
 
 
 def _llamagen() -> ModuleType:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vapi.config import ModelConfig
 from vapi.models import gpt, sampler, vq, weights
@@ -61,6 +61,10 @@ class LlamaGen:
         assert generator.config.codes == self.num_codes, (generator.config.codes, self.num_codes)
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.generator.layers)
+
+    @property
     def device(self) -> torch.device:
         return self.generator.output.weight.device
 
@@ -88,6 +92,6 @@ class LlamaGen:
         assert not self.generator.training, "put the generator in eval mode before sampling"
         return sampler.generate(self.generator, condition, seeds, **how)
 
-    def save(self, path: str | Path) -> None:
-        """Write the generator's weights under LlamaGen's key names."""
-        weights.save(self.generator, path, gpt.metadata(self.generator.config))
+    def save(self, path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write the generator's weights under LlamaGen's key names; ``tensors``, if they are not at hand in the module (sharded)."""
+        weights.save(self.generator, path, gpt.metadata(self.generator.config), tensors)

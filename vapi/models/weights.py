@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -74,12 +75,15 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> Non
     module.load_state_dict(state)
 
 
-def save(module: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
-    """Write float32 weights as safetensors, whole or not at all. Raises ValueError if they cannot be written (disk full)."""
+def save(module: nn.Module, path: str | Path, metadata: dict[str, str], tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write float32 weights (a module's, or ``tensors``) as safetensors, whole or not at all.
+
+    Raises ValueError if they cannot be written (disk full).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or module.state_dict()).items()}
     try:
         save_file(state, temporary, metadata={"format": "pt", **metadata})
         with open(temporary, "r+b") as file:

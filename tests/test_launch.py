@@ -1,0 +1,206 @@
+"""Several processes do what one does, and end together. gloo on CPUs; the same code runs NCCL on GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import worker
+from safetensors.torch import load_file
+from test_tune import config, lines, write_inputs
+
+from vapi import launch
+from vapi.config import Config, ModelConfig, TuneConfig, plain
+from vapi.launch import World
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    subset, tokens = write_inputs(tmp_path_factory.mktemp("inputs"), tiny_model)
+    return {"model": tiny_model, "subset": str(subset), "tokens": str(tokens)}
+
+
+def command(what: str, inputs: dict[str, Any], tune: TuneConfig, out: Path) -> list[str]:
+    file = out.parent / f"{out.name}.given.json"
+    settings = plain(dataclasses.replace(Config(), model=inputs["model"], tune=tune))
+    file.write_text(json.dumps({"config": settings, "subset": inputs["subset"], "tokens": inputs["tokens"], "out": str(out)}))
+    return [sys.executable, str(WORKER), what, str(file)]
+
+
+def run(processes: int, words: list[str], project: Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    """A command in several processes, through a starter of its own that can be sent signals."""
+    return subprocess.run(starter(processes, words), env=environment(project), capture_output=True, text=True, timeout=240, **more)
+
+
+def starter(processes: int, words: list[str]) -> list[str]:
+    return [sys.executable, "-c", f"import sys; from vapi import launch; sys.exit(launch.start({words!r}, {processes}))"]
+
+
+def environment(project: Path) -> dict[str, str]:
+    return {**os.environ, "DVC_ROOT": str(project), "OMP_NUM_THREADS": "1"}
+
+
+# --- the same numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 1000])
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_parts_cover_everything_once(count: int, size: int) -> None:
+    parts = [World(rank, size).part(count) for rank in range(size)]
+    assert [i for part in parts for i in range(count)[part]] == list(range(count))
+    lengths = [part.stop - part.start for part in parts]
+    assert max(lengths) - min(lengths) <= 1 and World(0, size).largest_part(count) == max(lengths)
+
+
+KINDS = {
+    "shared": {},
+    "kl": {"prior": "kl"},
+    "accumulated": {"images_per_forward": 2},
+    "recomputed": {"activation_checkpointing": True},
+    "sharded": {"sharding": "full", "images_per_forward": 1, "activation_checkpointing": True},
+    "official": {"policy_dropout": "official"},
+}
+
+
+@pytest.mark.parametrize(("processes", "kind"), [(2, "shared"), (3, "accumulated"), (2, "kl"), (3, "sharded"), (2, "official")])
+def test_processes_give_the_gradient_of_one(processes: int, kind: str, inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Seven images do not divide by two or three."""
+    tune = config(images_per_step=7, holdout_images=5, max_grad_norm=0.0, **KINDS[kind])
+    alone = dataclasses.replace(tune, sharding="none", activation_checkpointing=False, images_per_forward=7)
+    worker.gradient({**inputs, "out": str(tmp_path / "one.safetensors")}, inputs["model"], alone)
+    done = run(processes, command("gradient", inputs, tune, tmp_path / "many.safetensors"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, many = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    off, size = (torch.stack([f(name).double().norm() for name in one]).norm() for f in (lambda n: one[n] - many[n], one.__getitem__))
+    assert off <= 1e-6 * size
+    numbers = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "many")]
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-5, abs=1e-7)
+
+
+def test_a_sharded_run_is_that_of_one_process(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Sheets and checkpoints between the steps included."""
+    tune = config(sheet_every=2, activation_checkpointing=True)
+    assert run(1, command("tune", inputs, tune, tmp_path / "one"), tmp_path).returncode == 0
+    done = run(2, command("tune", inputs, dataclasses.replace(tune, sharding="full"), tmp_path / "many"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    require_alike(tmp_path / "one", tmp_path / "many")
+    assert (tmp_path / "many" / "sheets" / "step-000002.png").is_file()
+
+
+def require_alike(one: Path, many: Path) -> None:
+    """The same curves and weights, but for rounding."""
+    for ours, theirs in zip(lines(one), lines(many), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-5)
+    a, b = (load_file(folder / "model.safetensors") for folder in (one, many))
+    assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
+
+
+def test_a_run_continues_on_another_number_of_processes(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Two processes are stopped, three go on, one ends it: the same curve as on one."""
+    tune = config(steps=30)
+    assert run(1, command("tune", inputs, tune, tmp_path / "one"), tmp_path).returncode == 0
+    for processes in (2, 3):
+        stopped = interrupted(processes, command("tune", inputs, tune, tmp_path / "many"), tmp_path, signal.SIGTERM)
+        assert stopped == launch.INTERRUPTED
+    ended = run(1, command("tune", inputs, tune, tmp_path / "many"), tmp_path)
+    assert ended.returncode == 0 and "continuing after step" in ended.stderr
+    require_alike(tmp_path / "one", tmp_path / "many")
+
+
+def interrupted(processes: int, words: list[str], project: Path, number: signal.Signals, victim: int | None = None) -> int:
+    """Exit code of a run that got a signal after a few steps: the whole group, or one of its processes."""
+    metrics = project / ".vapi" / "resume" / "tune"
+    before = written(metrics)
+    with subprocess.Popen(starter(processes, words), env=environment(project), start_new_session=True, stderr=subprocess.PIPE) as process:
+        while written(metrics) < before + 3:
+            assert process.poll() is None, process.stderr and process.stderr.read().decode()
+            time.sleep(0.02)
+        if victim is None:
+            os.killpg(process.pid, number)
+        else:
+            os.kill(children(process.pid)[victim], number)
+        return process.wait(timeout=60)
+
+
+def written(metrics: Path) -> int:
+    return sum(len(path.read_text().splitlines()) for path in metrics.glob("*/metrics.jsonl"))
+
+
+def children(pid: int) -> list[int]:
+    """Child processes in the order in which they were started."""
+    return sorted(int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+# --- faults ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_is_killed(victim: int, inputs: dict[str, Any], tmp_path: Path) -> None:
+    """The other does not hang, and the same command ends with the bits of an undisturbed run."""
+    tune = config(steps=20)
+    assert run(2, command("tune", inputs, tune, tmp_path / "whole"), tmp_path).returncode == 0
+    assert interrupted(2, command("tune", inputs, tune, tmp_path / "killed"), tmp_path, signal.SIGKILL, victim) == 128 + signal.SIGKILL
+    assert run(2, command("tune", inputs, tune, tmp_path / "killed"), tmp_path).returncode == 0
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_all_die_with_their_starter(inputs: dict[str, Any], tmp_path: Path) -> None:
+    words = command("tune", inputs, config(steps=10_000), tmp_path / "out")
+    with subprocess.Popen(starter(2, words), env=environment(tmp_path), stderr=subprocess.DEVNULL) as process:
+        while written(tmp_path / ".vapi" / "resume" / "tune") < 3:
+            assert process.poll() is None
+            time.sleep(0.02)
+        orphans = children(process.pid)
+        process.kill()
+    deadline = time.monotonic() + 30
+    while [pid for pid in orphans if alive(pid)]:
+        assert time.monotonic() < deadline, "processes outlived the one that had started them"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_first_to_fail_is_heard_alone(tmp_path: Path) -> None:
+    """A traceback of the process that failed, none of those that only missed it."""
+    script = (
+        "from vapi import launch\n"
+        "world = launch.world()\n"
+        "world.gather(1)\n"
+        "if world.rank == 1: raise RuntimeError('the disk of rank 1 is gone')\n"
+        "world.gather(2)\n"
+    )
+    done = run(3, [sys.executable, "-c", script], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1 and "the disk of rank 1 is gone" in done.stderr
+
+
+def test_more_processes_than_images(inputs: dict[str, Any], tmp_path: Path) -> None:
+    done = run(3, command("tune", inputs, config(images_per_step=2), tmp_path / "out"), tmp_path)
+    assert done.returncode != 0 and "3 processes (GPUs) share tune.images_per_step 2; use fewer GPUs" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many processes as visible GPUs, unless somebody has started several, or the CPU is meant."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert launch.processes("auto") == launch.processes("cuda") == 8 and launch.processes("cpu") == launch.processes("cuda:1") == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert launch.processes("auto") == 1

@@ -1,0 +1,48 @@
+"""What the tests of ``launch`` run in several processes: ``python worker.py gradient|tune FILE.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from vapi import launch, models, objective, parallelize
+from vapi import tune as stage
+from vapi.config import Config, ModelConfig, TuneConfig, build
+from vapi.rewards import Reward
+
+
+def gradient(given: dict[str, Any], model: ModelConfig, tune: TuneConfig) -> None:
+    """The gradient and the numbers of one step, and what the held-out images showed."""
+    world = launch.world()
+    policy = models.load(model)
+    target = objective.Objective(policy, tune, Reward(tune.rewards), model.precision, world)
+    parallelize.parallelize(policy, tune, model.precision, world)
+    examples = stage.Examples(model, tune, Path(given["subset"]), Path(given["tokens"]))
+    batch = examples.load(examples.order(1)[world.part(tune.images_per_step)], policy)
+    values = objective.update(target, torch.optim.SGD(policy.generator.parameters(), 0.0), batch, 1)
+    gradients = {name: p.grad for name, p in policy.generator.named_parameters() if p.grad is not None}
+    whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+    looked = target.look(examples.load(examples.held[world.part(tune.holdout_images)], policy), 1)
+    if world.first:
+        save_file(whole, given["out"])
+        Path(given["out"]).with_suffix(".json").write_text(json.dumps({**values, **looked}))
+    launch.leave()
+
+
+def tune(given: dict[str, Any], model: ModelConfig, tune: TuneConfig) -> None:
+    stage.tune(model, tune, Path(given["subset"]), Path(given["tokens"]), Path(given["out"]))
+    launch.leave()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    launch.end_with_starter()
+    given = json.loads(Path(sys.argv[2]).read_text())
+    settings = build(Config, given["config"])
+    {"gradient": gradient, "tune": tune}[sys.argv[1]](given, settings.model, settings.tune)

@@ -1,0 +1,295 @@
+"""The loss of VA-pi on a batch (arXiv 2512.19680, section 3), and the optimizer step made of it.
+
+    context    = corrupt(codes)                                # eq. 28
+    logits     = generator(condition, context)                 # once per image, with gradient
+    draws      = G token maps from softmax(logits)             # eq. 7, no rollout
+    rewards    = -(MSE + LPIPS)(decode(draws), images)         # eq. 10, everything frozen
+    advantages = rewards normalised within each image's group  # eq. 4
+    loss       = clipped policy term + beta * prior            # eq. 11, eq. 9
+
+The mathematics is in ``grpo``; here is what runs through a network, in pieces that fit. Among several
+processes each has its own part of the batch, and gradient and numbers are sums over all of them.
+
+Shapes: B images, G group, T codes, V codebook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+from vapi import grpo, models
+from vapi.config import TuneConfig
+from vapi.launch import ALONE, World
+from vapi.models import Policy
+from vapi.rewards import Reward
+
+ORDER, NOISE, DRAW, DROPOUT, HOLDOUT = range(5)  # what a random number is for
+HOLDOUT_DRAWS = 1  # per held-out image; always from the same numbers, so that a change shows
+
+Terms = dict[str, Tensor]
+
+
+@dataclass
+class Batch:
+    """Images with what the frozen networks know about them."""
+
+    rows: Tensor  # (B,) which images of the subset
+    images: Tensor  # (B, 3, H, W) in [-1, 1]
+    codes: Tensor  # (B, T)
+    condition: Tensor  # (B, ...)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(self.rows[part], self.images[part], self.codes[part], self.condition[part])
+
+
+@dataclass
+class Draws:
+    """G token maps of each image and how they fared."""
+
+    codes: Tensor  # (B, G, T)
+    advantages: Tensor  # (B, G)
+    old: Tensor | None = None  # (B, G, T) log-probabilities when drawn; None: those of now
+    base: Tensor | None = None  # (B, G, T) log-probabilities under the frozen base
+
+    def of(self, image: int) -> Draws:
+        """The draws of one image, each a row of its own: (G, 1, ...)."""
+
+        def rows(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[image, :, None]
+
+        return Draws(self.codes[image, :, None], self.advantages[image, :, None], rows(self.old), rows(self.base))
+
+
+class Objective:
+    """The loss of VA-pi on a batch, in pieces that fit through one forward and backward."""
+
+    def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32", world: World = ALONE) -> None:
+        self.policy, self.tune, self.reward = policy, tune, reward
+        self.precision, self.world = precision, world
+        self.map = _parallel_map(policy.device)
+        self.base = _frozen_copy(policy) if tune.prior == "kl" and tune.prior_weight > 0 else None
+
+    def pieces(self, batch: Batch, step: int) -> Iterator[tuple[float, Tensor, Terms]]:
+        """(share of all images, loss, its terms): the gradient of the step is that of sum(share * loss) over all processes."""
+        for share, part in self.parts(batch):
+            if self.tune.policy_dropout == "none":
+                yield share, *self.shared(part, step)
+            else:
+                for loss, terms in self.official(part, step):
+                    yield share / len(part), loss, terms
+
+    def parts(self, batch: Batch) -> Iterator[tuple[float, Batch]]:
+        """Parts of at most ``images_per_forward`` images, each with its share of all processes' images. Every process has
+        as many, because shards move when all are at the same place; one that has none left repeats an image for nothing."""
+        sizes = self.world.gather(len(batch))
+        count = math.ceil(max(sizes) / self.tune.images_per_forward)
+        for i in range(count):
+            part = batch[len(batch) * i // count : len(batch) * (i + 1) // count]
+            yield (len(part) / sum(sizes), part) if len(part) else (0.0, batch[:1])
+
+    def shared(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
+        """One forward per image: its G draws share the context, so they share the prediction."""
+        context = self.context(batch, step)
+        predicted = self.log_probs(self.policy, batch.condition, context)
+        terms = self.prediction(predicted.detach(), batch.codes, step)
+        draws = self.rollout(predicted.detach(), batch, context, step, terms)
+        return self.loss(predicted, batch.codes, draws, step, terms)
+
+    def official(self, batch: Batch, step: int) -> Iterator[tuple[Tensor, Terms]]:
+        """As released: draws from the network in eval mode, the update in train mode, where every draw is a
+        forward of its own with its own dropout mask and class drop. The ratio leaves 1 for that reason alone."""
+        context = self.context(batch, step)
+        with torch.no_grad():
+            predicted = self.log_probs(self.policy, batch.condition, context)
+            terms = self.prediction(predicted, batch.codes, step)
+            draws = self.rollout(predicted, batch, context, step, terms)
+            if draws is not None:
+                draws.old = grpo.chosen(grpo.tempered(predicted, self.tune.temperature), draws.codes)
+        del predicted
+        for image in range(len(batch)):
+            one = batch[image : image + 1]
+            repeat = [0] * self.tune.group_size
+            with _dropout(self.policy, int(grpo.keys(one.rows, self.tune.seed, DROPOUT, step))):
+                rows = self.log_probs(self.policy, one.condition[repeat], context[image : image + 1][repeat])
+            yield self.loss(rows, one.codes[repeat], None if draws is None else draws.of(image), step, terms)
+
+    def context(self, batch: Batch, step: int) -> Tensor:
+        """The noised codes that the generator reads (eq. 28)."""
+        keys = grpo.keys(batch.rows, self.tune.seed, NOISE, step).to(batch.codes.device)
+        return grpo.corrupt(batch.codes, self.tune.context_noise, self.policy.vocab, keys)
+
+    def log_probs(self, policy: Policy, condition: Tensor, context: Tensor) -> Tensor:
+        """Teacher-forced log-probabilities (B, T, V)."""
+        with models.autocast(self.precision, self.policy.device):
+            return grpo.log_probs(policy.logits(condition, context))
+
+    def prediction(self, log_probs: Tensor, codes: Tensor, step: int) -> Terms:
+        """Cross-entropy and entropy of a prediction: how well, and how surely, it names the true codes."""
+        return _finite({"ce": grpo.prior_ce(log_probs, codes), "entropy": grpo.entropy(log_probs)}, step)
+
+    @torch.no_grad()
+    def rollout(self, log_probs: Tensor, batch: Batch, context: Tensor, step: int, terms: Terms) -> Draws | None:
+        """Draw G token maps per image and reward them, unless the prior alone is wanted; adds to ``terms`` what that showed."""
+        tune = self.tune
+        if tune.policy_weight == 0:
+            return None
+        keys = grpo.keys(batch.rows, tune.seed, DRAW, step).to(log_probs.device)
+        codes = grpo.draw(log_probs, tune.group_size, tune.temperature, keys)
+        rewards, parts = self.score(codes, batch.images)
+        terms |= _finite({**_named_means(parts), "reward": rewards.mean()}, step)
+        draws = Draws(codes, grpo.advantages(rewards, tune.advantage_clip))
+        terms |= {"reward_std": rewards.std(1).mean(), "advantage_std": draws.advantages.std(1).mean()}
+        if self.base is not None:
+            base = self.log_probs(self.base, batch.condition, context)
+            draws.base = grpo.chosen(grpo.tempered(base, tune.temperature), codes)
+        return draws
+
+    def score(self, codes: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
+        """Reward (B, G) of token maps (B, G, T) against their images, and its parts: most of a step's work."""
+        (count, group), size = codes.shape[:2], self.tune.images_per_reward
+        many, few = max(1, size // group), min(group, size)
+        blocks = [(slice(b, b + many), slice(g, g + few)) for b in range(0, count, many) for g in range(0, group, few)]
+        scored = list(self.map(lambda block: self._score_block(codes[block], targets[block[0]]), blocks))
+
+        def whole(values: list[Tensor]) -> Tensor:
+            result = values[0].new_empty(count, group)
+            for block, value in zip(blocks, values, strict=True):
+                result[block] = value
+            return result
+
+        parts = {name: whole([theirs[name] for _, theirs in scored]) for name in scored[0][1]}
+        return whole([total for total, _ in scored]), parts
+
+    @torch.no_grad()
+    def _score_block(self, codes: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
+        """``score`` of what fits at a time. Runs in a thread of its own."""
+        with models.autocast(self.precision, self.policy.device):
+            decoded = self.policy.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+            return self.reward.score(decoded, targets)
+
+    def loss(self, log_probs: Tensor, codes: Tensor, draws: Draws | None, step: int, terms: Terms) -> tuple[Tensor, Terms]:
+        """Equation 11: the clipped policy term plus beta times the prior. Predictions (B, T, V), true codes (B, T)."""
+        tune = self.tune
+        prior = ce = grpo.prior_ce(log_probs, codes)
+        terms = {**terms, "ce": ce.detach()}
+        loss = torch.zeros_like(ce)
+        if draws is not None:
+            new = grpo.chosen(grpo.tempered(log_probs, tune.temperature), draws.codes)
+            policy, clipped = grpo.policy_term(new, new.detach() if draws.old is None else draws.old, draws.advantages, tune.ratio_clip)
+            terms |= {"policy": policy.detach(), "clip_fraction": clipped}
+            loss = loss + tune.policy_weight * policy
+            if draws.base is not None:
+                prior = grpo.prior_kl(new, draws.base)
+                terms["kl"] = prior.detach()
+        if tune.prior_weight > 0:
+            loss = loss + tune.prior_weight * prior
+        return loss, _finite({**terms, "loss": loss.detach()}, step)
+
+    @torch.no_grad()
+    def look(self, batch: Batch, step: int) -> dict[str, float]:
+        """Reward, its parts, cross-entropy and entropy over all processes' images, with noise and draws that never change."""
+        totals: Terms = {}
+        for share, part in self.parts(batch):
+            noise, draw = (grpo.keys(part.rows, HOLDOUT, purpose).to(part.codes.device) for purpose in (NOISE, DRAW))
+            context = grpo.corrupt(part.codes, self.tune.context_noise, self.policy.vocab, noise)
+            predicted = self.log_probs(self.policy, part.condition, context)
+            terms = self.prediction(predicted, part.codes, step)
+            rewards, parts = self.score(grpo.draw(predicted, HOLDOUT_DRAWS, self.tune.temperature, draw), part.images)
+            _add(totals, terms | {"reward": rewards.mean(), **_named_means(parts)}, share)
+        return _summed(totals, self.world)
+
+
+def _parallel_map(device: torch.device) -> Callable[..., Iterable[Any]]:
+    """``map`` over independent blocks of work. On a CPU one thread each, instead of all threads in every
+    operation: these are small, and the slowest thread would hold up each of them."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return map
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)).map
+
+
+def _frozen_copy(policy: Policy) -> Policy:
+    """The policy as it is now, for the KL prior; the frozen tokenizer is shared."""
+    base = copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer})
+    base.generator.requires_grad_(False)
+    return base
+
+
+@contextlib.contextmanager
+def _dropout(policy: Policy, seed: int) -> Iterator[None]:
+    """Train mode with masks that follow from ``seed``."""
+    with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        policy.generator.train()
+        yield
+        policy.generator.eval()
+
+
+def _named_means(parts: Terms) -> Terms:
+    return {f"reward_{name}": part.mean() for name, part in parts.items()}
+
+
+def _finite(terms: Terms, step: int) -> Terms:
+    for name, value in terms.items():
+        if not value.isfinite():
+            raise ValueError(
+                f"step {step}: {name} is {value.item()}; stopped before the update. "
+                "A smaller tune.lr, a larger tune.prior_weight or model.precision float32 may help"
+            )
+    return terms
+
+
+def _add(totals: Terms, terms: Terms, share: float) -> None:
+    for name, value in terms.items():
+        totals[name] = totals.get(name, 0.0) + share * value.double()
+
+
+def optimizer_of(generator: torch.nn.Module, tune: TuneConfig) -> torch.optim.AdamW:
+    """AdamW with a constant rate; weight decay on parameters with two or more dimensions."""
+    parameters = [p for p in generator.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": tune.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=tune.lr, betas=(tune.beta1, tune.beta2))
+
+
+def _summed(totals: Terms, world: World) -> dict[str, float]:
+    """Sums over all processes, as plain numbers."""
+    values = torch.stack(list(totals.values()))
+    world.sum([values])
+    return dict(zip(totals, values.tolist(), strict=True))
+
+
+def update(objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch, step: int) -> dict[str, float]:
+    """One optimizer step; means of all terms over all processes' images. ``batch`` is this process's part.
+
+    Raises ValueError, before anything changed, if a number is not finite.
+    """
+    totals: Terms = {}
+    optimizer.zero_grad(set_to_none=True)
+    for share, loss, terms in objective.pieces(batch, step):
+        (share * loss).backward()
+        _add(totals, terms, share)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # sharded gradients were summed while they were made
+    objective.world.sum([p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)])
+    norm = clip_grad_norm_(parameters, objective.tune.max_grad_norm or float("inf"))
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    _finite({"grad_norm": norm}, step)
+    optimizer.step()
+    return _summed(totals, objective.world) | {"grad_norm": norm.item()}

@@ -1,0 +1,102 @@
+"""What is done *to* a generator so that it trains fast, in little memory, or on many GPUs at once.
+
+    activation checkpointing   block by block: keep a block's input, compute the rest again
+    torch.compile              block by block, so that one compilation serves all of them
+    FSDP2                      block by block: weights arrive before a block needs them, and leave after it
+
+in this order, the way torchtitan does it. The model's own code and its key names know nothing of it: ``weights``
+and ``state`` give back whole tensors under their own names, whatever was done, and ``restore`` takes them.
+
+Left out: tensor and pipeline parallelism. The largest LlamaGen has 7B parameters, which FSDP2 fits on one node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from vapi.config import TuneConfig
+from vapi.launch import World
+from vapi.models import Policy
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def parallelize(policy: Policy, tune: TuneConfig, precision: str, world: World) -> None:
+    """Do to ``policy`` what the configuration asks for, in place. Before the optimizer is made: sharding replaces parameters."""
+    for block in policy.blocks:
+        if tune.activation_checkpointing:
+            block.forward = _recomputed(block.forward)
+        if tune.compile:
+            block.compile()
+    if tune.compile:
+        policy.tokenizer.decoder.compile()  # type: ignore[union-attr]
+    if tune.sharding == "full" and world.size > 1:
+        _shard(policy, precision, world)
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def recomputing(*given: Any) -> Tensor:
+        return checkpoint(forward, *given, use_reentrant=False) if torch.is_grad_enabled() else forward(*given)
+
+    return recomputing
+
+
+def _shard(policy: Policy, precision: str, world: World) -> None:
+    mesh = init_device_mesh(policy.device.type, (world.size,))
+    low = torch.bfloat16 if precision == "bfloat16" else None
+    numbers = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in policy.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=numbers)
+    fully_shard(policy.generator, mesh=mesh, mp_policy=numbers)
+    for module in _shards(policy.generator):
+        module.set_gradient_divide_factor(1.0)  # each process weighs its images by all processes' images: the sum is the mean
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _shards(generator: nn.Module) -> list[FSDPModule]:
+    return [module for module in generator.modules() if isinstance(module, FSDPModule)]
+
+
+@contextlib.contextmanager
+def whole(generator: nn.Module) -> Iterator[None]:
+    """All weights on every process for a while, for what does not go through ``forward`` (sampling). All processes must enter."""
+    for module in _shards(generator):
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in _shards(generator):
+            module.reshard()
+
+
+def weights(generator: nn.Module) -> dict[str, Tensor]:
+    """The generator's whole weights on the CPU. All processes must call it; with shards only the first gets them."""
+    return get_model_state_dict(generator, options=_WHOLE)  # type: ignore[return-value]
+
+
+def state(generator: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and optimizer state by name, whole, so that any number of processes can go on. All processes must call it."""
+    return {"model": weights(generator), "optimizer": get_optimizer_state_dict(generator, optimizer, options=_WHOLE)}
+
+
+def restore(generator: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put back what ``state`` gave, in each process."""
+    set_model_state_dict(generator, saved["model"], options=StateDictOptions(full_state_dict=True))
+    set_optimizer_state_dict(generator, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
