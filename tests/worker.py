@@ -21,6 +21,7 @@ def gradient(given: dict[str, Any], model: ModelConfig, tune: TuneConfig) -> Non
     """The gradient and the numbers of one step, and what the held-out images showed."""
     world = launch.world()
     policy = models.load(model)
+    policy.generator.double()  # or it would be rounding that is compared
     target = objective.Objective(policy, tune, Reward(tune.rewards), model.precision, world)
     parallelize.parallelize(policy, tune, model.precision, world)
     examples = stage.Examples(model, tune, Path(given["subset"]), Path(given["tokens"]))

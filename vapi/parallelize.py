@@ -77,12 +77,15 @@ def _shards(generator: nn.Module) -> list[FSDPModule]:
 @contextlib.contextmanager
 def whole(generator: nn.Module) -> Iterator[None]:
     """All weights on every process for a while, for what does not go through ``forward`` (sampling). All processes must enter."""
-    for module in _shards(generator):
+    shards = _shards(generator)
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)  # nor may a forward in between take them away
         module.unshard()
     try:
         yield
     finally:
-        for module in _shards(generator):
+        for module in shards:
+            module.set_reshard_after_forward(module is not generator, recurse=False)
             module.reshard()
 
 
