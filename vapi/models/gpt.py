@@ -89,7 +89,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with a cache, one position attends to all before it."""
+    """The projections of self-attention; who attends to whom is said by ``causal`` and ``attend``."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -102,19 +102,25 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.wqkv(x).chunk(3, dim=-1))
         return rotate(q, table).transpose(1, 2), rotate(k, table).transpose(1, 2), v.transpose(1, 2)  # (B, H, S, E)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        q, k, v = self.qkv(x, table)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    def join(self, y: Tensor) -> Tensor:
+        """What each head found (B, H, S, E) to (B, S, D)."""
         return self.dropout(self.wo(y.transpose(1, 2).flatten(2)))
 
-    def step(self, x: Tensor, table: Tensor, cache: Tensor, position: int) -> Tensor:
-        """One position: x (B, 1, D), cache (2, B, H, 1 + T, E), written at ``position``."""
-        q, k, v = self.qkv(x, table)
-        cache[0, :, :, position : position + 1] = k
-        cache[1, :, :, position : position + 1] = v
-        keys, values = cache[0, :, :, : position + 1], cache[1, :, :, : position + 1]
-        y = F.scaled_dot_product_attention(q, keys, values)
-        return self.wo(y.transpose(1, 2).flatten(2))
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every position attends to itself and all before it."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, position: int) -> Tensor:
+    """Write keys and values of S positions, the first of them ``position``, into a layer's cache (2, B, H, P, E), and attend to
+    the part that is filled, nothing beyond. Several at once may come at the front alone."""
+    several = q.shape[2] > 1
+    assert not several or position == 0, (position, q.shape)
+    end = position + q.shape[2]
+    cache[0, :, :, position:end] = k
+    cache[1, :, :, position:end] = v
+    return F.scaled_dot_product_attention(q, cache[0, :, :, :end], cache[1, :, :, :end], is_causal=several)
 
 
 class Block(nn.Module):
@@ -127,13 +133,20 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table)
+    def before(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, S, D), each (B, H, S, E)."""
+        return self.attention.qkv(self.attention_norm(x), table)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block's output, from its input x (B, S, D) and what attention found there, y (B, H, S, E)."""
+        x = x + self.attention.join(y)
         return x + self.feed_forward(self.ffn_norm(x))
 
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return self.after(x, causal(*self.before(x, table)))
+
     def step(self, x: Tensor, table: Tensor, cache: Tensor, position: int) -> Tensor:
-        x = x + self.attention.step(self.attention_norm(x), table, cache, position)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return self.after(x, attend(*self.before(x, table), cache, position))
 
 
 class LabelEmbedder(nn.Module):
@@ -181,22 +194,41 @@ class Transformer(nn.Module):
         table = self.rotary[: x.shape[1]]
         for layer in self.layers:
             x = layer(x, table)
-        return self.output(self.norm(x)).float()
+        return self.predict(x)
+
+    @property
+    def prefix(self) -> int:
+        """Positions that the condition takes, S."""
+        return len(self.rotary) - self.config.codes
 
     def new_cache(self, rows: int) -> Tensor:
-        """Keys and values of every layer, (L, 2, B, H, T, E)."""
+        """Room for keys and values of every layer, (L, 2, B, H, S + T - 1, E); the last code is never read."""
         c = self.config
         weight = self.output.weight
-        return torch.empty(c.layers, 2, rows, c.heads, c.codes, c.dim // c.heads, device=weight.device, dtype=weight.dtype)
+        room = self.prefix + c.codes - 1
+        return torch.empty(c.layers, 2, rows, c.heads, room, c.dim // c.heads, device=weight.device, dtype=weight.dtype)
+
+    def prefill(self, condition: Tensor, cache: Tensor) -> Tensor:
+        """Logits (B, V) of the first code, from the condition's embeddings (B, S, D)."""
+        return self._advance(condition, 0, cache)
 
     def step(self, inputs: Tensor, position: int, cache: Tensor) -> Tensor:
-        """Logits (B, V) of code ``position``. ``inputs`` (B,) are class ids at position 0 and the codes
+        """Logits (B, V) of code ``position``. ``inputs`` are what ``cls_embedding`` takes at position 0 and the codes (B,)
         at ``position - 1`` after that; positions must come in order."""
-        x = self.cls_embedding(inputs) if position == 0 else self.tok_embeddings(inputs).unsqueeze(1)
-        table = self.rotary[position : position + 1]
+        if position == 0:
+            return self.prefill(self.cls_embedding(inputs), cache)
+        return self._advance(self.tok_embeddings(inputs).unsqueeze(1), self.prefix + position - 1, cache)
+
+    def _advance(self, x: Tensor, at: int, cache: Tensor) -> Tensor:
+        """Put x (B, S, D) at the places from ``at`` on, and predict what follows the last of them."""
+        table = self.rotary[at : at + x.shape[1]]
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = cast(Block, layer).step(x, table, layer_cache, position)
-        return self.output(self.norm(x)).float()[:, 0]
+            x = cast(Block, layer).step(x, table, layer_cache, at)
+        return self.predict(x[:, -1])
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (..., V), float32, of what the last block says (..., D)."""
+        return self.output(self.norm(x)).float()
 
 
 def _initialise(module: nn.Module) -> None:
