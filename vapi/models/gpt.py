@@ -250,6 +250,10 @@ class Transformer(nn.Module):
         """Positions that the condition takes, S."""
         return self.config.prefix
 
+    def unconditional(self, condition: Tensor) -> Tensor:
+        """The condition that says nothing, for as many images: what guidance leads away from."""
+        return self.cls_embedding.null(condition)
+
     def new_cache(self, rows: int) -> Tensor:
         """Room for keys and values of every layer, (L, 2, B, H, S + T - 1, E); the last code is never read."""
         c = self.config

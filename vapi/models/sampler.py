@@ -77,7 +77,7 @@ def generate(
     assert len(seeds) == len(labels), (len(seeds), len(labels))
     numbers = uniforms(seeds, model.config.codes).to(labels.device)
     double = guidance != 1.0
-    inputs = torch.cat([labels, torch.full_like(labels, model.config.classes)]) if double else labels
+    inputs = torch.cat([labels, model.unconditional(labels)]) if double else labels
     cache = model.new_cache(len(inputs))
     codes = torch.empty(len(labels), model.config.codes, dtype=torch.long, device=labels.device)
     for position in range(model.config.codes):
