@@ -19,17 +19,16 @@ from vapi.config import TuneConfig
 from vapi.models import gpt, llamagen, sampler, vq
 from vapi.objective import Batch, Draws, Objective
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT / "tests" / "golden"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
 import problems
 import upstream
 
+GOLDEN = Path(__file__).parent / "golden"
+
 
 def golden(name: str) -> dict[str, Tensor]:
-    return {
-        key: t.long() if t.dtype == torch.int16 else t for key, t in load_file(ROOT / "tests" / "golden" / f"{name}.safetensors").items()
-    }
+    return {key: t.long() if t.dtype == torch.int16 else t for key, t in load_file(GOLDEN / f"{name}.safetensors").items()}
 
 
 def equal(ours: Tensor, theirs: Tensor) -> None:

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import problems
 import upstream
+
+HERE = Path(__file__).parent
 
 
 def generators() -> dict[str, Tensor]:
@@ -75,10 +75,11 @@ def crops() -> dict[str, Tensor]:
 def step(path: Path) -> dict[str, Tensor]:
     """Loss and gradient of the released loop, with the draws and rewards it had."""
     torch.manual_seed(0)
-    found = upstream.released_step(
-        path, upstream.generator(problems.CLASSES, problems.generator_state(problems.CLASSES)), upstream.tokenizer(problems.VQS["vq16"], problems.tokenizer_state(problems.VQS["vq16"])),
-        upstream.lpips(*upstream.lpips_state(5)), problems.images(), problems.LABELS[:problems.IMAGES], problems.STEP_GROUP,
-    )  # fmt: skip
+    transformer = upstream.generator(problems.CLASSES, problems.generator_state(problems.CLASSES))
+    tokenizer = upstream.tokenizer(problems.VQS["vq16"], problems.tokenizer_state(problems.VQS["vq16"]))
+    near = upstream.lpips(*upstream.lpips_state(5))
+    labels = problems.LABELS[: problems.IMAGES]
+    found = upstream.released_step(path, transformer, tokenizer, near, problems.images(), labels, problems.STEP_GROUP)
     gradient = found.pop("gradient")
     return {**{f"step.{name}": tensor for name, tensor in found.items()}, **{f"gradient.{name}": g for name, g in gradient.items()}}
 
