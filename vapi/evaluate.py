@@ -28,7 +28,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from vapi.metrics import features as judges
 from vapi.metrics import fid
 from vapi.metrics.fid import Features
 from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
-from vapi.models import Policy, sampler, weights
+from vapi.models import Policy, memory, sampler, weights
 from vapi.models import features as networks
 from vapi.run import NO_RUN, Run
 
@@ -62,6 +62,13 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    guidance_schedule: Literal["constant", "power-cosine"] = "constant"
+    guidance_power: float = 2.0
+
+
+def plain_sampler(config: EvaluateConfig) -> Sampler:
+    """How codes are drawn in the plain comparison."""
+    return Sampler(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampler)})
 
 
 def sample_seed(seed: int, number: int) -> int:
@@ -206,7 +213,7 @@ class Bench:
         # the random network is calibrated on the reference, so every feature depends on it
         key = {"extractor": extractor.sha256, "reference": digests["reference"], "resize": evaluate.resize, "code": _code_digest()}
         key |= {"torch": torch.__version__, "device": policy.device.type, "precision": model.precision}
-        judge = Judge(extractor, key, evaluate.images_per_batch, evaluate.resize, workers)
+        judge = Judge(extractor, key, evaluate.images_per_batch or _images_that_fit(model, evaluate, policy), evaluate.resize, workers)
 
         def real(numbers: range) -> tuple[Tensor, Tensor]:
             return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers.start : numbers.stop]
@@ -239,6 +246,12 @@ class Bench:
         """Other real images, and what the tokenizer makes of them."""
         count = min(self.config.samples, len(self.validation))
         return {"real": self.score(self.validation[:count]), "reconstruction": self.score(self.reconstructions[:count])}
+
+
+def _images_that_fit(model: ModelConfig, evaluate: EvaluateConfig, policy: Policy) -> int:
+    guided = max(evaluate.guidance, *evaluate.guidances) != 1.0
+    with models.autocast(model.precision, policy.device):
+        return memory.images_per_batch(policy.footprint(guided), policy.device)
 
 
 def _floats(pixels: Tensor, numbers: range, policy: Policy) -> Tensor:
@@ -292,7 +305,7 @@ class Contestant:
         self.policy = models.load(bench.model, source)
         self.sha256 = data.file_digest(source)
         self.made_by = {"generator": self.sha256, "tokenizer": data.tokenizer_digest(bench.model)}
-        self.plain = Sampler(self.config.temperature, self.config.top_k, self.config.top_p, self.config.guidance)
+        self.plain = plain_sampler(self.config)
 
     def examine(self) -> Found:
         """Everything about this model, the long part of the stage."""
@@ -344,8 +357,9 @@ class Contestant:
             labels = torch.tensor([number % self.policy.num_classes for number in numbers])
             seeds = [sample_seed(seed, number) for number in numbers]
             with models.autocast(self.bench.model.precision, self.policy.device):
-                codes = self.policy.generate(self.policy.condition(labels), seeds, **dataclasses.asdict(how))
-            return self.bench.judge.pixels(self.policy.decode(codes)), labels
+                at_once = self.bench.judge.images_per_batch
+                codes = self.policy.generate(self.policy.condition(labels), seeds, at_once, **dataclasses.asdict(how))
+            return self.bench.judge.pixels(sampler.decode(self.policy, codes)), labels
 
         return make
 
@@ -401,7 +415,7 @@ def _protocol(bench: Bench) -> Scores:
         "samples": config.samples,
         "seeds": config.seeds,
         "labels": "image n shows class n mod the number of classes",
-        "sampler": {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "guidance": config.guidance},
+        "sampler": dataclasses.asdict(plain_sampler(config)),
         "sweep": {
             "temperatures": config.temperatures,
             "guidances": config.guidances,

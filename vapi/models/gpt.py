@@ -196,6 +196,10 @@ class Transformer(nn.Module):
             x = layer(x, table)
         return self.predict(x)
 
+    def unconditional(self, condition: Tensor) -> Tensor:
+        """For every condition, the one that says nothing: what guidance leads away from."""
+        return torch.full_like(condition, self.config.classes)
+
     @property
     def prefix(self) -> int:
         """Positions that the condition takes, S."""
