@@ -220,6 +220,21 @@ def test_more_processes_than_images(inputs: dict[str, Any], tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_out_of_memory_says_what_to_change(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """And the smaller knob, which changes no result, continues the work."""
+    greedy = config(group_size=4096, images_per_reward=1 << 20)
+    settings, folders = dataclasses.replace(Config(), model=inputs["model"], tune=greedy), {**inputs, "out": tmp_path / "out"}
+    done = run(1, words("tune", settings, {**folders, "memory": 1 << 30}), tmp_path)
+    assert (
+        done.returncode != 0
+        and "ValueError: out of memory with tune.images_per_forward 4 and tune.images_per_reward 1048576" in done.stderr
+    )
+    assert "lower them, then try tune.activation_checkpointing true" in done.stderr
+    modest = dataclasses.replace(settings, tune=dataclasses.replace(greedy, images_per_reward=64, steps=1))
+    done = run(1, words("tune", modest, {**folders, "memory": 1 << 30}), tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many processes as visible GPUs, unless somebody has started several, or the CPU is meant."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)

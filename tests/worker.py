@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def gradient(given: dict[str, Any], settings: Config) -> None:
 
 
 def tune(given: dict[str, Any], settings: Config) -> None:
+    if "memory" in given:  # bytes beyond what is taken by now
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(given["memory"]),) * 2)
     stage.tune(settings.model, settings.tune, Path(given["subset"]), Path(given["tokens"]), Path(given["out"]))
     launch.leave()
 
