@@ -211,16 +211,21 @@ def read_json(path: Path) -> Any:
     return json.loads(Path(path).read_text())
 
 
-def parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """``map`` with threads: results in order, and never more than a few of them waiting in memory."""
+def parallel(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int = 0) -> Iterator[R]:
+    """``map`` with threads: results in order, and never more than ``ahead`` (4 per thread) of them waiting in memory."""
+    ahead = ahead or 4 * workers
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[concurrent.futures.Future[R]] = collections.deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= 4 * workers:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for left in waiting:  # after an error, or when nobody wants them any more
+                left.cancel()
 
 
 # --- subset/ -----------------------------------------------------------------------------------
