@@ -19,8 +19,10 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -42,6 +44,10 @@ from vapi.config import ModelConfig, nearest, plain, write_text
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No room on the disk, for this user, or in this file."""
+AGAIN = "Make room and run the same command again"
 
 
 # --- where things lie --------------------------------------------------------------------------
@@ -128,6 +134,10 @@ def output_folder(out: Path, stage: str) -> Iterator[Path]:
             if out.exists():
                 out.rename(old)
             partial.rename(out)
+        except OSError as error:
+            if error.errno in FULL:
+                raise ValueError(f"cannot write {out}: {error.strerror or error}; what was there before is intact. {AGAIN}") from error
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if old.exists() and not out.exists():
@@ -400,7 +410,9 @@ def read_tokens(folder: Path) -> Tokens:
 def write_tokens(folder: Path, codes: np.ndarray, subset: Subset, crop: str, summary: dict[str, Any]) -> None:
     """Write codes (uint16 (N, T)) beside the keys of the subset they belong to."""
     assert codes.dtype == np.uint16 and codes.ndim == 2 and len(codes) == len(subset), (codes.dtype, codes.shape)
-    np.save(folder / "codes.npy", codes, allow_pickle=False)
+    buffer = io.BytesIO()  # numpy's own writing does not tell a full disk from any other error
+    np.save(buffer, codes, allow_pickle=False)
+    (folder / "codes.npy").write_bytes(buffer.getbuffer())
     columns = {"key": subset.keys, "label": subset.labels, "sha256": subset.sha256, "crop": [crop] * len(subset)}
     pq.write_table(pa.table(columns), folder / "index.parquet")
     write_json(folder / "summary.json", summary)

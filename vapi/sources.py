@@ -329,6 +329,17 @@ def _require_all_parts(found: Sequence[str], root: Path, pattern: str) -> None:
             )
 
 
+@contextlib.contextmanager
+def _whole(what: str) -> Iterator[None]:
+    """Raises ValueError for damaged Parquet. pyarrow has an OSError for some of it, without the number that a disk's has."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{what} ({' '.join(str(error).split())}); fetch it again") from None
+
+
 class Parquet:
     """Images inside Parquet. The key is file and row: an image's own name, where it has one, need not be unique."""
 
@@ -339,10 +350,8 @@ class Parquet:
         return [entry for name, file in self.files() for entry in self._entries(name, file)]
 
     def _entries(self, name: str, file: Path) -> Iterator[Entry]:
-        try:
+        with _whole(f"{file} is not a Parquet file, or not a whole one"):
             parquet = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file} is not a Parquet file, or not a whole one ({error}); fetch it again") from None
         label, caption = _columns(parquet.schema_arrow.names, file, self.config)
         self._check_images(parquet, file)
         row = 0
@@ -378,11 +387,8 @@ class Parquet:
     def _column(self, file: Path, group: int) -> pa.ChunkedArray:
         """The images of a row group: as little as can be read."""
         name = self.config.image_column
-        try:
-            with pq.ParquetFile(file) as parquet:
-                return parquet.read_row_group(group, columns=[name], use_threads=False)[name]  # the threads are ours
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file}: row group {group} cannot be read ({error}); fetch the file again") from None
+        with _whole(f"{file}: row group {group} cannot be read"), pq.ParquetFile(file) as parquet:
+            return parquet.read_row_group(group, columns=[name], use_threads=False)[name]  # the threads are ours
 
     def files(self) -> list[tuple[str, Path]]:
         return _shards(self.path, ".parquet")
