@@ -299,14 +299,19 @@ class Subset:
 
     def pixels(self, i: int, size: int) -> np.ndarray:
         """Image ``i`` as the tokenizer sees it: uint8 (size, size, 3). Raises ValueError that names it."""
+        encoded = self.image(i)
         try:
             # no limit of our own: the subset stage has applied the user's
-            return images.center_crop(images.decode(self.image(i), max_pixels=2**62), size)
+            return images.center_crop(images.decode(encoded, max_pixels=2**62), size)
         except ValueError as error:
             raise ValueError(f"{self.keys[i]}: {error}; the subset was made for another purpose or is damaged") from error
 
     def _read_group(self, shard: int, group: int) -> list[bytes]:
-        return [image["bytes"] for image in self._file(shard).read_row_group(group, columns=["image"])["image"].to_pylist()]
+        try:
+            return [image["bytes"] for image in self._file(shard).read_row_group(group, columns=["image"])["image"].to_pylist()]
+        except (OSError, pa.ArrowInvalid) as error:
+            again = "put it back, or make it again with vapi subset, and run the same command again"
+            raise ValueError(f"{self.folder} was there and cannot be read any more ({error}); {again}") from error
 
 
 def read_subset(folder: Path) -> Subset:
