@@ -230,6 +230,16 @@ def _listing(words: list[str], flags: Flags) -> int:
     return 0
 
 
+def _export(words: list[str], flags: Flags) -> int:
+    if len(words) != 2:
+        raise ValueError("vapi export takes two paths: vapi export artifacts/tune tuned.pt")
+    from vapi.models import llamagen
+
+    llamagen.export(*words)
+    print(f"{words[1]} holds the weights of {words[0]} in the layout of LlamaGen's scripts")
+    return 0
+
+
 def _track(words: list[str], flags: Flags) -> int:
     if not _switch(flags, "resend"):
         raise ValueError("vapi track --resend sends what an unreachable server has not got yet")
@@ -264,6 +274,11 @@ class Command:
 
 
 COMMANDS = {
+    "export": Command(
+        "Write weights in the layout that LlamaGen's own scripts read; SOURCE is a file of weights, or what the stage tune wrote.",
+        _export,
+        "SOURCE TARGET.pt",
+    ),
     "listing": Command("Write down which files the source of the subset holds; DVC runs subset again when that changes.", _listing),
     "recipe": Command(
         "List the recipes; print one; --write it to params.yaml (refuses to lose edits, unless --force); "

@@ -63,7 +63,7 @@ class SubsetConfig:
     """Which real images to tune on."""
 
     source: str = "data/digits/train.parquet"
-    """Folder of class folders, Parquet file or folder, CSV / JSONL naming images, or webdataset tar(s)."""
+    """Folder of class folders; Parquet or webdataset tars: a file, a folder, a pattern (data/train-*.parquet); CSV / JSONL of paths."""
     format: Literal["auto", "folder", "parquet", "table", "webdataset"] = "auto"
     """How to read the source; auto looks at what lies there."""
     images: int = 2048
@@ -108,14 +108,14 @@ class TokensConfig:
     """center: ADM's centre crop (box halvings, bicubic, crop), as LlamaGen was trained."""
     images_per_batch: int = 128
     """Images that the tokenizer encodes at a time."""
-    workers: int = 2
-    """Threads that decode and crop images."""
+    workers: int = 0
+    """Threads that decode and crop images; 0 takes as many as there are cores, shared out among the processes."""
     min_codebook_usage: float = 0.0
     """Validation fails when a smaller share of the codebook occurs in the subset; 0 accepts any."""
 
     def __post_init__(self) -> None:
         _require(self.images_per_batch > 0, f"tokens.images_per_batch is {self.images_per_batch}; it must be positive")
-        _require(self.workers > 0, f"tokens.workers is {self.workers}; it must be positive")
+        _require(self.workers >= 0, f"tokens.workers is {self.workers}; give a number of threads, or 0 for one per core")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
 """LlamaGen's transformer: a Llama over image codes, with 2-D rotary positions and a condition in front.
 
-Parameter names are those of the published checkpoints. The file knows the network only: weights are
-read in ``llamagen.py``, sampling is in ``sampler.py``, sharding and compilation are done *to* it.
+The condition is a class (one position) or the features of a caption (S positions). Parameter names are
+those of the published checkpoints. The file knows the network only: weights are read in ``llamagen.py``,
+sampling is in ``sampler.py``, sharding and compilation are done *to* it.
 
-Shapes: B images, T codes of an image, V codebook, D width, H heads, E = D / H.
+Left out: which positions of a caption are padding (they are read like the others), and the text encoder.
+
+Shapes: B images, S positions of the condition, T codes of an image, V codebook, D width, H heads, E = D / H.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,8 +22,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a class-conditional generator. Dropout rates are those of LlamaGen's pretraining; a
-    checkpoint does not record its own."""
+    """Sizes of a generator: of classes, or of captions when ``caption_dim`` is not 0 (it has no classes then).
+    Dropout rates are those of LlamaGen's pretraining; a checkpoint does not record its own."""
 
     dim: int
     layers: int
@@ -28,6 +32,8 @@ class GPTConfig:
     vocab: int
     codes: int
     classes: int
+    caption_dim: int = 0  # width of the text encoder's features
+    prefix: int = 1  # S
     token_dropout: float = 0.1
     residual_dropout: float = 0.1
     hidden_dropout: float = 0.1
@@ -71,13 +77,14 @@ def rotary_table(grid: int, head_dim: int, base: float, condition: int = 1) -> T
     pairs turns with the row, the second with the column. Condition positions are all zero, that is
     their queries and keys vanish; so the published weights were trained."""
     half = head_dim // 2
-    frequencies = 1.0 / (base ** (torch.arange(0, half, 2)[: half // 2].float() / half))
-    angles = torch.outer(torch.arange(grid), frequencies)  # (grid, E / 4)
+    # on the CPU even where parameters are made without memory (device meta): this is computed, not read
+    frequencies = 1.0 / (base ** (torch.arange(0, half, 2, device="cpu")[: half // 2].float() / half))
+    angles = torch.outer(torch.arange(grid, device="cpu"), frequencies)  # (grid, E / 4)
     rows = angles[:, None, :].expand(-1, grid, -1)
     columns = angles[None, :, :].expand(grid, -1, -1)
     both = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (grid * grid, E / 2)
     table = torch.stack([both.cos(), both.sin()], dim=-1)
-    return torch.cat([torch.zeros(condition, half, 2), table])
+    return torch.cat([torch.zeros(condition, half, 2, device="cpu"), table])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -150,7 +157,7 @@ class Block(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class ids to vectors; the last row is the null class that guidance needs."""
+    """Class ids (B,) to vectors (B, 1, D); the last row is the null class that guidance needs."""
 
     def __init__(self, classes: int, dim: int, dropout: float) -> None:
         super().__init__()
@@ -164,52 +171,85 @@ class LabelEmbedder(nn.Module):
             labels = torch.where(dropped, self.classes, labels)
         return self.embedding_table(labels).unsqueeze(1)  # (B, 1, D)
 
+    def null(self, labels: Tensor) -> Tensor:
+        """The condition that says nothing, for as many images."""
+        return torch.full_like(labels, self.classes)
+
+
+class Projection(nn.Module):
+    """Features of a text encoder to the width of the transformer."""
+
+    def __init__(self, into: int, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(into, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Features of captions (B, S, C) to vectors (B, S, D), and those of no caption, which guidance needs."""
+
+    uncond_embedding: Tensor
+
+    def __init__(self, caption_dim: int, prefix: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.cap_proj = Projection(caption_dim, dim)
+        self.register_buffer("uncond_embedding", torch.randn(prefix, caption_dim) / caption_dim**0.5)
+
+    def forward(self, captions: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(len(captions), device=captions.device) < self.dropout
+            captions = torch.where(dropped[:, None, None], self.uncond_embedding, captions)
+        return self.cap_proj(captions)
+
+    def null(self, captions: Tensor) -> Tensor:
+        """The condition that says nothing, for as many images."""
+        return self.uncond_embedding.to(captions.dtype).expand_as(captions)
+
 
 class Transformer(nn.Module):
-    """p(code t | class, codes before t), for all t at once or one at a time."""
+    """p(code t | condition, codes before t), for all t at once or one at a time."""
 
     rotary: Tensor
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = LabelEmbedder(config.classes, config.dim, config.class_dropout)
+        self.cls_embedding = (
+            CaptionEmbedder(config.caption_dim, config.prefix, config.dim, config.class_dropout)
+            if config.caption_dim
+            else LabelEmbedder(config.classes, config.dim, config.class_dropout)
+        )
         self.tok_embeddings = nn.Embedding(config.vocab, config.dim)
         self.dropout = nn.Dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab, bias=False)
         grid = round(config.codes**0.5)
-        table = rotary_table(grid, config.dim // config.heads, config.rope_base)
+        table = rotary_table(grid, config.dim // config.heads, config.rope_base, config.prefix)
         self.register_buffer("rotary", table, persistent=False)
         self.apply(_initialise)
 
-    def forward(self, labels: Tensor, context: Tensor) -> Tensor:
-        """Teacher-forced logits (B, T, V) of labels (B,) and codes (B, T).
+    def forward(self, condition: Tensor, context: Tensor) -> Tensor:
+        """Teacher-forced logits (B, T, V) of a condition, labels (B,) or captions (B, S, C), and codes (B, T).
 
         ``logits[:, t]`` depends on ``context[:, :t]`` only; the last code is never read.
         """
-        x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(context[:, :-1])], dim=1)
+        x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(context[:, :-1])], dim=1)
         x = self.dropout(x)
         table = self.rotary[: x.shape[1]]
         for layer in self.layers:
             x = layer(x, table)
-        return self.predict(x)
-
-    def unconditional(self, condition: Tensor) -> Tensor:
-        """For every condition, the one that says nothing: what guidance leads away from."""
-        return torch.full_like(condition, self.config.classes)
-
-    @property
-    def prefix(self) -> int:
-        """Positions that the condition takes, S."""
-        return len(self.rotary) - self.config.codes
+        return self.predict(x[:, self.config.prefix - 1 :])  # the condition's last position predicts the first code
 
     def new_cache(self, rows: int) -> Tensor:
         """Room for keys and values of every layer, (L, 2, B, H, S + T - 1, E); the last code is never read."""
         c = self.config
         weight = self.output.weight
-        room = self.prefix + c.codes - 1
+        room = c.prefix + c.codes - 1
         return torch.empty(c.layers, 2, rows, c.heads, room, c.dim // c.heads, device=weight.device, dtype=weight.dtype)
 
     def prefill(self, condition: Tensor, cache: Tensor) -> Tensor:
@@ -221,7 +261,7 @@ class Transformer(nn.Module):
         at ``position - 1`` after that; positions must come in order."""
         if position == 0:
             return self.prefill(self.cls_embedding(inputs), cache)
-        return self._advance(self.tok_embeddings(inputs).unsqueeze(1), self.prefix + position - 1, cache)
+        return self._advance(self.tok_embeddings(inputs).unsqueeze(1), self.config.prefix + position - 1, cache)
 
     def _advance(self, x: Tensor, at: int, cache: Tensor) -> Tensor:
         """Put x (B, S, D) at the places from ``at`` on, and predict what follows the last of them."""
@@ -257,19 +297,31 @@ def infer_config(shapes: dict[str, tuple[int, ...]], codes: int, heads: int = 0)
     """The sizes that weights of these shapes belong to.
 
     The number of heads leaves no trace in a shape: it comes with the file (``heads``) or from the
-    table of published sizes. Raises ValueError if neither knows, or if a key needed for it is missing.
+    table of published sizes. Nor does the number of codes. Raises ValueError if nobody knows the heads, or if a
+    key needed for it is missing.
     """
     try:
         vocab, dim = shapes["tok_embeddings.weight"]
-        rows = shapes["cls_embedding.embedding_table.weight"][0]
         hidden = shapes["layers.0.feed_forward.w1.weight"][0]
+        if text := "cls_embedding.cap_proj.fc1.weight" in shapes:
+            prefix, caption_dim = shapes["cls_embedding.uncond_embedding"]
+        else:
+            rows = shapes["cls_embedding.embedding_table.weight"][0]
     except KeyError as error:
-        raise ValueError(f"not the weights of a class-conditional LlamaGen generator: {error} is missing") from None
+        raise ValueError(f"not the weights of a LlamaGen generator: {error} is missing") from None
     layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers."))
     known = {(d, n): h for d, n, h in PUBLISHED.values()}
     if not heads and (dim, layers) not in known:
         raise ValueError(f"a generator of width {dim} and {layers} layers is none of {', '.join(PUBLISHED)}, and the file names no heads")
-    return GPTConfig(dim, layers, heads or known[dim, layers], hidden, vocab, codes, rows - 1)
+    sizes = {"dim": dim, "layers": layers, "heads": heads or known[dim, layers], "hidden": hidden, "vocab": vocab, "codes": codes}
+    return GPTConfig(**sizes, classes=0, caption_dim=caption_dim, prefix=prefix) if text else GPTConfig(**sizes, classes=rows - 1)
+
+
+def published(name: str, vocab: int = 16384, codes: int = 576, classes: int = 1000) -> GPTConfig:
+    """The sizes of a published class-conditional generator, a name in ``PUBLISHED``; 576 codes are 384 pixels with VQ-16."""
+    dim, layers, heads = PUBLISHED[name]
+    hidden = 256 * math.ceil(int(8 * dim / 3) / 256)
+    return GPTConfig(dim, layers, heads, hidden, vocab, codes, classes)
 
 
 def metadata(config: GPTConfig) -> dict[str, str]:

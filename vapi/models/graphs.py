@@ -81,7 +81,7 @@ class Loop:
         with torch.inference_mode(False), torch.no_grad():
             self.twin = sampler.lowered(model, shape.dtype)
             self.cache = self.twin.new_cache(rows)
-            self.front_embeddings = self.cache.new_zeros(rows, model.prefix, model.config.dim)
+            self.front_embeddings = self.cache.new_zeros(rows, model.config.prefix, model.config.dim)
             self.codes = torch.zeros(shape.rows, count, dtype=torch.long, device=device)
             self.numbers = torch.zeros(shape.rows, count, dtype=torch.float64, device=device)
             self.scales = torch.ones(count, device=device)
@@ -113,7 +113,7 @@ class Loop:
         before, after, _ = _compiled()
         last = self.codes.index_select(1, self.position - 1)  # (B, 1)
         x = self.twin.tok_embeddings(torch.cat([last, last]) if self.shape.guided else last)
-        at = self.position + (self.twin.prefix - 1)
+        at = self.position + (self.twin.config.prefix - 1)
         table = self.twin.rotary.index_select(0, at)
         for layer, cache in zip(self.twin.layers, self.cache, strict=True):
             block = cast(Block, layer)

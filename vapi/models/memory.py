@@ -31,10 +31,10 @@ class Footprint:
     decoded: int  # for every image being decoded
 
 
-def footprint(generator: GPTConfig, prefix: int, weights: int, tokenizer: VQConfig, dtype: torch.dtype, guided: bool) -> Footprint:
+def footprint(generator: GPTConfig, weights: int, tokenizer: VQConfig, dtype: torch.dtype, guided: bool) -> Footprint:
     """Of a generator with that many ``weights`` (copied if they are to be of another type than float32)."""
     size = dtype.itemsize
-    row = 2 * generator.layers * generator.dim * (prefix + generator.codes - 1) * size + generator.vocab * 4
+    row = 2 * generator.layers * generator.dim * (generator.prefix + generator.codes - 1) * size + generator.vocab * 4
     choosing = generator.vocab * 8 * 4  # float64: probabilities, their sums, and room to order them
     pixels = generator.codes * tokenizer.factor**2
     decoded = FULL_SIZE_MAPS * tokenizer.channels * tokenizer.multipliers[0] * pixels * 4

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vapi.models import memory
 from vapi.models.gpt import Transformer
@@ -116,14 +116,20 @@ def lowered(model: Transformer, dtype: torch.dtype) -> Transformer:
         return model
     with torch.device("meta"):
         twin = type(model)(model.config)
-    twin.load_state_dict({name: weight.detach().to(dtype) for name, weight in model.named_parameters()}, assign=True)
-    twin.rotary = model.rotary
-    return twin.eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        place, _, last = name.rpartition(".")
+        setattr(twin.get_submodule(place), last, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+    for name, constant in model.named_buffers():
+        place, _, last = name.rpartition(".")
+        setattr(twin.get_submodule(place), last, constant)
+    return twin.eval()
 
 
 def embeddings(model: Transformer, condition: Tensor, guided: bool) -> Tensor:
     """What stands before the first code: (B, S, D), or (2 B, S, D) with nothing as the condition of the second half."""
-    return model.cls_embedding(torch.cat([condition, model.unconditional(condition)]) if guided else condition)
+    if condition.is_floating_point():  # captions
+        condition = condition.to(model.output.weight.dtype)
+    return model.cls_embedding(torch.cat([condition, model.cls_embedding.null(condition)]) if guided else condition)
 
 
 @torch.no_grad()
@@ -138,7 +144,7 @@ def generate(
     guidance_schedule: str = "constant",
     guidance_power: float = 2.0,
 ) -> Tensor:
-    """Draw codes (B, T) for a condition (class ids (B,)), one seed each, all in one batch.
+    """Draw codes (B, T) for a condition (class ids (B,) or captions (B, S, C)), one seed each, all in one batch.
 
     ``top_k`` 0, ``top_p`` 1 and ``guidance`` 1 leave the predictions as they are.
     """
