@@ -77,6 +77,13 @@ def test_greedy_sampling_with_and_without_guidance(kind: str, guidance: float) -
     assert torch.equal(drawn, golden("generators")[f"{kind}.greedy.{guidance}"])
 
 
+@pytest.mark.parametrize("guidance, power", problems.POWER)
+def test_greedy_sampling_with_power_cosine_guidance(guidance: float, power: float) -> None:
+    how = {"guidance": guidance, "guidance_schedule": "power-cosine", "guidance_power": power}
+    drawn = sampler.generate(generator(problems.CLASSES), problems.LABELS, [0] * len(problems.LABELS), top_k=1, **how)
+    assert torch.equal(drawn, golden("generators")[f"c2i.power-cosine.{guidance}.{power}"])
+
+
 def test_the_guidances_differ() -> None:
     answers = golden("generators")
     drawn = [answers[f"c2i.greedy.{guidance}"] for guidance in problems.GREEDY]

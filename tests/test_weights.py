@@ -190,7 +190,7 @@ def test_captions_teacher_forced_and_step_by_step() -> None:
     changed[:, 7:] = 0
     assert torch.equal(network(captions, changed)[:, :8], logits[:, :8])  # causal
     assert not torch.allclose(network(captions.flip(0), context)[0], logits[0])
-    nothing = network.unconditional(captions)
+    nothing = network.cls_embedding.null(captions)
     assert nothing.shape == captions.shape and torch.equal(nothing[0], nothing[2])
     assert network.train().cls_embedding(captions).shape == (3, 5, 32)
 

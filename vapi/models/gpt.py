@@ -245,20 +245,11 @@ class Transformer(nn.Module):
             x = layer(x, table)
         return self.predict(x[:, self.config.prefix - 1 :])  # the condition's last position predicts the first code
 
-    @property
-    def prefix(self) -> int:
-        """Positions that the condition takes, S."""
-        return self.config.prefix
-
-    def unconditional(self, condition: Tensor) -> Tensor:
-        """The condition that says nothing, for as many images: what guidance leads away from."""
-        return self.cls_embedding.null(condition)
-
     def new_cache(self, rows: int) -> Tensor:
         """Room for keys and values of every layer, (L, 2, B, H, S + T - 1, E); the last code is never read."""
         c = self.config
         weight = self.output.weight
-        room = self.prefix + c.codes - 1
+        room = c.prefix + c.codes - 1
         return torch.empty(c.layers, 2, rows, c.heads, room, c.dim // c.heads, device=weight.device, dtype=weight.dtype)
 
     def prefill(self, condition: Tensor, cache: Tensor) -> Tensor:
@@ -270,7 +261,7 @@ class Transformer(nn.Module):
         at ``position - 1`` after that; positions must come in order."""
         if position == 0:
             return self.prefill(self.cls_embedding(inputs), cache)
-        return self._advance(self.tok_embeddings(inputs).unsqueeze(1), self.prefix + position - 1, cache)
+        return self._advance(self.tok_embeddings(inputs).unsqueeze(1), self.config.prefix + position - 1, cache)
 
     def _advance(self, x: Tensor, at: int, cache: Tensor) -> Tensor:
         """Put x (B, S, D) at the places from ``at`` on, and predict what follows the last of them."""

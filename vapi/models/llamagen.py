@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vapi.config import ModelConfig
-from vapi.models import gpt, sampler, vq, weights
+from vapi.models import gpt, graphs, memory, sampler, vq, weights
 from vapi.models.sampler import Sampling
 
 META = torch.device("meta")  # networks are made without memory, and get that of their weights
@@ -101,6 +101,7 @@ class LlamaGen:
         self.num_codes = (image_size // tokenizer.config.factor) ** 2
         self.vocab = tokenizer.vocab
         self.num_classes = generator.config.classes
+        self._loops = graphs.Loops()
         if generator.config.vocab != self.vocab:
             raise ValueError(
                 f"the generator predicts {generator.config.vocab} codes, the tokenizer has {self.vocab}; they do not belong together"
@@ -134,10 +135,30 @@ class LlamaGen:
         """Codes (B, T) to (B, 3, H, W), not clamped."""
         return self.tokenizer.decode(codes)
 
-    def generate(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
-        """Free-running codes (B, T); image n depends on seed n alone."""
+    def generate(self, condition: Tensor, seeds: Sequence[int], images_per_batch: int = 0, **how: Unpack[Sampling]) -> Tensor:
+        """Free-running codes (B, T); image n depends on seed n alone.
+
+        ``images_per_batch``: batches of exactly that many, the last one filled up; on a GPU their loop is recorded, which
+        takes a minute and is kept for the next call. 0: all at once, and nothing is kept.
+        """
         assert not self.generator.training, "put the generator in eval mode before sampling"
-        return sampler.generate(self.generator, condition, seeds, **how)
+        rows = images_per_batch or len(seeds)
+        with memory.advice(rows, self.footprint(how.get("guidance", 1.0) != 1.0), self.device):
+            if not images_per_batch:
+                return sampler.generate(self.generator, condition, seeds, **how)
+            batches = sampler.filled_up(condition, seeds, rows)
+            return torch.cat([self._batch(part, its, **how)[:count] for part, its, count in batches])
+
+    def _batch(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
+        if self.device.type != "cuda" or graphs.missing():
+            return sampler.generate(self.generator, condition, seeds, **how)
+        return self._loops.generate(self.generator, condition, seeds, **how)
+
+    def footprint(self, guided: bool = False) -> memory.Footprint:
+        """Bytes that sampling takes, in the arithmetic that the caller is in."""
+        count = sum(weight.numel() for weight in self.generator.parameters())
+        dtype = sampler.arithmetic(self.generator)
+        return memory.footprint(self.generator.config, count, self.tokenizer.config, dtype, guided)
 
     def save(self, path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write the generator's weights under LlamaGen's key names; ``tensors``, if they are not at hand in the module (sharded)."""
