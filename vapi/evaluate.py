@@ -26,6 +26,7 @@ import importlib.metadata
 import itertools
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -218,7 +219,7 @@ class Bench:
         # the random network is calibrated on the reference, so every feature depends on it
         key = {"extractor": extractor.sha256, "reference": digests["reference"], "resize": evaluate.resize, "code": _code_digest()}
         key |= {"torch": torch.__version__, "device": policy.device.type, "precision": model.precision}
-        at_once = evaluate.images_per_batch or _images_that_fit(model, evaluate, policy)
+        at_once = evaluate.images_per_batch or min(world.gather(_images_that_fit(model, evaluate, policy)))
         judge = Judge(extractor, key, at_once, evaluate.resize, workers, world)
 
         def real(numbers: range) -> tuple[Tensor, Tensor]:
@@ -313,6 +314,33 @@ class Found:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Free-running samples of a seed, as the judge sees them: a ``Make`` that can work ahead."""
+
+    policy: Policy
+    judge: Judge
+    precision: str
+    how: Sampler
+    seed: int
+
+    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]:
+        return next(self.stream([numbers]))
+
+    @torch.inference_mode()
+    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images and labels of each range of image numbers."""
+        labels = [torch.tensor([number % self.policy.num_classes for number in numbers]) for numbers in ranges]
+        seeds = [[sample_seed(self.seed, number) for number in numbers] for numbers in ranges]
+        batches = ((self.policy.condition(what), these) for what, these in zip(labels, seeds, strict=True))
+        # a recorded loop has one shape; where there is none, fewer images (a sheet's) take less time
+        at_once = self.judge.images_per_batch if self.policy.device.type == "cuda" else 0
+        arithmetic = models.autocast(self.precision, self.policy.device)
+        drawn = sampler.stream(self.policy, batches, at_once, arithmetic, **dataclasses.asdict(self.how))
+        for decoded, what in zip(drawn, labels, strict=True):
+            yield self.judge.pixels(decoded), what
+
+
 class Contestant:
     """One model on the bench."""
 
@@ -368,17 +396,7 @@ class Contestant:
 
     def draw(self, how: Sampler, seed: int) -> Make:
         """Free-running samples, as the judge sees them."""
-
-        @torch.inference_mode()
-        def make(numbers: range) -> tuple[Tensor, Tensor]:
-            labels = torch.tensor([number % self.policy.num_classes for number in numbers])
-            seeds = [sample_seed(seed, number) for number in numbers]
-            with models.autocast(self.bench.model.precision, self.policy.device):
-                at_once = self.bench.judge.images_per_batch
-                codes = self.policy.generate(self.policy.condition(labels), seeds, at_once, **dataclasses.asdict(how))
-            return self.bench.judge.pixels(sampler.decode(self.policy, codes)), labels
-
-        return make
+        return Draw(self.policy, self.bench.judge, self.bench.model.precision, how, seed)
 
     def teacher_forced(self, seed: int, count: int) -> Features:
         """Features of validation images redrawn code by code, each from the true codes before it."""

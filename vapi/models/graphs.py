@@ -49,7 +49,7 @@ class Shape:
     @classmethod
     def of(cls, model: Transformer, rows: int, guidance: float, top_k: int, top_p: float) -> Shape:
         places = tuple(weight.data_ptr() for weight in model.parameters())
-        return cls(rows, guidance != 1.0, top_k, top_p, sampler.arithmetic(model), places)
+        return cls(rows, guidance != 1.0, top_k, top_p, sampler.number_type(model), places)
 
 
 def missing() -> str:

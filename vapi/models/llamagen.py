@@ -157,7 +157,7 @@ class LlamaGen:
     def footprint(self, guided: bool = False) -> memory.Footprint:
         """Bytes that sampling takes, in the arithmetic that the caller is in."""
         count = sum(weight.numel() for weight in self.generator.parameters())
-        dtype = sampler.arithmetic(self.generator)
+        dtype = sampler.number_type(self.generator)
         return memory.footprint(self.generator.config, count, self.tokenizer.config, dtype, guided)
 
     def save(self, path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:

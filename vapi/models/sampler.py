@@ -17,6 +17,7 @@ speculative drafts.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,7 +104,7 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float | Tensor, top_k: 
 # --- the loop ----------------------------------------------------------------------------------
 
 
-def arithmetic(model: Transformer) -> torch.dtype:
+def number_type(model: Transformer) -> torch.dtype:
     """What sampling computes in: the caller's autocast, if it is on, else the weights' own."""
     kind = model.output.weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.output.weight.dtype
@@ -150,7 +151,7 @@ def generate(
     """
     assert len(seeds) == len(condition), (len(seeds), len(condition))
     guided, count = guidance != 1.0, model.config.codes
-    model, device = lowered(model, arithmetic(model)), condition.device
+    model, device = lowered(model, number_type(model)), condition.device
     with torch.autocast(device.type, enabled=False):
         scales = guidance_scales(guidance, guidance_schedule, guidance_power, count).to(device)
         numbers = uniforms(seeds, count).to(device)
@@ -185,21 +186,23 @@ def decode(policy: Policy, codes: Tensor) -> Tensor:
 
 
 def stream(
-    policy: Policy, batches: Iterable[tuple[Tensor, Sequence[int]]], images_per_batch: int, **how: Unpack[Sampling]
+    policy: Policy,
+    batches: Iterable[tuple[Tensor, Sequence[int]]],
+    images_per_batch: int,
+    arithmetic: contextlib.AbstractContextManager[object],
+    **how: Unpack[Sampling],
 ) -> Iterator[Tensor]:
-    """Images (B, 3, H, W) of each batch (condition, seeds) in order, as they come.
+    """Images (B, 3, H, W) of each batch (condition, seeds) in order, as they come; codes are drawn within ``arithmetic``.
 
     On a GPU the next batch is sampled, on a stream of its own, while this one is decoded and looked at: sampling waits for
     memory, decoding for arithmetic. On a CPU both wait for the same cores, and take turns.
     """
-    kind, dtype = policy.device.type, torch.get_autocast_dtype(policy.device.type)
-    enabled = torch.is_autocast_enabled(kind)
 
     def sample(batch: tuple[Tensor, Sequence[int]]) -> Tensor:
-        with torch.autocast(kind, dtype, enabled=enabled):  # each thread has its own
+        with arithmetic:
             return policy.generate(*batch, images_per_batch=images_per_batch, **how)
 
-    if kind == "cpu":
+    if policy.device.type == "cpu":
         yield from (decode(policy, sample(batch)) for batch in batches)
         return
     with ThreadPoolExecutor(1) as beside:
