@@ -240,6 +240,14 @@ def _export(words: list[str], flags: Flags) -> int:
     return 0
 
 
+def _weights(words: list[str], flags: Flags) -> int:
+    settings, _ = configure("tokens", flags)
+    from vapi import data
+
+    data.write_weights(settings.model, ARTIFACTS / "weights")
+    return 0
+
+
 def _track(words: list[str], flags: Flags) -> int:
     if not _switch(flags, "resend"):
         raise ValueError("vapi track --resend sends what an unreachable server has not got yet")
@@ -288,6 +296,11 @@ COMMANDS = {
         ("write", "force"),
     ),
     "summary": Command("Base and tuned side by side, seconds per stage, and where to look next.", _summary),
+    "weights": Command(
+        "Fetch the weights of generator and tokenizer if they lie on a hub, and write down which they are; DVC runs what uses them "
+        "again when that changes.",
+        _weights,
+    ),
     "track": Command("Send the runs that an unreachable MLflow server has not got yet.", _track, "--resend", ("resend",)),
 }
 

@@ -44,9 +44,9 @@ class ModelConfig:
     policy: str = "llamagen"
     """Adapter of the base model: a name in vapi.models.POLICIES."""
     generator: str = "data/models/generator.safetensors"
-    """Weights of the base generator: a local path, or a hub id as org/name/file (outside DVC, which depends on the file)."""
+    """Weights of the base generator: a local path, or a hub id as org/name/file."""
     tokenizer: str = "data/models/tokenizer.safetensors"
-    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file (outside DVC)."""
+    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file."""
     image_size: int = 32
     """Side of the square image in pixels that the generator draws."""
     device: str = "auto"
