@@ -159,7 +159,7 @@ class TuneConfig:
     perceptual: str = "data/models/reward.safetensors"
     """Network behind the lpips reward: a .safetensors of ours, or vgg (LPIPS on torchvision's VGG-16)."""
     perceptual_weights: str = ""
-    """For perceptual vgg: folder with vgg16 and LPIPS weights; empty: torch's own cache and the lpips package."""
+    """For perceptual vgg: folder with vgg16-397923af.pth; empty: torch's own cache."""
     images_per_reward: int = 64
     """Decoded images that the tokenizer and the perceptual network take at a time."""
     policy_dropout: Literal["none", "official"] = "none"
