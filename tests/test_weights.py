@@ -318,6 +318,7 @@ def test_weights_that_are_there_twice(states: tuple[ModelConfig, State, State], 
     "arguments, words",
     [
         ({"image_size": 256, "downsample_size": 16}, "trained with image_size 256, but model.image_size is 16"),
+        ({"num_classes": 11}, "trained with num_classes 11, but its table, less the row for no class, holds 10"),
         ({"image_size": 16, "downsample_size": 8}, "trained with downsample_size 8, but pixels per code of this tokenizer are 4"),
     ],
 )
