@@ -44,9 +44,9 @@ class ModelConfig:
     policy: str = "llamagen"
     """Adapter of the base model: a name in vapi.models.POLICIES."""
     generator: str = "data/models/generator.safetensors"
-    """Weights of the base generator: a local path, or a hub id as org/name/file (outside DVC, which depends on the file)."""
+    """Weights of the base generator: a local path, or a hub id as org/name/file."""
     tokenizer: str = "data/models/tokenizer.safetensors"
-    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file (outside DVC)."""
+    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file."""
     image_size: int = 32
     """Side of the square image in pixels that the generator draws."""
     device: str = "auto"
@@ -304,6 +304,24 @@ class TrackConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """How `vapi bench` measures. It decides no result, so params.yaml does not hold it."""
+
+    size: str = ""
+    """A published generator (GPT-B, GPT-L, GPT-XL, ...) with random weights, VQ-16 and VGG; empty: the recipe's networks."""
+    rounds: int = 3
+    """Measured rounds, after one that is not; ours and the naive reference take turns in each, and medians count."""
+    dimensions: int = 2048
+    """fid: length of a feature vector, Inception's."""
+    out: str = ""
+    """A file that the result is appended to as one line of JSON."""
+
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 1, f"bench.rounds is {self.rounds}; it must be at least 1")
+        _require(self.dimensions >= 1, f"bench.dimensions is {self.dimensions}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole experiment: what params.yaml holds."""
 
@@ -336,6 +354,26 @@ STAGES = {
     "register": Stage("Register the tuned model if it passes the gates.", ("model", "register"), ("tune", "evaluate")),
 }
 ARTIFACTS = Path("artifacts")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `vapi bench` runs with: the experiment's sections, and its own."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+
+# A benchmark is the function vapi.bench.<name>.<name>(settings) -> dict.
+BENCHES = {
+    "tune": Stage("One optimizer step against the released algorithm, and where its time goes.", ("model", "tune", "bench")),
+    "sample": Stage("Free-running sampling against a loop as LlamaGen's.", ("model", "evaluate", "bench")),
+    "reward": Stage("Decoding and reward in each precision and memory layout.", ("model", "tune", "bench")),
+    "fid": Stage("The Frechet distance against scipy's matrix root, and feature extraction.", ("model", "evaluate", "bench")),
+    "gpu": Stage("All of these for LlamaGen-XXL at 384 pixels on one GPU, in under nine minutes.", ("bench",)),
+}
 
 
 # --- plain values <-> dataclasses --------------------------------------------------------------

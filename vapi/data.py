@@ -89,6 +89,17 @@ def file_digest(path: Path) -> str:
     return whole.hexdigest()
 
 
+def known_digest(path: Path) -> str:
+    """``file_digest`` of a large file, remembered until the file's size or time of change differ."""
+    path = Path(path).resolve()
+    stat = path.stat()
+    name = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    known = state_dir("digests") / name
+    if not known.is_file():
+        write_text(known, file_digest(path))
+    return known.read_text()
+
+
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold ``path`` (a lock file) against other processes: wait for them and say so, or refuse at once."""
@@ -398,6 +409,17 @@ def tokenizer_digest(model: ModelConfig) -> str:
     from vapi.models import weights  # with torch, which whoever only reads a folder can do without
 
     return file_digest(weights.locate(model.tokenizer))
+
+
+def write_weights(model: ModelConfig, folder: Path) -> None:
+    """Write what DVC depends on in place of the weights, which may lie on a hub: generator.json and tokenizer.json."""
+    for name, where in (("generator", model.generator), ("tokenizer", model.tokenizer)):
+        path = Path(where)
+        if not path.is_file():
+            from vapi.models import weights
+
+            path = weights.locate(where)
+        write_json(folder / f"{name}.json", {"bytes": path.stat().st_size, "sha256": known_digest(path)})
 
 
 def read_tokens(folder: Path) -> Tokens:
