@@ -167,22 +167,26 @@ def children(pid: int) -> list[int]:
 # --- faults ------------------------------------------------------------------------------------
 
 
-def test_one_of_two_is_killed(inputs: dict[str, Any], tmp_path: Path) -> None:
-    """The other does not hang, and the same command ends with the bits of an undisturbed run."""
+def test_killed(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """One of two, the other, both with their starter: nobody hangs or stays, and the same command ends with the bits of
+    an undisturbed run."""
     tune = config(steps=20)
     assert run(2, command("tune", inputs, tune, tmp_path / "whole"), tmp_path).returncode == 0
     killed = command("tune", inputs, tune, tmp_path / "killed")
     for victim in (0, 1):
         assert interrupted(2, killed, tmp_path, signal.SIGKILL, victim) == 128 + signal.SIGKILL
+    kill_starter(killed, tmp_path)
     assert run(2, killed, tmp_path).returncode == 0
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_all_die_with_their_starter(inputs: dict[str, Any], tmp_path: Path) -> None:
-    endless = command("tune", inputs, config(steps=10_000), tmp_path / "out")
-    with subprocess.Popen(starter(2, endless), env=environment(tmp_path), stderr=subprocess.DEVNULL) as process:
-        while written(tmp_path / ".vapi" / "resume" / "tune") < 3:
+def kill_starter(words: list[str], project: Path) -> None:
+    """SIGKILL for the starter alone, in the middle of the work; its two processes must go with it."""
+    metrics = project / ".vapi" / "resume" / "tune"
+    before = written(metrics)
+    with subprocess.Popen(starter(2, words), env=environment(project), stderr=subprocess.DEVNULL) as process:
+        while written(metrics) < before + 2:
             assert process.poll() is None
             time.sleep(0.02)
         orphans = children(process.pid)

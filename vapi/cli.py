@@ -284,6 +284,24 @@ def _listing(words: list[str], flags: Flags) -> int:
     return 0
 
 
+def _export(words: list[str], flags: Flags) -> int:
+    if len(words) != 2:
+        raise ValueError("vapi export takes two paths: vapi export artifacts/tune tuned.pt")
+    from vapi.models import llamagen
+
+    llamagen.export(*words)
+    print(f"{words[1]} holds the weights of {words[0]} in the layout of LlamaGen's scripts")
+    return 0
+
+
+def _weights(words: list[str], flags: Flags) -> int:
+    settings, _ = configure("tokens", flags)
+    from vapi import data
+
+    data.write_weights(settings.model, ARTIFACTS / "weights")
+    return 0
+
+
 def _track(words: list[str], flags: Flags) -> int:
     if not _switch(flags, "resend"):
         raise ValueError("vapi track --resend sends what an unreachable server has not got yet")
@@ -324,6 +342,11 @@ COMMANDS = {
         _bench,
         flags=None,
     ),
+    "export": Command(
+        "Write weights in the layout that LlamaGen's own scripts read; SOURCE is a file of weights, or what the stage tune wrote.",
+        _export,
+        "SOURCE TARGET.pt",
+    ),
     "listing": Command("Write down which files the source of the subset holds; DVC runs subset again when that changes.", _listing),
     "recipe": Command(
         "List the recipes; print one; --write it to params.yaml (refuses to lose edits, unless --force); "
@@ -333,6 +356,11 @@ COMMANDS = {
         ("write", "force"),
     ),
     "summary": Command("Base and tuned side by side, seconds per stage, and where to look next.", _summary),
+    "weights": Command(
+        "Fetch the weights of generator and tokenizer if they lie on a hub, and write down which they are; DVC runs what uses them "
+        "again when that changes.",
+        _weights,
+    ),
     "track": Command("Send the runs that an unreachable MLflow server has not got yet.", _track, "--resend", ("resend",)),
 }
 

@@ -44,9 +44,9 @@ class ModelConfig:
     policy: str = "llamagen"
     """Adapter of the base model: a name in vapi.models.POLICIES."""
     generator: str = "data/models/generator.safetensors"
-    """Weights of the base generator: a local path, or a hub id as org/name/file (outside DVC, which depends on the file)."""
+    """Weights of the base generator: a local path, or a hub id as org/name/file."""
     tokenizer: str = "data/models/tokenizer.safetensors"
-    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file (outside DVC)."""
+    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file."""
     image_size: int = 32
     """Side of the square image in pixels that the generator draws."""
     device: str = "auto"
@@ -63,7 +63,7 @@ class SubsetConfig:
     """Which real images to tune on."""
 
     source: str = "data/digits/train.parquet"
-    """Folder of class folders, Parquet file or folder, CSV / JSONL naming images, or webdataset tar(s)."""
+    """Folder of class folders; Parquet or webdataset tars: a file, a folder, a pattern (data/train-*.parquet); CSV / JSONL of paths."""
     format: Literal["auto", "folder", "parquet", "table", "webdataset"] = "auto"
     """How to read the source; auto looks at what lies there."""
     images: int = 2048
@@ -108,14 +108,14 @@ class TokensConfig:
     """center: ADM's centre crop (box halvings, bicubic, crop), as LlamaGen was trained."""
     images_per_batch: int = 128
     """Images that the tokenizer encodes at a time."""
-    workers: int = 2
-    """Threads that decode and crop images."""
+    workers: int = 0
+    """Threads that decode and crop images; 0 takes as many as there are cores, shared out among the processes."""
     min_codebook_usage: float = 0.0
     """Validation fails when a smaller share of the codebook occurs in the subset; 0 accepts any."""
 
     def __post_init__(self) -> None:
         _require(self.images_per_batch > 0, f"tokens.images_per_batch is {self.images_per_batch}; it must be positive")
-        _require(self.workers > 0, f"tokens.workers is {self.workers}; it must be positive")
+        _require(self.workers >= 0, f"tokens.workers is {self.workers}; give a number of threads, or 0 for one per core")
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,10 @@ class EvaluateConfig:
     """Keep the smallest set of codes with this probability; 1.0 keeps all."""
     guidance: float = 1.0
     """Classifier-free guidance of the plain comparison; 1.0 is none."""
+    guidance_schedule: Literal["constant", "power-cosine"] = "constant"
+    """constant: the same guidance at every code; power-cosine: rising from none to all of it, as in the released sampler."""
+    guidance_power: float = 2.0
+    """For power-cosine: higher keeps guidance low for longer; 2.0 is the released sampler's."""
     temperatures: list[float] = field(default_factory=lambda: [0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     """Temperatures swept for each model's best; chosen on the validation reference."""
     guidances: list[float] = field(default_factory=lambda: [1.0])
@@ -244,7 +248,7 @@ class EvaluateConfig:
     resize: int = 0
     """Side to which samples are scaled before they are judged (bicubic, as LlamaGen's 384 to 256); 0 leaves them."""
     images_per_batch: int = 250
-    """Images sampled at a time; results do not depend on it."""
+    """Images sampled at a time; 0: as many as memory allows. Results depend on it by rounding only."""
     sheet_images: int = 40
     """Images on the sheet of the same seeds before and after."""
 
@@ -264,7 +268,8 @@ class EvaluateConfig:
         _require(bool(self.temperatures and self.guidances), "evaluate.temperatures and evaluate.guidances each need at least one value")
         _require(self.resize >= 0, f"evaluate.resize is {self.resize}; give a side in pixels, or 0 to leave samples as they are")
         _require(self.sheet_images >= 1, f"evaluate.sheet_images is {self.sheet_images}; it must be at least 1")
-        _require(self.images_per_batch >= 1, f"evaluate.images_per_batch is {self.images_per_batch}; it must be at least 1")
+        _require(self.images_per_batch >= 0, f"evaluate.images_per_batch is {self.images_per_batch}; 0 takes what memory allows")
+        _require(self.guidance_power > 0, f"evaluate.guidance_power is {self.guidance_power}; it must be positive")
 
 
 @dataclass(frozen=True)

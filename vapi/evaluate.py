@@ -26,9 +26,10 @@ import importlib.metadata
 import itertools
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ from vapi.metrics import features as judges
 from vapi.metrics import fid
 from vapi.metrics.fid import Features
 from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
-from vapi.models import Policy, sampler, weights
+from vapi.models import Policy, memory, sampler, weights
 from vapi.models import features as networks
 from vapi.run import NO_RUN, Run
 
@@ -63,6 +64,13 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    guidance_schedule: Literal["constant", "power-cosine"] = "constant"
+    guidance_power: float = 2.0
+
+
+def plain_sampler(config: EvaluateConfig) -> Sampler:
+    """How codes are drawn in the plain comparison."""
+    return Sampler(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampler)})
 
 
 def sample_seed(seed: int, number: int) -> int:
@@ -211,7 +219,8 @@ class Bench:
         # the random network is calibrated on the reference, so every feature depends on it
         key = {"extractor": extractor.sha256, "reference": digests["reference"], "resize": evaluate.resize, "code": _code_digest()}
         key |= {"torch": torch.__version__, "device": policy.device.type, "precision": model.precision}
-        judge = Judge(extractor, key, evaluate.images_per_batch, evaluate.resize, workers, world)
+        at_once = evaluate.images_per_batch or min(world.gather(_images_that_fit(model, evaluate, policy)))
+        judge = Judge(extractor, key, at_once, evaluate.resize, workers, world)
 
         def real(numbers: range) -> tuple[Tensor, Tensor]:
             return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers.start : numbers.stop]
@@ -254,6 +263,12 @@ class Bench:
         """Other real images, and what the tokenizer makes of them."""
         count = min(self.config.samples, len(self.validation))
         return {"real": self.score(self.validation[:count]), "reconstruction": self.score(self.reconstructions[:count])}
+
+
+def _images_that_fit(model: ModelConfig, evaluate: EvaluateConfig, policy: Policy) -> int:
+    guided = max(evaluate.guidance, *evaluate.guidances) != 1.0
+    with models.autocast(model.precision, policy.device):
+        return memory.images_per_batch(policy.footprint(guided), policy.device)
 
 
 def _floats(pixels: Tensor, numbers: range, policy: Policy) -> Tensor:
@@ -299,6 +314,33 @@ class Found:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Free-running samples of a seed, as the judge sees them: a ``Make`` that can work ahead."""
+
+    policy: Policy
+    judge: Judge
+    precision: str
+    how: Sampler
+    seed: int
+
+    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]:
+        return next(self.stream([numbers]))
+
+    @torch.inference_mode()
+    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images and labels of each range of image numbers."""
+        labels = [torch.tensor([number % self.policy.num_classes for number in numbers]) for numbers in ranges]
+        seeds = [[sample_seed(self.seed, number) for number in numbers] for numbers in ranges]
+        batches = ((self.policy.condition(what), these) for what, these in zip(labels, seeds, strict=True))
+        # a recorded loop has one shape; where there is none, fewer images (a sheet's) take less time
+        at_once = self.judge.images_per_batch if self.policy.device.type == "cuda" else 0
+        arithmetic = models.autocast(self.precision, self.policy.device)
+        drawn = sampler.stream(self.policy, batches, at_once, arithmetic, **dataclasses.asdict(self.how))
+        for decoded, what in zip(drawn, labels, strict=True):
+            yield self.judge.pixels(decoded), what
+
+
 class Contestant:
     """One model on the bench."""
 
@@ -307,7 +349,7 @@ class Contestant:
         self.policy = models.load(bench.model, source)
         self.sha256 = data.file_digest(source)
         self.made_by = {"generator": self.sha256, "tokenizer": data.tokenizer_digest(bench.model)}
-        self.plain = Sampler(self.config.temperature, self.config.top_k, self.config.top_p, self.config.guidance)
+        self.plain = plain_sampler(self.config)
 
     def examine(self) -> Found:
         """Everything about this model, the long part of the stage."""
@@ -354,16 +396,7 @@ class Contestant:
 
     def draw(self, how: Sampler, seed: int) -> Make:
         """Free-running samples, as the judge sees them."""
-
-        @torch.inference_mode()
-        def make(numbers: range) -> tuple[Tensor, Tensor]:
-            labels = torch.tensor([number % self.policy.num_classes for number in numbers])
-            seeds = [sample_seed(seed, number) for number in numbers]
-            with models.autocast(self.bench.model.precision, self.policy.device):
-                codes = self.policy.generate(self.policy.condition(labels), seeds, **dataclasses.asdict(how))
-            return self.bench.judge.pixels(self.policy.decode(codes)), labels
-
-        return make
+        return Draw(self.policy, self.bench.judge, self.bench.model.precision, how, seed)
 
     def teacher_forced(self, seed: int, count: int) -> Features:
         """Features of validation images redrawn code by code, each from the true codes before it."""
@@ -418,7 +451,7 @@ def _protocol(bench: Bench) -> Scores:
         "samples": config.samples,
         "seeds": config.seeds,
         "labels": "image n shows class n mod the number of classes",
-        "sampler": {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "guidance": config.guidance},
+        "sampler": dataclasses.asdict(plain_sampler(config)),
         "sweep": {
             "temperatures": config.temperatures,
             "guidances": config.guidances,
