@@ -40,6 +40,27 @@ def test_a_recipe_survives_its_own_text(name: str) -> None:
     assert config.build(Config, config.read_yaml(recipes.text(name))) == recipes.recipe(name)
 
 
+PAPER = {
+    "model.image_size": 384, "model.precision": "bfloat16", "tune.steps": 100, "tune.images_per_step": 128, "tune.group_size": 8,
+    "tune.lr": 1e-6, "tune.weight_decay": 1e-4, "tune.beta1": 0.9, "tune.beta2": 0.999, "tune.max_grad_norm": 1.0,
+    "tune.policy_weight": 1.0, "tune.prior": "ce", "tune.prior_weight": 0.1, "tune.context_noise": 0.0, "tune.ratio_clip": 0.2,
+    "tune.advantage_clip": 5.0, "tune.temperature": 1.0, "tune.rewards.mse": 1.0, "tune.rewards.lpips": 1.0,
+    "tune.perceptual": "vgg", "tune.seed": 0,
+    "evaluate.samples": 50_000, "evaluate.resize": 256, "evaluate.temperature": 1.0, "evaluate.top_k": 0, "evaluate.top_p": 1.0,
+    "evaluate.guidance": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["xl", "xxl"])
+def test_the_papers_class_conditional_runs(size: str) -> None:
+    """Table 7 and section 4.1 (arXiv 2512.19680); every image of the 12,800 is seen once."""
+    ours, official = (recipes.recipe(f"llamagen-{size}-c2i{twin}") for twin in ("", "-official"))
+    values = config.flat(ours)
+    assert {name: values[name] for name in PAPER} == PAPER
+    assert ours.subset.images - ours.tune.holdout_images == ours.tune.steps * ours.tune.images_per_step == 12_800
+    assert recipes.changes(ours, official) == {"tune.policy_dropout": ("none", "official")}
+
+
 def test_params_yaml_is_the_default_recipe() -> None:
     text = (Path(__file__).parents[1] / "params.yaml").read_text()
     assert text == recipes.text("digits"), "refresh it: vapi recipe digits --write --force"

@@ -16,6 +16,8 @@ import pytest
 import torch
 import worker
 from safetensors.torch import load_file
+from test_evaluate import World as Evaluation
+from test_evaluate import world as evaluation  # noqa: F401
 from test_tune import config, lines, write_inputs
 
 from vapi import launch
@@ -32,9 +34,12 @@ def inputs(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def command(what: str, inputs: dict[str, Any], tune: TuneConfig, out: Path) -> list[str]:
-    file = out.parent / f"{out.name}.given.json"
-    settings = plain(dataclasses.replace(Config(), model=inputs["model"], tune=tune))
-    file.write_text(json.dumps({"config": settings, "subset": inputs["subset"], "tokens": inputs["tokens"], "out": str(out)}))
+    return words(what, dataclasses.replace(Config(), model=inputs["model"], tune=tune), {**inputs, "out": out})
+
+
+def words(what: str, settings: Config, folders: dict[str, Any]) -> list[str]:
+    file = folders["out"].parent / f"{folders['out'].name}.given.json"
+    file.write_text(json.dumps({"config": plain(settings), **{name: str(path) for name, path in folders.items()}}))
     return [sys.executable, str(WORKER), what, str(file)]
 
 
@@ -75,10 +80,13 @@ KINDS = {
 
 @pytest.mark.parametrize(("processes", "kind"), [(2, "shared"), (3, "accumulated"), (2, "kl"), (3, "sharded"), (2, "official")])
 def test_processes_give_the_gradient_of_one(processes: int, kind: str, inputs: dict[str, Any], tmp_path: Path) -> None:
-    """Seven images do not divide by two or three."""
+    """Seven images do not divide by two or three. The reward takes one image's draws at a time: a convolution rounds
+    by the shape of its input, and dividing by the spread of a group makes that large."""
     tune = config(images_per_step=7, holdout_images=5, max_grad_norm=0.0, **KINDS[kind])
+    tune = dataclasses.replace(tune, images_per_reward=tune.group_size)
     alone = dataclasses.replace(tune, sharding="none", activation_checkpointing=False, images_per_forward=7)
-    worker.gradient({**inputs, "out": str(tmp_path / "one.safetensors")}, inputs["model"], alone)
+    settings = dataclasses.replace(Config(), model=inputs["model"], tune=alone)
+    worker.gradient({**inputs, "out": str(tmp_path / "one.safetensors")}, settings)
     done = run(processes, command("gradient", inputs, tune, tmp_path / "many.safetensors"), tmp_path)
     assert done.returncode == 0, done.stderr
     one, many = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "many"))
@@ -105,6 +113,19 @@ def require_alike(one: Path, many: Path) -> None:
         assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-5)
     a, b = (load_file(folder / "model.safetensors") for folder in (one, many))
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
+
+
+def test_an_evaluation_is_that_of_one_process(evaluation: Evaluation, tmp_path: Path) -> None:  # noqa: F811
+    """Bit by bit, though seven batches do not divide by three."""
+    settings = dataclasses.replace(Config(), model=evaluation.model, evaluate=dataclasses.replace(evaluation.config, images_per_batch=6))
+    for processes in (1, 3):
+        project, out = tmp_path / f"project{processes}", tmp_path / f"out{processes}"
+        done = run(processes, words("evaluate", settings, {"tune": evaluation.tune, "out": out}), project)
+        assert done.returncode == 0, done.stderr
+    names = {path.name for path in (tmp_path / "out1").iterdir()} - {"provenance.json"}
+    assert {"metrics.json", "report.html", "sheet-best.png"} < names
+    for name in names:
+        assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out3" / name).read_bytes(), name
 
 
 def test_a_run_continues_on_another_number_of_processes(inputs: dict[str, Any], tmp_path: Path) -> None:
@@ -146,21 +167,26 @@ def children(pid: int) -> list[int]:
 # --- faults ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_one_of_two_is_killed(victim: int, inputs: dict[str, Any], tmp_path: Path) -> None:
-    """The other does not hang, and the same command ends with the bits of an undisturbed run."""
+def test_killed(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """One of two, the other, both with their starter: nobody hangs or stays, and the same command ends with the bits of
+    an undisturbed run."""
     tune = config(steps=20)
     assert run(2, command("tune", inputs, tune, tmp_path / "whole"), tmp_path).returncode == 0
-    assert interrupted(2, command("tune", inputs, tune, tmp_path / "killed"), tmp_path, signal.SIGKILL, victim) == 128 + signal.SIGKILL
-    assert run(2, command("tune", inputs, tune, tmp_path / "killed"), tmp_path).returncode == 0
+    killed = command("tune", inputs, tune, tmp_path / "killed")
+    for victim in (0, 1):
+        assert interrupted(2, killed, tmp_path, signal.SIGKILL, victim) == 128 + signal.SIGKILL
+    kill_starter(killed, tmp_path)
+    assert run(2, killed, tmp_path).returncode == 0
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_all_die_with_their_starter(inputs: dict[str, Any], tmp_path: Path) -> None:
-    words = command("tune", inputs, config(steps=10_000), tmp_path / "out")
-    with subprocess.Popen(starter(2, words), env=environment(tmp_path), stderr=subprocess.DEVNULL) as process:
-        while written(tmp_path / ".vapi" / "resume" / "tune") < 3:
+def kill_starter(words: list[str], project: Path) -> None:
+    """SIGKILL for the starter alone, in the middle of the work; its two processes must go with it."""
+    metrics = project / ".vapi" / "resume" / "tune"
+    before = written(metrics)
+    with subprocess.Popen(starter(2, words), env=environment(project), stderr=subprocess.DEVNULL) as process:
+        while written(metrics) < before + 2:
             assert process.poll() is None
             time.sleep(0.02)
         orphans = children(process.pid)
@@ -196,6 +222,21 @@ def test_more_processes_than_images(inputs: dict[str, Any], tmp_path: Path) -> N
     done = run(3, command("tune", inputs, config(images_per_step=2), tmp_path / "out"), tmp_path)
     assert done.returncode != 0 and "3 processes (GPUs) share tune.images_per_step 2; use fewer GPUs" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_says_what_to_change(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """And the smaller knob, which changes no result, continues the work."""
+    greedy = config(group_size=4096, images_per_reward=1 << 20)
+    settings, folders = dataclasses.replace(Config(), model=inputs["model"], tune=greedy), {**inputs, "out": tmp_path / "out"}
+    done = run(1, words("tune", settings, {**folders, "memory": 1 << 30}), tmp_path)
+    assert (
+        done.returncode != 0
+        and "ValueError: out of memory with tune.images_per_forward 4 and tune.images_per_reward 1048576" in done.stderr
+    )
+    assert "lower them, then try tune.activation_checkpointing true" in done.stderr
+    modest = dataclasses.replace(settings, tune=dataclasses.replace(greedy, images_per_reward=64, steps=1))
+    done = run(1, words("tune", modest, {**folders, "memory": 1 << 30}), tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,23 @@ def test_forty_steps_raise_the_reward(inputs: dict[str, Any], tmp_path: Path) ->
     rows = lines(tmp_path / "vapi")
     early, late = (np.mean([row["tune/reward"] for row in part]) for part in (rows[1:6], rows[-5:]))
     assert late > 0.85 * early
+
+
+def test_compilation_without_a_compiler(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match=r"g\+\+ or clang\+\+ is not here.*--tune.compile false"):
+        stage.tune(**inputs, tune=config(compile=True), out=tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """The same curve and weights but for rounding, with activations computed again too."""
+    stage.tune(**inputs, tune=config(), out=tmp_path / "plain")
+    stage.tune(**inputs, tune=config(compile=True, activation_checkpointing=True), out=tmp_path / "compiled")
+    for ours, theirs in zip(lines(tmp_path / "plain"), lines(tmp_path / "compiled"), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-3, abs=1e-5)
 
 
 # --- what the objective is ---------------------------------------------------------------------

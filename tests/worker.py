@@ -1,8 +1,9 @@
-"""What the tests of ``launch`` run in several processes: ``python worker.py gradient|tune FILE.json``."""
+"""What the tests of ``launch`` run in several processes: ``python worker.py gradient|tune|evaluate FILE.json``."""
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from vapi import launch, models, objective, parallelize
+from vapi import evaluate, launch, models, objective, parallelize
 from vapi import tune as stage
-from vapi.config import Config, ModelConfig, TuneConfig, build
+from vapi.config import Config, build
 from vapi.rewards import Reward
 
 
-def gradient(given: dict[str, Any], model: ModelConfig, tune: TuneConfig) -> None:
+def gradient(given: dict[str, Any], settings: Config) -> None:
     """The gradient and the numbers of one step, and what the held-out images showed."""
+    model, tune = settings.model, settings.tune
     world = launch.world()
     policy = models.load(model)
     policy.generator.double()  # or it would be rounding that is compared
@@ -36,8 +38,16 @@ def gradient(given: dict[str, Any], model: ModelConfig, tune: TuneConfig) -> Non
     launch.leave()
 
 
-def tune(given: dict[str, Any], model: ModelConfig, tune: TuneConfig) -> None:
-    stage.tune(model, tune, Path(given["subset"]), Path(given["tokens"]), Path(given["out"]))
+def tune(given: dict[str, Any], settings: Config) -> None:
+    if "memory" in given:  # bytes beyond what is taken by now
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(given["memory"]),) * 2)
+    stage.tune(settings.model, settings.tune, Path(given["subset"]), Path(given["tokens"]), Path(given["out"]))
+    launch.leave()
+
+
+def judge(given: dict[str, Any], settings: Config) -> None:
+    evaluate.evaluate(settings.model, settings.evaluate, Path(given["tune"]), Path(given["out"]))
     launch.leave()
 
 
@@ -45,5 +55,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     launch.end_with_starter()
     given = json.loads(Path(sys.argv[2]).read_text())
-    settings = build(Config, given["config"])
-    {"gradient": gradient, "tune": tune}[sys.argv[1]](given, settings.model, settings.tune)
+    {"gradient": gradient, "tune": tune, "evaluate": judge}[sys.argv[1]](given, build(Config, given["config"]))

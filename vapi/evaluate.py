@@ -26,21 +26,23 @@ import importlib.metadata
 import itertools
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vapi import data, images, metrics, models, report
+from vapi import data, images, launch, metrics, models, report
 from vapi.config import EvaluateConfig, ModelConfig, nearest
+from vapi.launch import ALONE, World
 from vapi.metrics import features as judges
 from vapi.metrics import fid
 from vapi.metrics.fid import Features
 from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
-from vapi.models import Policy, sampler, weights
+from vapi.models import Policy, memory, sampler, weights
 from vapi.models import features as networks
 from vapi.run import NO_RUN, Run
 
@@ -62,6 +64,13 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    guidance_schedule: Literal["constant", "power-cosine"] = "constant"
+    guidance_power: float = 2.0
+
+
+def plain_sampler(config: EvaluateConfig) -> Sampler:
+    """How codes are drawn in the plain comparison."""
+    return Sampler(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampler)})
 
 
 def sample_seed(seed: int, number: int) -> int:
@@ -81,14 +90,18 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
     """
     begin = time.perf_counter()
     tune, out = Path(tune), Path(out)
-    with data.output_folder(out, "evaluate") as folder, thread_per_batch(models.device_of(model)) as workers:
+    world = launch.world()
+    with world.first_enters(data.output_folder(out, "evaluate")) as folder, thread_per_batch(models.device_of(model)) as workers:
         sources = {"base": weights.locate(model.generator), "tuned": _tuned_weights(tune, model)}
         holdout = _holdout(tune)
         for source in (sources["tuned"], sources["base"]):  # refuse one that does not fit before the other is drawn from
             policy = models.load(model, source)
-        bench = Bench.of(model, evaluate, policy, workers)
+        bench = Bench.of(model, evaluate, policy, workers, world)
         found = {name: Contestant(bench, name, source).examine() for name, source in sources.items()}
-        results = _results(bench, found, holdout)
+        anchors = bench.anchors()
+        if folder is None:
+            return
+        results = _results(bench, found, holdout, anchors)
         sheets = {name: one.sheets for name, one in found.items()} | {"anchors": bench.sheets}
         inputs = _inputs(model, evaluate, tune, bench)
         _write(folder, results, sheets, tune, inputs)
@@ -195,7 +208,7 @@ class Bench:
     classes: int
 
     @classmethod
-    def of(cls, model: ModelConfig, evaluate: EvaluateConfig, policy: Policy, workers: int = 1) -> Bench:
+    def of(cls, model: ModelConfig, evaluate: EvaluateConfig, policy: Policy, workers: int = 1, world: World = ALONE) -> Bench:
         """Read references and judge. Raises ValueError for what is missing or does not fit."""
         _require_samples(evaluate)
         size = evaluate.resize or model.image_size
@@ -206,7 +219,8 @@ class Bench:
         # the random network is calibrated on the reference, so every feature depends on it
         key = {"extractor": extractor.sha256, "reference": digests["reference"], "resize": evaluate.resize, "code": _code_digest()}
         key |= {"torch": torch.__version__, "device": policy.device.type, "precision": model.precision}
-        judge = Judge(extractor, key, evaluate.images_per_batch, evaluate.resize, workers)
+        at_once = evaluate.images_per_batch or min(world.gather(_images_that_fit(model, evaluate, policy)))
+        judge = Judge(extractor, key, at_once, evaluate.resize, workers, world)
 
         def real(numbers: range) -> tuple[Tensor, Tensor]:
             return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers.start : numbers.stop]
@@ -233,12 +247,28 @@ class Bench:
 
     def score(self, generated: Features) -> Scores:
         """All metrics against the reference, and the number of images, without which a FID means nothing."""
-        return {**_rounded(metrics.score(generated, self.reference, self.names())), "images": len(generated)}
+        found = self.judge.world.once(lambda: metrics.score(generated, self.reference, self.names()))
+        return {**_rounded(found), "images": len(generated)}
+
+    def sweep_score(self, generated: Features) -> Scores:
+        """The metrics that a sweep is read by, against the validation images."""
+        names = [name for name in self.names() if name in SWEEP_METRICS]
+        return self.judge.world.once(lambda: metrics.score(generated, self.validation, names))
+
+    def distance(self, generated: Features) -> float:
+        """FID alone."""
+        return self.judge.world.once(lambda: fid.frechet(generated.moments, self.reference.moments))
 
     def anchors(self) -> dict[str, Scores]:
         """Other real images, and what the tokenizer makes of them."""
         count = min(self.config.samples, len(self.validation))
         return {"real": self.score(self.validation[:count]), "reconstruction": self.score(self.reconstructions[:count])}
+
+
+def _images_that_fit(model: ModelConfig, evaluate: EvaluateConfig, policy: Policy) -> int:
+    guided = max(evaluate.guidance, *evaluate.guidances) != 1.0
+    with models.autocast(model.precision, policy.device):
+        return memory.images_per_batch(policy.footprint(guided), policy.device)
 
 
 def _floats(pixels: Tensor, numbers: range, policy: Policy) -> Tensor:
@@ -284,6 +314,33 @@ class Found:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Free-running samples of a seed, as the judge sees them: a ``Make`` that can work ahead."""
+
+    policy: Policy
+    judge: Judge
+    precision: str
+    how: Sampler
+    seed: int
+
+    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]:
+        return next(self.stream([numbers]))
+
+    @torch.inference_mode()
+    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images and labels of each range of image numbers."""
+        labels = [torch.tensor([number % self.policy.num_classes for number in numbers]) for numbers in ranges]
+        seeds = [[sample_seed(self.seed, number) for number in numbers] for numbers in ranges]
+        batches = ((self.policy.condition(what), these) for what, these in zip(labels, seeds, strict=True))
+        # a recorded loop has one shape; where there is none, fewer images (a sheet's) take less time
+        at_once = self.judge.images_per_batch if self.policy.device.type == "cuda" else 0
+        arithmetic = models.autocast(self.precision, self.policy.device)
+        drawn = sampler.stream(self.policy, batches, at_once, arithmetic, **dataclasses.asdict(self.how))
+        for decoded, what in zip(drawn, labels, strict=True):
+            yield self.judge.pixels(decoded), what
+
+
 class Contestant:
     """One model on the bench."""
 
@@ -292,7 +349,7 @@ class Contestant:
         self.policy = models.load(bench.model, source)
         self.sha256 = data.file_digest(source)
         self.made_by = {"generator": self.sha256, "tokenizer": data.tokenizer_digest(bench.model)}
-        self.plain = Sampler(self.config.temperature, self.config.top_k, self.config.top_p, self.config.guidance)
+        self.plain = plain_sampler(self.config)
 
     def examine(self) -> Found:
         """Everything about this model, the long part of the stage."""
@@ -302,7 +359,8 @@ class Contestant:
         plain, top = self.scores(self.plain), self.scores(chosen)
         top |= {"temperature": chosen.temperature, "guidance": chosen.guidance}
         words = f"FID {plain['fid']:.2f}; at its best, {_setting(top)}, {top['fid']:.2f}"
-        print(f"{self.name}: {words}", file=sys.stderr, flush=True)
+        if self.bench.judge.world.first:
+            print(f"{self.name}: {words}", file=sys.stderr, flush=True)
         sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen)}
         return Found(plain, top, sweep, self.exposure(), sheets, self.sha256)
 
@@ -316,7 +374,7 @@ class Contestant:
         for guidance, temperature in itertools.product(self.config.guidances, self.config.temperatures):
             how = dataclasses.replace(self.plain, temperature=temperature, guidance=guidance)
             generated = self.samples(how, SWEEP_SEED, self.config.sweep_samples)
-            found = metrics.score(generated, self.bench.validation, [name for name in self.bench.names() if name in SWEEP_METRICS])
+            found = self.bench.sweep_score(generated)
             points.append({"model": self.name, "temperature": temperature, "guidance": guidance, **_rounded(found)})
         return points
 
@@ -326,7 +384,7 @@ class Contestant:
         rows = []
         for seed in self.config.seeds:
             sets = {"fid_teacher_forced": self.teacher_forced(seed, count), "fid_free_running": self.samples(Sampler(), seed, count)}
-            row = {name: fid.frechet(generated.moments, self.bench.reference.moments) for name, generated in sets.items()}
+            row = {name: self.bench.distance(generated) for name, generated in sets.items()}
             rows.append(_rounded({**row, "gap": row["fid_free_running"] - row["fid_teacher_forced"]}))
         return _over_seeds(rows) | {"images": count}
 
@@ -338,16 +396,7 @@ class Contestant:
 
     def draw(self, how: Sampler, seed: int) -> Make:
         """Free-running samples, as the judge sees them."""
-
-        @torch.inference_mode()
-        def make(numbers: range) -> tuple[Tensor, Tensor]:
-            labels = torch.tensor([number % self.policy.num_classes for number in numbers])
-            seeds = [sample_seed(seed, number) for number in numbers]
-            with models.autocast(self.bench.model.precision, self.policy.device):
-                codes = self.policy.generate(self.policy.condition(labels), seeds, **dataclasses.asdict(how))
-            return self.bench.judge.pixels(self.policy.decode(codes)), labels
-
-        return make
+        return Draw(self.policy, self.bench.judge, self.bench.model.precision, how, seed)
 
     def teacher_forced(self, seed: int, count: int) -> Features:
         """Features of validation images redrawn code by code, each from the true codes before it."""
@@ -374,7 +423,8 @@ class Contestant:
 
     def sheet(self, how: Sampler) -> np.ndarray:
         """The first samples of the first seed: uint8 (N, H, W, 3)."""
-        return _rows(self.draw(how, self.config.seeds[0])(range(self.config.sheet_images))[0])
+        make = self.draw(how, self.config.seeds[0])
+        return self.bench.judge.world.once(lambda: _rows(make(range(self.config.sheet_images))[0]))
 
 
 def _over_seeds(rows: list[Scores]) -> Scores:
@@ -401,7 +451,7 @@ def _protocol(bench: Bench) -> Scores:
         "samples": config.samples,
         "seeds": config.seeds,
         "labels": "image n shows class n mod the number of classes",
-        "sampler": {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "guidance": config.guidance},
+        "sampler": dataclasses.asdict(plain_sampler(config)),
         "sweep": {
             "temperatures": config.temperatures,
             "guidances": config.guidances,
@@ -423,13 +473,13 @@ def _protocol(bench: Bench) -> Scores:
     }
 
 
-def _results(bench: Bench, found: dict[str, Found], holdout: dict[str, float | None]) -> dict[str, Any]:
+def _results(bench: Bench, found: dict[str, Found], holdout: dict[str, float | None], anchors: dict[str, Scores]) -> dict[str, Any]:
     """metrics.json."""
     return {
         "protocol": _protocol(bench),
         **{name: {**one.plain, "reward": holdout[name]} for name, one in found.items()},
         **{f"{name}_best": one.best for name, one in found.items()},
-        "anchors": bench.anchors(),
+        "anchors": anchors,
         "exposure": {name: one.exposure for name, one in found.items()},
         "sweep": [point for one in found.values() for point in one.sweep],
         "weights": {name: one.sha256 for name, one in found.items()},

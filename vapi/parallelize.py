@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,6 +50,17 @@ def parallelize(policy: Policy, tune: TuneConfig, precision: str, world: World) 
         policy.tokenizer.decoder.compile()  # type: ignore[union-attr]
     if tune.sharding == "full" and world.size > 1:
         _shard(policy, precision, world)
+
+
+def require_compiler(tune: TuneConfig, device: torch.device) -> None:
+    """Raises ValueError if ``tune.compile`` is asked of a machine on which torch.compile finds no compiler."""
+    known = ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("cc", "gcc", "clang"))
+    names = [os.environ[known[0]]] if known[0] in os.environ else known[1]
+    if tune.compile and not any(map(shutil.which, names)):
+        raise ValueError(
+            f"tune.compile is true, but {' or '.join(names)} is not here, which torch.compile needs; "
+            "install it (Debian: apt-get install g++), or say --tune.compile false: results are the same but for rounding"
+        )
 
 
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -25,6 +25,43 @@ class Recipe:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
+# The paper's class-conditional runs (table 7, section 4.1; what it leaves open as in its released scripts): 100 steps on
+# 12,800 ImageNet images, each seen once, and 128 more that are only looked at.
+_LLAMAGEN_384 = {
+    "model.tokenizer": "data/llamagen/vq_ds16_c2i.pt",
+    "model.image_size": 384,
+    "model.precision": "bfloat16",
+    "subset.source": "data/imagenet/train",
+    "subset.images": 12_928,
+    "subset.balance": "random",
+    "subset.max_imbalance": 0.0,
+    "subset.classes": 1000,
+    "tokens.images_per_batch": 32,
+    "tokens.workers": 16,
+    "tune.images_per_step": 128,
+    "tune.images_per_forward": 16,
+    "tune.images_per_reward": 32,
+    "tune.lr": 1e-6,
+    "tune.rewards": {"mse": 1.0, "lpips": 1.0},
+    "tune.perceptual": "vgg",
+    "tune.compile": True,
+    "tune.checkpoint_every": 10,
+    "evaluate.samples": 50_000,
+    "evaluate.extractor": "inception",
+    "evaluate.resize": 256,
+    "evaluate.reference": "data/imagenet/VIRTUAL_imagenet256_labeled.npz",
+    "evaluate.sweep_samples": 5_000,
+}
+_XL = {"model.generator": "data/llamagen/c2i_XL_384.pt", "register.name": "llamagen-xl-c2i"}
+_XXL = {"model.generator": "data/llamagen/c2i_XXL_384.pt", "register.name": "llamagen-xxl-c2i"}
+_OFFICIAL = {"tune.policy_dropout": "official"}
+_XL_PAPER = (
+    "the paper, table 2, without guidance: FID 15.55 to 9.23, IS 79.16 to 111.59; guidance 2.0: FID 2.79 to 2.94; 20 minutes on 8 A100"
+)
+_XXL_PAPER = (
+    "the paper, table 2, without guidance: FID 14.36 to 7.65, IS 86.55 to 116.70; guidance 1.75: FID 2.37 to 2.28; 25 minutes on 8 A100"
+)
+
 RECIPES = {
     "digits": Recipe(
         "VA-pi on painted handwritten digits, everything embedded, minutes on a CPU.",
@@ -39,6 +76,26 @@ RECIPES = {
         "Control: the same steps on the reward, without the prior that holds the model.",
         "FID 0.92 to 1.04 (docs/embedded-world.md); the paper, table 4: 14.36 to 38.63",
         {"tune.prior_weight": 0.0},
+    ),
+    "llamagen-xl-c2i": Recipe(
+        "LlamaGen-XL at 384 on 1 % of ImageNet: the paper's run with one forward per image, no dropout in the update.",
+        f"{_XL_PAPER} (with dropout: see the -official recipe). Not run here",
+        _LLAMAGEN_384 | _XL,
+    ),
+    "llamagen-xl-c2i-official": Recipe(
+        "The same as released: dropout and class drop in the update, a forward for every draw (several times slower).",
+        f"{_XL_PAPER}. Not run here",
+        _LLAMAGEN_384 | _XL | _OFFICIAL,
+    ),
+    "llamagen-xxl-c2i": Recipe(
+        "LlamaGen-XXL at 384 on 1 % of ImageNet: the paper's run with one forward per image, no dropout in the update.",
+        f"{_XXL_PAPER} (with dropout: see the -official recipe). Not run here",
+        _LLAMAGEN_384 | _XXL,
+    ),
+    "llamagen-xxl-c2i-official": Recipe(
+        "The same as released: dropout and class drop in the update, a forward for every draw (several times slower).",
+        f"{_XXL_PAPER}. Not run here",
+        _LLAMAGEN_384 | _XXL | _OFFICIAL,
     ),
 }
 

@@ -45,6 +45,7 @@ from vapi.rewards import Reward, network_files
 from vapi.run import NO_RUN, Run
 
 SHEET_IMAGES = 8
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # how torch's error about memory begins where there is no GPU; it has no class of its own
 READERS = 2  # threads that decode the next steps' images
 
 
@@ -308,6 +309,7 @@ def tune(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path, out: 
     world = launch.world()
     with world.first_enters(data.output_folder(out, "tune")) as folder:
         _require_work(tune, world)
+        parallelize.require_compiler(tune, models.device_of(model))
         examples = Examples(model, tune, subset, tokens)
         inputs = world.once(lambda: _inputs(model, tune, subset, tokens))
         digest = _digest({"model": plain(model), "tune": plain(tune), "inputs": inputs, "source": data.code_version()["source"]})
@@ -349,7 +351,9 @@ def _memory_advice(tuning: Tuning) -> Iterator[None]:
     fixed += trained if optimizer.state else 3 * trained  # the gradient, and AdamW's two moments
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and CPU_ALLOCATOR not in str(error):
+            raise
         raise ValueError(_advice(tuning.tune, fixed, device)) from error
 
 

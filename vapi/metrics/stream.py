@@ -2,7 +2,9 @@
 
 What is kept are rows of numbers, never images: parts of one batch each, in a folder of
 ``.vapi/evaluate`` whose name is a digest of everything that made them. A killed run finds its parts
-and goes on; a second process that wants the same images waits for the first and finds them all.
+and goes on; a second run that wants the same images waits for the first and finds them all. Processes that
+work together take batches in turn, and what each has found the others read: a batch is the same whoever
+draws it, and so is the order in which batches are read.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +27,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vapi import data, images
+from vapi.launch import ALONE, World
 from vapi.metrics.features import Extractor
 from vapi.metrics.fid import Features, concatenate
 
 Make = Callable[[range], tuple[Tensor, Tensor]]  # image numbers -> images as Judge.pixels gives them, labels (B,)
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A ``Make`` that can work ahead."""
+
+    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]: ...
+
+    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]: ...
+
 
 KEEP_BYTES = 4 << 30
 KEEP_SECONDS = 24 * 3600  # what was used more recently is never thrown away: somebody may be at it
@@ -60,6 +73,7 @@ class Judge:
     images_per_batch: int
     resize: int = 0  # side; 0: as they come
     workers: int = 1  # batches at a time
+    world: World = ALONE
 
     def pixels(self, decoded: Tensor) -> Tensor:
         """Decoded images (B, 3, H, W) around [-1, 1] as the uint8 that is judged, by LlamaGen's rule."""
@@ -68,28 +82,33 @@ class Judge:
         return images.to_uint8(decoded)
 
     def features(self, made_from: dict[str, Any], count: int, make: Make, title: str) -> Features:
-        """Features of images 0 .. count - 1 of a stream that ``made_from`` identifies."""
+        """Features of images 0 .. count - 1 of a stream that ``made_from`` identifies. All processes must call it; all get them."""
         batch = min(self.images_per_batch, count)  # part of the name: the last bits of a matrix product depend on it
         folder = data.state_dir("evaluate", _digest({**self.key, **made_from, "batch": batch}))
-        with data.locked(folder / "lock"):
-            parts = [Features(**load_file(path)) for path in sorted(folder.glob("*.safetensors"))]
-            done = sum(map(len, parts))
-            with tqdm(total=count, initial=min(done, count), desc=title, unit="image", leave=False, disable=None) as bar:
-                for part in self._looks(make, range(done, count, batch), batch):
-                    _store(part, folder / f"{done:09d}.safetensors")
-                    parts.append(part)
-                    done += len(part)
-                    bar.update(len(part))
+        with self.world.first_enters(data.locked(folder / "lock")):
+            paths = {start: folder / f"{start:09d}.safetensors" for start in range(0, count, batch)}
+            missing = self.world.once(lambda: [start for start, path in paths.items() if not path.exists()])
+            mine = missing[self.world.rank :: self.world.size]
+            with self._bar(count, len(missing) * batch, title) as bar:
+                for start, part in zip(mine, self._looks(make, mine, batch), strict=True):
+                    _store(part, paths[start])
+                    bar.update(min(batch * self.world.size, count - bar.n))
+            self.world.gather(None)  # all are written
+            parts = [Features(**load_file(path)) for path in paths.values()]
             os.utime(folder)
         return concatenate(parts)[:count]
 
-    def _looks(self, make: Make, starts: range, batch: int) -> Iterator[Features]:
-        """Batches in order, several at a time where that helps."""
+    def _bar(self, count: int, missing: int, title: str) -> tqdm[Any]:
+        quiet = None if self.world.first else True
+        return tqdm(total=count, initial=max(0, count - missing), desc=title, unit="image", leave=False, disable=quiet)
 
-        def look(start: int) -> Features:
-            return self.extractor(*make(range(start, start + batch)))
-
-        return data.parallel(look, starts, self.workers) if self.workers > 1 else map(look, starts)
+    def _looks(self, make: Make, starts: Sequence[int], batch: int) -> Iterator[Features]:
+        """Batches in order, several at a time, or one made while another is looked at, where that helps."""
+        ranges = [range(start, start + batch) for start in starts]
+        if self.workers > 1:
+            return data.parallel(lambda numbers: self.extractor(*make(numbers)), ranges, self.workers)
+        made = make.stream(ranges) if isinstance(make, Streaming) else map(make, ranges)
+        return (self.extractor(*images) for images in made)
 
 
 def stored(pixels: Tensor, labels: Tensor) -> Make:
