@@ -15,7 +15,7 @@ from imports import MODULES, ROOT, imported, libraries, ours, reached
 from vapi.config import STAGES
 
 STAGE_MODULES = {f"vapi.{stage}" for stage in STAGES}
-OPTIONAL = {"huggingface_hub"}  # for weights named by a hub id; what is missing is said when one is
+OPTIONAL = {"huggingface_hub", "transformers"}  # weights named by a hub id, DINOv2; what is missing is said when it is asked for
 ENTRY_POINTS = {"vapi.cli", "vapi.__main__"}
 
 

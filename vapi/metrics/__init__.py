@@ -48,8 +48,5 @@ def score(generated: Features, reference: Features, names: Iterable[str] = ()) -
             f"features of {generated.pooled.shape[1]} and {reference.pooled.shape[1]} dimensions come from different networks; "
             "they cannot be compared"
         )
-    return {
-        key: value
-        for name in names or known(reference, generated.logits.shape[1])
-        for key, value in METRICS[name](generated, reference).items()
-    }
+    names = names or known(reference, generated.logits.shape[1])
+    return {key: value for name in names for key, value in METRICS[name](generated, reference).items()}
