@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from vapi import data, images
-from vapi.config import SubsetConfig
+from vapi.config import ModelConfig, SubsetConfig
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +196,28 @@ def test_missing_folders_name_the_command(tmp_path: Path) -> None:
         data.read_subset(tmp_path)
     with pytest.raises(ValueError, match="vapi tokens"):
         data.read_tokens(tmp_path)
+
+
+def test_what_is_written_about_weights_is_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    files = {name: tmp_path / f"{name}.pt" for name in ("generator", "tokenizer")}
+    model = ModelConfig(**{name: str(path) for name, path in files.items()})
+    for name, path in files.items():
+        path.write_text(name)
+
+    def written() -> dict[str, object]:
+        data.write_weights(model, tmp_path / "out")
+        return {name: data.read_json(tmp_path / "out" / f"{name}.json") for name in files}
+
+    first = written()
+    assert first["generator"] == {"bytes": 9, "sha256": hashlib.sha256(b"generator").hexdigest()} and written() == first
+    files["generator"].write_text("GENERATOR")  # as long as before
+    os.utime(files["generator"], (1, 1))
+    assert written()["generator"] == {"bytes": 9, "sha256": hashlib.sha256(b"GENERATOR").hexdigest()}
+    assert written()["tokenizer"] == first["tokenizer"]
+    files["tokenizer"].unlink()
+    with pytest.raises(ValueError, match="tokenizer.pt is not here"):
+        written()
 
 
 def test_read_images_wants_one_size_and_the_right_column(tmp_path: Path) -> None:

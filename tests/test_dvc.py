@@ -6,6 +6,7 @@ images and stand-in weights, bundled by the command that bundles the real ones.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import resource
@@ -168,6 +169,50 @@ def test_values_set_by_an_experiment_arrive(clone: Path) -> None:
     settings = config.load(clone / "params.yaml")
     assert (settings.tune.lr, settings.track.uri, settings.subset.images) == (2e-6, "off", 4)
     assert "--tune.lr 2.0e-06" in call(clone, sys.executable, "-m", "vapi", "tune", "--help")
+
+
+# --- weights, wherever they lie ------------------------------------------------------------------
+
+
+def set_model(clone: Path, **values: str) -> None:
+    """Edit params.yaml as a user does."""
+    params = clone / "params.yaml"
+    for name, value in values.items():
+        text = params.read_text()
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {name}:")]
+        params.write_text(text.replace(line, f"  {name}: {value}"))
+
+
+def test_stages_depend_on_what_the_weights_are(clone: Path) -> None:
+    call(clone, "dvc", "pull", "--quiet", "data.dvc")
+    call(clone, "dvc", "repro", "weights")
+    written = {name: (clone / f"artifacts/weights/{name}.json").read_text() for name in ("generator", "tokenizer")}
+    (clone / "data/models/mine.safetensors").write_text("mine")
+    set_model(clone, generator="data/models/mine.safetensors")
+    call(clone, "dvc", "repro", "weights")
+    now = {name: (clone / f"artifacts/weights/{name}.json").read_text() for name in written}
+    assert now["tokenizer"] == written["tokenizer"] and now["generator"] != written["generator"]
+    deps = config.read_yaml((clone / "dvc.yaml").read_text())["stages"]
+    for stage in ("tune", "evaluate"):
+        assert {f"artifacts/weights/{name}.json" for name in written} < set(deps[stage]["deps"])
+
+
+def test_weights_on_a_hub(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hub's own library, offline, on a cache as a download leaves it."""
+    pytest.importorskip("huggingface_hub")
+    commit, blob = "0" * 40, b"the weights of somebody"
+    cache = clone.parent / "hub" / "models--someone--something"
+    for path, content in (("refs/main", commit.encode()), (f"snapshots/{commit}/some/file.pt", blob)):
+        (cache / path).parent.mkdir(parents=True)
+        (cache / path).write_bytes(content)
+    monkeypatch.setitem(ENVIRONMENT, "HF_HUB_CACHE", str(cache.parent))
+    monkeypatch.setitem(ENVIRONMENT, "HF_HUB_OFFLINE", "1")
+    call(clone, "dvc", "pull", "--quiet", "data.dvc")
+    set_model(clone, generator="someone/something/some/file.pt")
+    call(clone, "dvc", "repro", "weights")
+    assert hashlib.sha256(blob).hexdigest() in (clone / "artifacts/weights/generator.json").read_text()
+    set_model(clone, generator="someone/something/some/other.pt")
+    assert "is no local file, and the hub did not give it" in call(clone, "dvc", "repro", "weights", code=255)
 
 
 # --- one clone in which the first stages have run ----------------------------------------------

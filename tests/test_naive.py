@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from vapi import grpo, models, rewards
+from vapi.bench import naive
 from vapi.config import ModelConfig, TuneConfig
 from vapi.models import features
 from vapi.objective import Batch, Objective
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import naive
 
 TUNE = TuneConfig(rewards={"mse": 1.0, "near": 1.0}, group_size=8, context_noise=0.3, images_per_forward=4, images_per_reward=12)
 
@@ -94,3 +89,15 @@ def test_naive_takes_G_forwards_where_the_shared_step_takes_one(tiny_model: Mode
     rows.clear()
     naive.step(objective.policy, batch.images, batch.codes, batch.condition, {rewards.mse: 1.0})
     assert sum(rows) == 6 + 6 * 8
+
+
+def test_naive_sampling_follows_the_prediction(tiny_policy: models.Policy) -> None:
+    """Greedy, its codes are those that the teacher-forced prediction of the same codes finds likeliest."""
+    labels = tiny_policy.condition([0, 3, 9])
+    for how in ({"top_k": 1}, {"top_p": 1e-9}):
+        codes = naive.generate(tiny_policy.generator, labels, **how)  # type: ignore[arg-type]
+        assert torch.equal(tiny_policy.logits(labels, codes).argmax(-1), codes)
+    none = torch.full_like(labels, 10)
+    guided = naive.generate(tiny_policy.generator, labels, top_k=1, guidance=2.5)  # type: ignore[arg-type]
+    with_class, without = tiny_policy.logits(labels, guided), tiny_policy.logits(none, guided)
+    assert torch.equal((without + 2.5 * (with_class - without)).argmax(-1), guided)

@@ -149,7 +149,7 @@ def test_another_size_is_refused(tiny_model: ModelConfig, tmp_path: Path) -> Non
     other = write_tiny(tmp_path / "vocab", vq_config=dataclasses.replace(TINY_VQ, vocab=48))
     with pytest.raises(ValueError, match="do not belong together"):
         models.load(other)
-    with pytest.raises(ValueError, match="not the weights of a class-conditional LlamaGen generator"):
+    with pytest.raises(ValueError, match="not the weights of a LlamaGen generator"):
         models.load(dataclasses.replace(tiny_model, generator=tiny_model.tokenizer))
     with pytest.raises(ValueError, match="not the weights of a LlamaGen tokenizer"):
         models.load(dataclasses.replace(tiny_model, tokenizer=tiny_model.generator))

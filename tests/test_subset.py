@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import resource
 import tarfile
 from pathlib import Path
 
@@ -242,6 +243,102 @@ def test_listing_tells_of_every_change(tmp_path: Path, monkeypatch: pytest.Monke
     assert listed() != first
 
 
+# --- ImageNet as people have it ----------------------------------------------------------------
+
+WNIDS = ("n01440764", "n01443537", "n01484850", "n02085620")
+
+
+def imagenet(root: Path, wnids: tuple[str, ...] = WNIDS) -> Path:
+    """As distributed: train/<wnid>/<wnid>_<number>.JPEG."""
+    for label, wnid in enumerate(wnids):
+        (root / wnid).mkdir(parents=True)
+        for i in range(3):
+            Image.open(io.BytesIO(png(100 * label + i))).save(root / wnid / f"{wnid}_{i}.JPEG")
+    return root
+
+
+def imagenet_tars(root: Path) -> Path:
+    """As timm's imagenet-1k-wds: several members per image in numbered shards, two splits in one folder."""
+    root.mkdir()
+    for part in range(3):
+        members = {}
+        for label, wnid in enumerate(WNIDS):
+            stem = f"{wnid}_{part}"
+            fields = {"label": label, "width": 20, "height": 18, "filename": f"{stem}.JPEG"}
+            members |= {
+                f"{stem}.cls": str(label).encode(),
+                f"{stem}.jpg": png(100 * label + part),
+                f"{stem}.json": json.dumps(fields).encode(),
+            }
+        tar(root / f"imagenet1k-train-{part:04d}.tar", members)
+    tar(root / "imagenet1k-validation-00.tar", {"v.cls": b"0", "v.jpg": png(7)})
+    return root
+
+
+def imagenet_parquet(root: Path) -> Path:
+    """As the hub's imagenet-1k: data/<split>-<part>-of-<parts>.parquet; the test split's labels are -1."""
+    (root / "data").mkdir(parents=True)
+    for part in range(3):
+        bodies = [{"bytes": png(100 * label + part), "path": f"{wnid}_{part}.JPEG"} for label, wnid in enumerate(WNIDS)]
+        columns = {"image": bodies, "label": list(range(4))}
+        pq.write_table(pa.table(columns), root / "data" / f"train-{part:05d}-of-00003.parquet", row_group_size=2)
+    pq.write_table(pa.table({"image": bodies, "label": [-1] * 4}), root / "data" / "test-00000-of-00001.parquet")
+    return root
+
+
+def test_imagenet_as_distributed(tmp_path: Path) -> None:
+    source = imagenet(tmp_path / "train")
+    (source / ".ipynb_checkpoints").mkdir()
+    subset(config(source, images=8), tmp_path / "subset")
+    made = data.read_subset(tmp_path / "subset")
+    assert [made.keys[i].split("/")[0] for i in range(8)] == [WNIDS[label] for label in made.labels]
+    assert np.bincount(made.labels).tolist() == [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern"),
+    [(imagenet_tars, "imagenet1k-train-*.tar"), (imagenet_parquet, "data/train-*.parquet")],
+    ids=["timm", "hugging-face"],
+)
+def test_a_split_is_named_by_a_pattern(make: object, pattern: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "imagenet")  # type: ignore[operator]
+    fails(config(source), tmp_path / "subset", "holds shards of (test and train|train and validation); name those .*train")
+    subset(config(source / pattern), tmp_path / "subset")
+    made = data.read_subset(tmp_path / "subset")
+    assert {made.image(i): made.labels[i] for i in range(12)} == {png(100 * label + i): label for label in range(4) for i in range(3)}
+    fails(config(source / pattern.replace("train", "trian")), tmp_path / "no", "no file is called .*trian")
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    data_folder = imagenet_parquet(tmp_path / "imagenet") / "data"
+    (data_folder / "train-00001-of-00003.parquet").unlink()
+    fails(config(data_folder / "train-*.parquet"), tmp_path / "subset", "2 of 3 shards, without train-00001-of-00003.parquet")
+    subset(config(data_folder / "train-0000[02]-*.parquet"), tmp_path / "subset")  # meant
+    assert len(data.read_subset(tmp_path / "subset")) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda at: (at / "__MACOSX").mkdir(), "holds 13 class folders .* is 12: 1 too many; not like the others: __MACOSX"),
+        (lambda at: (at / "n09999999").mkdir(), "holds 13 class folders .* is 12: 1 too many; without images: n09999999"),
+        (lambda at: (at / "n00000003").rename(at.parent / "gone"), "holds 11 class folders .* is 12: 1 too few"),
+        (lambda at: (at / "n00000003").rename(at / "lost+found"), "12 folders, but lost.found is no ImageNet class"),
+    ],
+    ids=["odd", "empty", "missing", "missing-and-odd"],
+)
+def test_a_class_folder_too_many_or_too_few(change: object, why: str, tmp_path: Path) -> None:
+    source = imagenet(tmp_path / "train", tuple(f"n{number:08d}" for number in range(12)))
+    change(source)  # type: ignore[operator]
+    fails(config(source, classes=12), tmp_path / "subset", why)
+
+
+def test_the_folder_above_the_classes_names_the_one_below(tmp_path: Path) -> None:
+    imagenet(tmp_path / "imagenet" / "train")
+    (tmp_path / "imagenet" / "val").mkdir()
+    fails(config(tmp_path / "imagenet"), tmp_path / "subset", "did you mean .*imagenet/train")
+
+
 # --- bad input ---------------------------------------------------------------------------------
 
 
@@ -434,6 +531,73 @@ def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
     fails(config(tmp_path / "x.parquet"), tmp_path / "subset", "is not a Parquet file")
     (tmp_path / "x.zip").write_text("words")
     fails(config(tmp_path / "x.zip"), tmp_path / "subset", "cannot tell what")
+
+
+def cut(path: Path, size: int) -> Path:
+    path.write_bytes(path.read_bytes()[:size])
+    return path
+
+
+def test_half_downloaded_files_are_named(tmp_path: Path) -> None:
+    parquet = as_binary(tmp_path)
+    fails(config(cut(parquet, parquet.stat().st_size // 2)), tmp_path / "subset", "all.parquet is not a Parquet file, or not a whole one")
+    whole = as_tar_with_json(tmp_path)
+    with tarfile.open(whole) as archive:
+        ends = [member.offset_data + -(-member.size // 512) * 512 for member in archive]
+    for size in (ends[3], ends[3] + 512, ends[3] - 512, ends[3] + 100):  # between two members, in a header, in a body
+        (tmp_path / "cut.tar").write_bytes(whole.read_bytes())
+        fails(config(cut(tmp_path / "cut.tar", size)), tmp_path / "subset", "cut.tar is not a (plain, )?whole tar archive")
+
+
+def test_damage_inside_parquet_names_the_file(tmp_path: Path) -> None:
+    source = as_binary(tmp_path)
+    body = bytearray(source.read_bytes())
+    body[4:400] = bytes(396)  # the first page's header
+    source.write_bytes(body)
+    fails(config(source), tmp_path / "subset", "all.parquet: row group 0 cannot be read")
+
+
+@pytest.mark.parametrize("make", [imagenet, as_parquet, as_csv, as_tars], ids=["folder", "parquet", "table", "tars"])
+def test_a_source_taken_away_in_mid_run(make: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage says so and leaves nothing; put back, the same command makes the same as an undisturbed run."""
+    source = make(tmp_path / "src") if make is imagenet else make(tmp_path)  # type: ignore[operator]
+    settings, top, away = config(source), source if source.is_dir() else source.parent / "files", tmp_path / "away"
+    subset(settings, tmp_path / "undisturbed")
+    inspect, seen = images.inspect, []
+
+    def disturbed(*given: object) -> Image.Image:
+        if not seen:
+            top.rename(away)
+            if source.is_file():
+                source.rename(tmp_path / "away.csv")
+        seen.append(1)
+        return inspect(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(images, "inspect", disturbed)
+    fails(settings, tmp_path / "subset", "was there and cannot be read any more .*run the same command again")
+    away.rename(top)
+    if (tmp_path / "away.csv").exists():
+        (tmp_path / "away.csv").rename(source)
+    subset(settings, tmp_path / "subset")
+    assert data.file_digest(tmp_path / "subset") == data.file_digest(tmp_path / "undisturbed")
+
+
+def test_disk_full_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    source, out = folder(tmp_path / "src", each=40), tmp_path / "artifacts" / "subset"
+    subset(config(source, images=8), out)
+    before = data.file_digest(out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (2_000, 20_000):  # the spool, the shard
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(ValueError, match="cannot write .*artifacts/subset.*Make room and run the same command again"):
+                subset(config(source), out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert data.file_digest(out) == before and [path.name for path in out.parent.iterdir()] == ["subset"]
+    subset(config(source), out)
+    assert len(data.read_subset(out)) == 160
 
 
 def test_bombs_are_quarantined_unopened(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,50 @@ def test_a_killed_run_goes_on(tiny_model: ModelConfig, tmp_path: Path, monkeypat
     stage.tokens(tiny_model, SMALL, source, tmp_path / "killed")
     assert encoded(tmp_path / "killed") == 14
     assert data.file_digest(tmp_path / "killed") == data.file_digest(tmp_path / "undisturbed")
+
+
+def test_the_subset_taken_away_in_mid_run(tiny_model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage says so, keeps what it has encoded, and with the folder back goes on to the same bits."""
+    source = tmp_path / "a"
+    source.mkdir()
+    data.write_subset(source, [row(n) for n in range(60)], images_per_shard=1)  # more files than are kept open
+    settings = dataclasses.replace(SMALL, images_per_batch=4, workers=1)
+    stage.tokens(tiny_model, settings, source, tmp_path / "undisturbed")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "again"))
+    append = stage.Cache.append
+
+    def disturbed(self: stage.Cache, sha256: list[str], codes: np.ndarray) -> None:
+        append(self, sha256, codes)
+        if len(self.rows) == 8:
+            source.rename(tmp_path / "away")
+
+    monkeypatch.setattr(stage.Cache, "append", disturbed)
+    with pytest.raises(ValueError, match="a was there and cannot be read any more .*vapi subset, and run the same command again"):
+        stage.tokens(tiny_model, settings, source, tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+    (tmp_path / "away").rename(source)
+    monkeypatch.setattr(stage.Cache, "append", append)
+    stage.tokens(tiny_model, settings, source, tmp_path / "tokens")
+    assert 0 < encoded(tmp_path / "tokens") <= 52
+    assert data.file_digest(tmp_path / "tokens") == data.file_digest(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("size", [1_000, 2_200], ids=["cache", "result"])
+def test_disk_full_says_so_and_goes_on(tiny_model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    source = subset(tmp_path / "a", range(30))
+    stage.tokens(tiny_model, SMALL, source, tmp_path / "undisturbed")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "again"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot write (the token cache|.*tokens: ).*Make room and run the same command again"):
+            stage.tokens(tiny_model, SMALL, source, tmp_path / "tokens")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "tokens").exists()
+    stage.tokens(tiny_model, SMALL, source, tmp_path / "tokens")
+    assert encoded(tmp_path / "tokens") == (16 if size == 1_000 else 0)  # 14 records of 68 bytes were whole, or all
+    assert data.file_digest(tmp_path / "tokens") == data.file_digest(tmp_path / "undisturbed")
 
 
 def test_cache_drops_records_that_are_damaged(tmp_path: Path) -> None:

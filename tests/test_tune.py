@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -478,6 +479,56 @@ def test_disk_full_at_the_very_end_loses_no_step(inputs: dict[str, Any], tmp_pat
     stage.tune(**inputs, tune=config(checkpoint_every=1000), out=tmp_path / "out")
     assert "continuing after step 4 of 4" in capsys.readouterr().err
     stage.tune(**inputs, tune=config(checkpoint_every=1000), out=tmp_path / "undisturbed")
+    assert same(tmp_path / "out", tmp_path / "undisturbed")
+
+
+def test_disk_full_at_a_checkpoint(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The disk is full from step 3 on; with room again, the same command ends with the same bits."""
+    update, limits = stage.update, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills(*given: Any) -> dict[str, float]:
+        if given[-1] == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 * Path(inputs["model"].generator).stat().st_size, limits[1]))
+        return update(*given)
+
+    monkeypatch.setattr(stage, "update", fills)
+    try:
+        with pytest.raises(ValueError, match="cannot write the checkpoint .*File too large.* is intact.*run the same command again"):
+            stage.tune(**inputs, tune=config(), out=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(stage, "update", update)
+    assert not (tmp_path / "out").exists()
+    stage.tune(**inputs, tune=config(), out=tmp_path / "out")
+    assert "continuing after step 2 of 4" in capsys.readouterr().err
+    stage.tune(**inputs, tune=config(), out=tmp_path / "undisturbed")
+    assert same(tmp_path / "out", tmp_path / "undisturbed")
+
+
+def test_the_subset_taken_away_in_mid_run(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run says so; with the folder back, the same command ends with the bits of an undisturbed one."""
+    mine = {**inputs, "subset": tmp_path / "subset"}
+    mine["subset"].mkdir()
+    kept = data.read_subset(inputs["subset"])
+    rows = [data.Row(kept.keys[i], i % 10, "", 16, 16, "RGB", kept.image(i), kept.sha256[i]) for i in range(len(kept))]
+    data.write_subset(mine["subset"], rows, images_per_shard=1)  # more files than are kept open
+    tuned = config(steps=14, holdout_every=14, sheet_every=14)
+    update = stage.update
+
+    def disturbed(*given: Any) -> dict[str, float]:
+        if given[-1] == 3:
+            mine["subset"].rename(tmp_path / "away")
+        return update(*given)
+
+    monkeypatch.setattr(stage, "update", disturbed)
+    with pytest.raises(ValueError, match="subset was there and cannot be read any more .* run the same command again"):
+        stage.tune(**mine, tune=tuned, out=tmp_path / "out")
+    monkeypatch.setattr(stage, "update", update)
+    (tmp_path / "away").rename(mine["subset"])
+    stage.tune(**mine, tune=tuned, out=tmp_path / "out")
+    stage.tune(**mine, tune=tuned, out=tmp_path / "undisturbed")
     assert same(tmp_path / "out", tmp_path / "undisturbed")
 
 

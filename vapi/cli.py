@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -28,7 +29,7 @@ from typing import Any
 
 import vapi
 from vapi import config, recipes
-from vapi.config import ARTIFACTS, PARAMS, STAGES, Config
+from vapi.config import ARTIFACTS, BENCHES, PARAMS, STAGES, BenchConfig, Config, Measured
 
 Flags = dict[str, list[str]]
 
@@ -69,6 +70,8 @@ def _dispatch(words: list[str]) -> int:
     if name not in COMMANDS:
         raise ValueError(f"vapi has no command {name!r}; {config.nearest(name, [*STAGES, *COMMANDS])}")
     command = COMMANDS[name]
+    if command.flags is None:
+        return command.run(rest, {})
     if _wants_help(rest):
         print(f"usage: vapi {name} {command.usage}\n\n{_wrap(command.doc)}")
         return 0
@@ -97,25 +100,25 @@ def parse(words: list[str]) -> tuple[list[str], Flags]:
     return positional, flags
 
 
-def override(values: dict[str, Any], name: str, words: list[str], sections: tuple[str, ...]) -> None:
-    """Lay one flag over plain configuration values, in place. Raises ValueError that names the nearest flag."""
+def override(values: dict[str, Any], name: str, words: list[str], sections: tuple[str, ...], kind: type = Config) -> None:
+    """Lay one flag over plain values of ``kind``, in place. Raises ValueError that names the nearest flag."""
     section, *path = name.split(".")
-    hints = typing.get_type_hints(Config)
+    hints = typing.get_type_hints(kind)
     fields = typing.get_type_hints(hints[section]) if section in sections else {}
     if not path or path[0] not in fields:
         known = [f"--{s}.{f}" for s in sections for f in typing.get_type_hints(hints[s])]
         raise ValueError(f"no flag --{name} here; {_nearest_flag(name, known)}")
     knob, *keys = path
-    kind = fields[knob]
-    if typing.get_origin(kind) is dict and len(keys) == 1:
+    declared = fields[knob]
+    if typing.get_origin(declared) is dict and len(keys) == 1:
         values[section][knob] = {**values[section][knob], keys[0]: _one(name, words)}
     elif keys:
         raise ValueError(f"--{section}.{knob} holds one value; there is no {'.'.join(keys)!r} in it")
-    elif kind is bool and not words:
+    elif declared is bool and not words:
         values[section][knob] = True
-    elif typing.get_origin(kind) is dict or (typing.get_origin(kind) is list and words and words[0].startswith("[")):
+    elif typing.get_origin(declared) is dict or (typing.get_origin(declared) is list and words and words[0].startswith("[")):
         values[section][knob] = config.read_yaml(_one(name, words))
-    elif typing.get_origin(kind) is list:
+    elif typing.get_origin(declared) is list:
         values[section][knob] = words
     else:
         values[section][knob] = _one(name, words)
@@ -189,6 +192,57 @@ def run_stage(stage: str, settings: Config, folders: dict[str, Path]) -> Any:
         return function(**sections, **folders, run=run)
 
 
+# --- vapi bench ----------------------------------------------------------------------------------
+
+
+def measured(bench: str, flags: Flags) -> Measured:
+    """What a benchmark runs with: a recipe (``--recipe``) or ``params.yaml`` under the flags. A field may drop its section."""
+    flags = dict(flags)
+    spec = BENCHES[bench]
+    if "recipe" in flags:
+        base = recipes.recipe(_one("recipe", flags.pop("recipe")))
+    elif "params" in flags or PARAMS.exists():
+        base = config.load(Path(_one("params", flags.pop("params"))) if "params" in flags else PARAMS)
+    else:
+        base = Config()
+    shared = {name: values for name, values in config.plain(base).items() if name in typing.get_type_hints(Measured)}
+    values = {**shared, "bench": config.plain(BenchConfig())}
+    for name, words in flags.items():
+        owners = [section for section in reversed(spec.sections) if name in values[section]]
+        override(values, f"{owners[0]}.{name}" if owners else name, words, spec.sections, Measured)
+    return config.build(Measured, values)
+
+
+def _bench(words: list[str], _: Flags) -> int:
+    if _wants_help(words) or not words:
+        named = [word for word in words if word in BENCHES]
+        print(_bench_help(named[0]) if named else _benches_help())
+        return 0
+    positional, flags = parse(words)
+    if len(positional) != 1 or positional[0] not in BENCHES:
+        wrong = " ".join(positional)
+        raise ValueError(f"vapi bench takes one of {', '.join(BENCHES)}" + (f", not {wrong!r}" if wrong else ""))
+    settings = measured(positional[0], flags)
+    from vapi import bench
+
+    bench.run(positional[0], settings, shlex.join(["vapi", "bench", *words]))
+    return 0
+
+
+def _benches_help() -> str:
+    lines = ["usage: vapi bench NAME [--section.field value ...]", "", _wrap(COMMANDS["bench"].doc), ""]
+    lines += [f"  {name:<8} {spec.doc}" for name, spec in BENCHES.items()]
+    return "\n".join([*lines, "", "vapi bench NAME --help shows the fields."])
+
+
+def _bench_help(name: str) -> str:
+    spec = BENCHES[name]
+    lines = [f"usage: vapi bench {name} [--recipe NAME | --params FILE] [--section.field value ...]", "", spec.doc, ""]
+    lines += [f"values now (from {PARAMS} if it is here); a field may drop its section where one section has it:"]
+    settings = measured(name, {})
+    return "\n".join(lines + _fields(settings, spec.sections))
+
+
 # --- the other commands ------------------------------------------------------------------------
 
 
@@ -230,6 +284,24 @@ def _listing(words: list[str], flags: Flags) -> int:
     return 0
 
 
+def _export(words: list[str], flags: Flags) -> int:
+    if len(words) != 2:
+        raise ValueError("vapi export takes two paths: vapi export artifacts/tune tuned.pt")
+    from vapi.models import llamagen
+
+    llamagen.export(*words)
+    print(f"{words[1]} holds the weights of {words[0]} in the layout of LlamaGen's scripts")
+    return 0
+
+
+def _weights(words: list[str], flags: Flags) -> int:
+    settings, _ = configure("tokens", flags)
+    from vapi import data
+
+    data.write_weights(settings.model, ARTIFACTS / "weights")
+    return 0
+
+
 def _track(words: list[str], flags: Flags) -> int:
     if not _switch(flags, "resend"):
         raise ValueError("vapi track --resend sends what an unreachable server has not got yet")
@@ -260,10 +332,21 @@ class Command:
     doc: str
     run: Callable[[list[str], Flags], int]
     usage: str = ""
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] | None = ()  # None: it reads its words by itself
 
 
 COMMANDS = {
+    "bench": Command(
+        "Measure this machine: vapi bench tune, sample, reward, fid or gpu; the last line of output is JSON. Each is the "
+        "ratio to a naive reference in the same run; weights are random where a file is missing, since no figure depends on them.",
+        _bench,
+        flags=None,
+    ),
+    "export": Command(
+        "Write weights in the layout that LlamaGen's own scripts read; SOURCE is a file of weights, or what the stage tune wrote.",
+        _export,
+        "SOURCE TARGET.pt",
+    ),
     "listing": Command("Write down which files the source of the subset holds; DVC runs subset again when that changes.", _listing),
     "recipe": Command(
         "List the recipes; print one; --write it to params.yaml (refuses to lose edits, unless --force); "
@@ -273,6 +356,11 @@ COMMANDS = {
         ("write", "force"),
     ),
     "summary": Command("Base and tuned side by side, seconds per stage, and where to look next.", _summary),
+    "weights": Command(
+        "Fetch the weights of generator and tokenizer if they lie on a hub, and write down which they are; DVC runs what uses them "
+        "again when that changes.",
+        _weights,
+    ),
     "track": Command("Send the runs that an unreachable MLflow server has not got yet.", _track, "--resend", ("resend",)),
 }
 
@@ -307,11 +395,17 @@ def _stage_help(stage: str) -> str:
     lines = [f"usage: vapi {stage} [--section.field value ...]", "", spec.doc, "", "folders:"]
     lines += [f"  --{name} {path}" for name, path in _folders(stage).items()]
     lines += ["", f"values now (from {origin}); --{stage}.field may be written --field:"]
-    for section in (*spec.sections, "track"):
+    return "\n".join(lines + _fields(settings, (*spec.sections, "track")))
+
+
+def _fields(settings: Config | Measured, sections: tuple[str, ...]) -> list[str]:
+    """Every field of some sections, with its present value and its documentation."""
+    lines: list[str] = []
+    for section in sections:
         values = getattr(settings, section)
         lines += ["", f"{section}: {type(values).__doc__}"]
         docs, hints = config.field_docs(type(values)), typing.get_type_hints(type(values))
         for name, value in config.plain(values).items():
             choices = f"  ({' | '.join(typing.get_args(hints[name]))})" if typing.get_origin(hints[name]) is typing.Literal else ""
             lines += [f"  --{section}.{name} {config.scalar(value)}{choices}", _wrap(docs[name], " " * 8)]
-    return "\n".join(lines)
+    return lines

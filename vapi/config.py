@@ -44,9 +44,9 @@ class ModelConfig:
     policy: str = "llamagen"
     """Adapter of the base model: a name in vapi.models.POLICIES."""
     generator: str = "data/models/generator.safetensors"
-    """Weights of the base generator: a local path, or a hub id as org/name/file (outside DVC, which depends on the file)."""
+    """Weights of the base generator: a local path, or a hub id as org/name/file."""
     tokenizer: str = "data/models/tokenizer.safetensors"
-    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file (outside DVC)."""
+    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file."""
     image_size: int = 32
     """Side of the square image in pixels that the generator draws."""
     device: str = "auto"
@@ -63,7 +63,7 @@ class SubsetConfig:
     """Which real images to tune on."""
 
     source: str = "data/digits/train.parquet"
-    """Folder of class folders, Parquet file or folder, CSV / JSONL naming images, or webdataset tar(s)."""
+    """Folder of class folders; Parquet or webdataset tars: a file, a folder, a pattern (data/train-*.parquet); CSV / JSONL of paths."""
     format: Literal["auto", "folder", "parquet", "table", "webdataset"] = "auto"
     """How to read the source; auto looks at what lies there."""
     images: int = 2048
@@ -108,14 +108,14 @@ class TokensConfig:
     """center: ADM's centre crop (box halvings, bicubic, crop), as LlamaGen was trained."""
     images_per_batch: int = 128
     """Images that the tokenizer encodes at a time."""
-    workers: int = 2
-    """Threads that decode and crop images."""
+    workers: int = 0
+    """Threads that decode and crop images; 0 takes as many as there are cores, shared out among the processes."""
     min_codebook_usage: float = 0.0
     """Validation fails when a smaller share of the codebook occurs in the subset; 0 accepts any."""
 
     def __post_init__(self) -> None:
         _require(self.images_per_batch > 0, f"tokens.images_per_batch is {self.images_per_batch}; it must be positive")
-        _require(self.workers > 0, f"tokens.workers is {self.workers}; it must be positive")
+        _require(self.workers >= 0, f"tokens.workers is {self.workers}; give a number of threads, or 0 for one per core")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class TuneConfig:
     perceptual: str = "data/models/reward.safetensors"
     """Network behind the lpips reward: a .safetensors of ours, or vgg (LPIPS on torchvision's VGG-16)."""
     perceptual_weights: str = ""
-    """For perceptual vgg: folder with vgg16 and LPIPS weights; empty: torch's own cache and the lpips package."""
+    """For perceptual vgg: folder with vgg16-397923af.pth; empty: torch's own cache."""
     images_per_reward: int = 64
     """Decoded images that the tokenizer and the perceptual network take at a time."""
     policy_dropout: Literal["none", "official"] = "none"
@@ -237,6 +237,10 @@ class EvaluateConfig:
     """Keep the smallest set of codes with this probability; 1.0 keeps all."""
     guidance: float = 1.0
     """Classifier-free guidance of the plain comparison; 1.0 is none."""
+    guidance_schedule: Literal["constant", "power-cosine"] = "constant"
+    """constant: the same guidance at every code; power-cosine: rising from none to all of it, as in the released sampler."""
+    guidance_power: float = 2.0
+    """For power-cosine: higher keeps guidance low for longer; 2.0 is the released sampler's."""
     guided: float = 1.0
     """Guidance of a second comparison beside the plain one, since papers print both; 1.0 leaves it out."""
     labels: Literal["balanced", "random"] = "balanced"
@@ -260,7 +264,7 @@ class EvaluateConfig:
     resize: int = 0
     """Side to which samples are scaled before they are judged (bicubic, as LlamaGen's 384 to 256); 0 leaves them."""
     images_per_batch: int = 250
-    """Images sampled at a time; results do not depend on it."""
+    """Images sampled at a time; 0: as many as memory allows. Results depend on it by rounding only."""
     sheet_images: int = 40
     """Images on the sheet of the same seeds before and after."""
     deterministic: bool = False
@@ -288,7 +292,8 @@ class EvaluateConfig:
         _require(bool(self.temperatures and self.guidances), "evaluate.temperatures and evaluate.guidances each need at least one value")
         _require(self.resize >= 0, f"evaluate.resize is {self.resize}; give a side in pixels, or 0 to leave samples as they are")
         _require(self.sheet_images >= 1, f"evaluate.sheet_images is {self.sheet_images}; it must be at least 1")
-        _require(self.images_per_batch >= 1, f"evaluate.images_per_batch is {self.images_per_batch}; it must be at least 1")
+        _require(self.images_per_batch >= 0, f"evaluate.images_per_batch is {self.images_per_batch}; 0 takes what memory allows")
+        _require(self.guidance_power > 0, f"evaluate.guidance_power is {self.guidance_power}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -320,6 +325,24 @@ class TrackConfig:
     """MLflow experiment that the runs belong to."""
     uri: str = ""
     """MLflow server; empty: MLFLOW_TRACKING_URI, else mlflow.db in this clone; off: metrics.jsonl only."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """How `vapi bench` measures. It decides no result, so params.yaml does not hold it."""
+
+    size: str = ""
+    """A published generator (GPT-B, GPT-L, GPT-XL, ...) with random weights, VQ-16 and VGG; empty: the recipe's networks."""
+    rounds: int = 3
+    """Measured rounds, after one that is not; ours and the naive reference take turns in each, and medians count."""
+    dimensions: int = 2048
+    """fid: length of a feature vector, Inception's."""
+    out: str = ""
+    """A file that the result is appended to as one line of JSON."""
+
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 1, f"bench.rounds is {self.rounds}; it must be at least 1")
+        _require(self.dimensions >= 1, f"bench.dimensions is {self.dimensions}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -355,6 +378,26 @@ STAGES = {
     "register": Stage("Register the tuned model if it passes the gates.", ("model", "register"), ("tune", "evaluate")),
 }
 ARTIFACTS = Path("artifacts")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `vapi bench` runs with: the experiment's sections, and its own."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+
+# A benchmark is the function vapi.bench.<name>.<name>(settings) -> dict.
+BENCHES = {
+    "tune": Stage("One optimizer step against the released algorithm, and where its time goes.", ("model", "tune", "bench")),
+    "sample": Stage("Free-running sampling against a loop as LlamaGen's.", ("model", "evaluate", "bench")),
+    "reward": Stage("Decoding and reward in each precision and memory layout.", ("model", "tune", "bench")),
+    "fid": Stage("The Frechet distance against scipy's matrix root, and feature extraction.", ("model", "evaluate", "bench")),
+    "gpu": Stage("All of these for LlamaGen-XXL at 384 pixels on one GPU, in under nine minutes.", ("bench",)),
+}
 
 
 # --- plain values <-> dataclasses --------------------------------------------------------------

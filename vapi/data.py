@@ -19,8 +19,10 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -42,6 +44,10 @@ from vapi.config import ModelConfig, nearest, plain, write_text
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No room on the disk, for this user, or in this file."""
+AGAIN = "Make room and run the same command again"
 
 
 # --- where things lie --------------------------------------------------------------------------
@@ -81,6 +87,17 @@ def file_digest(path: Path) -> str:
     for part in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "provenance.json"):
         whole.update(f"{part.relative_to(path).as_posix()}\0{file_digest(part)}\n".encode())
     return whole.hexdigest()
+
+
+def known_digest(path: Path) -> str:
+    """``file_digest`` of a large file, remembered until the file's size or time of change differ."""
+    path = Path(path).resolve()
+    stat = path.stat()
+    name = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    known = state_dir("digests") / name
+    if not known.is_file():
+        write_text(known, file_digest(path))
+    return known.read_text()
 
 
 @contextlib.contextmanager
@@ -128,6 +145,10 @@ def output_folder(out: Path, stage: str) -> Iterator[Path]:
             if out.exists():
                 out.rename(old)
             partial.rename(out)
+        except OSError as error:
+            if error.errno in FULL:
+                raise ValueError(f"cannot write {out}: {error.strerror or error}; what was there before is intact. {AGAIN}") from error
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if old.exists() and not out.exists():
@@ -211,16 +232,21 @@ def read_json(path: Path) -> Any:
     return json.loads(Path(path).read_text())
 
 
-def parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """``map`` with threads: results in order, and never more than a few of them waiting in memory."""
+def parallel(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int = 0) -> Iterator[R]:
+    """``map`` with threads: results in order, and never more than ``ahead`` (4 per thread) of them waiting in memory."""
+    ahead = ahead or 4 * workers
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[concurrent.futures.Future[R]] = collections.deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= 4 * workers:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for left in waiting:  # after an error, or when nobody wants them any more
+                left.cancel()
 
 
 # --- subset/ -----------------------------------------------------------------------------------
@@ -284,14 +310,19 @@ class Subset:
 
     def pixels(self, i: int, size: int) -> np.ndarray:
         """Image ``i`` as the tokenizer sees it: uint8 (size, size, 3). Raises ValueError that names it."""
+        encoded = self.image(i)
         try:
             # no limit of our own: the subset stage has applied the user's
-            return images.center_crop(images.decode(self.image(i), max_pixels=2**62), size)
+            return images.center_crop(images.decode(encoded, max_pixels=2**62), size)
         except ValueError as error:
             raise ValueError(f"{self.keys[i]}: {error}; the subset was made for another purpose or is damaged") from error
 
     def _read_group(self, shard: int, group: int) -> list[bytes]:
-        return [image["bytes"] for image in self._file(shard).read_row_group(group, columns=["image"])["image"].to_pylist()]
+        try:
+            return [image["bytes"] for image in self._file(shard).read_row_group(group, columns=["image"])["image"].to_pylist()]
+        except (OSError, pa.ArrowInvalid) as error:
+            again = "put it back, or make it again with vapi subset, and run the same command again"
+            raise ValueError(f"{self.folder} was there and cannot be read any more ({error}); {again}") from error
 
 
 def read_subset(folder: Path) -> Subset:
@@ -380,6 +411,17 @@ def tokenizer_digest(model: ModelConfig) -> str:
     return file_digest(weights.locate(model.tokenizer))
 
 
+def write_weights(model: ModelConfig, folder: Path) -> None:
+    """Write what DVC depends on in place of the weights, which may lie on a hub: generator.json and tokenizer.json."""
+    for name, where in (("generator", model.generator), ("tokenizer", model.tokenizer)):
+        path = Path(where)
+        if not path.is_file():
+            from vapi.models import weights
+
+            path = weights.locate(where)
+        write_json(folder / f"{name}.json", {"bytes": path.stat().st_size, "sha256": known_digest(path)})
+
+
 def read_tokens(folder: Path) -> Tokens:
     """Open what the stage ``tokens`` made."""
     folder = Path(folder)
@@ -395,7 +437,9 @@ def read_tokens(folder: Path) -> Tokens:
 def write_tokens(folder: Path, codes: np.ndarray, subset: Subset, crop: str, summary: dict[str, Any]) -> None:
     """Write codes (uint16 (N, T)) beside the keys of the subset they belong to."""
     assert codes.dtype == np.uint16 and codes.ndim == 2 and len(codes) == len(subset), (codes.dtype, codes.shape)
-    np.save(folder / "codes.npy", codes, allow_pickle=False)
+    buffer = io.BytesIO()  # numpy's own writing does not tell a full disk from any other error
+    np.save(buffer, codes, allow_pickle=False)
+    (folder / "codes.npy").write_bytes(buffer.getbuffer())
     columns = {"key": subset.keys, "label": subset.labels, "sha256": subset.sha256, "crop": [crop] * len(subset)}
     pq.write_table(pa.table(columns), folder / "index.parquet")
     write_json(folder / "summary.json", summary)

@@ -31,10 +31,10 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from vapi.metrics import features as judges
 from vapi.metrics import fid, neighbours, published
 from vapi.metrics.fid import Features
 from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
-from vapi.models import Policy, sampler, weights
+from vapi.models import Policy, memory, sampler, weights
 from vapi.models import features as networks
 from vapi.run import NO_RUN, Run
 
@@ -69,6 +69,13 @@ class Sampler:
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    guidance_schedule: Literal["constant", "power-cosine"] = "constant"
+    guidance_power: float = 2.0
+
+
+def plain_sampler(config: EvaluateConfig) -> Sampler:
+    """How codes are drawn in the plain comparison."""
+    return Sampler(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampler)})
 
 
 def sample_seed(seed: int, number: int) -> int:
@@ -274,7 +281,8 @@ class Bench:
         key: Scores = {"extractor": extractor.sha256, "dinov2": extractor.dinov2_sha256, "reference": digests["reference"]}
         key |= {"resize": evaluate.resize, "code": _code_digest(), "deterministic": evaluate.deterministic}
         key |= {"torch": torch.__version__, "device": policy.device.type, "precision": model.precision}
-        judge = Judge(extractor, key, evaluate.images_per_batch, evaluate.resize, workers, world)
+        at_once = evaluate.images_per_batch or min(world.gather(_images_that_fit(model, evaluate, policy)))
+        judge = Judge(extractor, key, at_once, evaluate.resize, workers, world)
 
         def real(numbers: range) -> tuple[Tensor, Tensor]:
             return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers.start : numbers.stop]
@@ -325,6 +333,12 @@ class Bench:
         return {"real": self.score(self.validation[:count]), "reconstruction": self.score(self.reconstructions[:count])}
 
 
+def _images_that_fit(model: ModelConfig, evaluate: EvaluateConfig, policy: Policy) -> int:
+    guided = max(evaluate.guidance, evaluate.guided, *evaluate.guidances) != 1.0
+    with models.autocast(model.precision, policy.device):
+        return memory.images_per_batch(policy.footprint(guided), policy.device)
+
+
 def _floats(pixels: Tensor, numbers: range, policy: Policy) -> Tensor:
     return images.to_float(pixels[numbers.start : numbers.stop]).to(policy.device)
 
@@ -369,6 +383,37 @@ class Found:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Free-running samples of a seed, as the judge sees them: a ``Make`` that can work ahead."""
+
+    policy: Policy
+    judge: Judge
+    precision: str
+    how: Sampler
+    seed: int
+    labels: str = "balanced"
+
+    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]:
+        return next(self.stream([numbers]))
+
+    @torch.inference_mode()
+    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images and labels of each range of image numbers."""
+        labels = [torch.tensor([self._label(number) for number in numbers]) for numbers in ranges]
+        seeds = [[sample_seed(self.seed, number) for number in numbers] for numbers in ranges]
+        batches = ((self.policy.condition(what), these) for what, these in zip(labels, seeds, strict=True))
+        # a recorded loop has one shape; where there is none, fewer images (a sheet's) take less time
+        at_once = self.judge.images_per_batch if self.policy.device.type == "cuda" else 0
+        arithmetic = models.autocast(self.precision, self.policy.device)
+        drawn = sampler.stream(self.policy, batches, at_once, arithmetic, **dataclasses.asdict(self.how))
+        for decoded, what in zip(drawn, labels, strict=True):
+            yield self.judge.pixels(decoded), what
+
+    def _label(self, number: int) -> int:
+        return image_label(self.seed, number, self.policy.num_classes, self.labels)
+
+
 class Contestant:
     """One model on the bench."""
 
@@ -377,7 +422,7 @@ class Contestant:
         self.policy = models.load(bench.model, source)
         self.sha256 = data.file_digest(source)
         self.made_by = {"generator": self.sha256, "tokenizer": data.tokenizer_digest(bench.model)}
-        self.plain = Sampler(self.config.temperature, self.config.top_k, self.config.top_p, self.config.guidance)
+        self.plain = plain_sampler(self.config)
 
     def examine(self) -> Found:
         """Everything about this model, the long part of the stage."""
@@ -431,16 +476,7 @@ class Contestant:
 
     def draw(self, how: Sampler, seed: int) -> Make:
         """Free-running samples, as the judge sees them."""
-
-        @torch.inference_mode()
-        def make(numbers: range) -> tuple[Tensor, Tensor]:
-            labels = torch.tensor([image_label(seed, number, self.policy.num_classes, self.config.labels) for number in numbers])
-            seeds = [sample_seed(seed, number) for number in numbers]
-            with models.autocast(self.bench.model.precision, self.policy.device):
-                codes = self.policy.generate(self.policy.condition(labels), seeds, **dataclasses.asdict(how))
-            return self.bench.judge.pixels(self.policy.decode(codes)), labels
-
-        return make
+        return Draw(self.policy, self.bench.judge, self.bench.model.precision, how, seed, self.config.labels)
 
     def teacher_forced(self, seed: int, count: int) -> Features:
         """Features of validation images redrawn code by code, each from the true codes before it."""
@@ -507,7 +543,7 @@ def _protocol(bench: Bench) -> Scores:
         "samples": config.samples,
         "seeds": config.seeds,
         "labels": LABELS[config.labels],
-        "sampler": {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "guidance": config.guidance},
+        "sampler": dataclasses.asdict(plain_sampler(config)),
         "sweep": {
             "temperatures": config.temperatures,
             "guidances": config.guidances,

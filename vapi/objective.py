@@ -160,13 +160,11 @@ class Objective:
 
     def score(self, codes: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
         """Reward (B, G) of token maps (B, G, T) against their images, and its parts: most of a step's work."""
-        (count, group), size = codes.shape[:2], self.tune.images_per_reward
-        many, few = max(1, size // group), min(group, size)
-        blocks = [(slice(b, b + many), slice(g, g + few)) for b in range(0, count, many) for g in range(0, group, few)]
-        scored = list(self.map(lambda block: self._score_block(codes[block], targets[block[0]]), blocks))
+        blocks = self.blocks(*codes.shape[:2])
+        scored = list(self.map(lambda block: self.reward_of(self.decoded(codes[block]), targets[block[0]]), blocks))
 
         def whole(values: list[Tensor]) -> Tensor:
-            result = values[0].new_empty(count, group)
+            result = values[0].new_empty(codes.shape[:2])
             for block, value in zip(blocks, values, strict=True):
                 result[block] = value
             return result
@@ -174,12 +172,24 @@ class Objective:
         parts = {name: whole([theirs[name] for _, theirs in scored]) for name in scored[0][1]}
         return whole([total for total, _ in scored]), parts
 
+    def blocks(self, count: int, group: int) -> list[tuple[slice, slice]]:
+        """Images and draws of at most ``images_per_reward`` pictures each; whole groups where they fit, since a group
+        shares the features of its image."""
+        size = self.tune.images_per_reward
+        many, few = max(1, size // group), min(group, size)
+        return [(slice(b, b + many), slice(g, g + few)) for b in range(0, count, many) for g in range(0, group, few)]
+
     @torch.no_grad()
-    def _score_block(self, codes: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
-        """``score`` of what fits at a time. Runs in a thread of its own."""
+    def decoded(self, codes: Tensor) -> Tensor:
+        """Token maps (B, G, T) of one block as images (B, G, 3, H, W). Runs in a thread of its own."""
         with models.autocast(self.precision, self.policy.device):
-            decoded = self.policy.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-            return self.reward.score(decoded, targets)
+            return self.policy.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+
+    @torch.no_grad()
+    def reward_of(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
+        """Reward (B, G) of one block of decoded images against their targets (B, 3, H, W), and its parts."""
+        with models.autocast(self.precision, self.policy.device):
+            return self.reward.score(images, targets)
 
     def loss(self, log_probs: Tensor, codes: Tensor, draws: Draws | None, step: int, terms: Terms) -> tuple[Tensor, Terms]:
         """Equation 11: the clipped policy term plus beta times the prior. Predictions (B, T, V), true codes (B, T)."""

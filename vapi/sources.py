@@ -1,37 +1,54 @@
 """Where images come from: four ways in which people keep them, behind one face.
 
 A source lists its entries (key, label, caption) without opening an image, reads the bytes of those
-that were picked in whatever order suits its files, and names the files it consists of. A key says
-where an image lies in the source and nothing about when or in which order it was found: all
+that were picked in groups that suit its files (from any thread), and names the files it consists of. A
+key says where an image lies in the source and nothing about when or in which order it was found: all
 randomness downstream hangs on it. Nothing in a source can make us read outside of it.
 
     folder      source/<class>/**/*.png       labels by sorted folder name, as torchvision's ImageFolder
-    parquet     one file, or a folder of them; a column of bytes or Hugging Face's {bytes, path}
+    parquet     one file, a folder or a pattern of them; a column of bytes or Hugging Face's {bytes, path}
     table       .csv or .jsonl that names images, relative to itself
-    webdataset  .tar, or a folder of them: 0001.jpg with 0001.cls, 0001.txt, 0001.json
+    webdataset  .tar, a folder or a pattern of them: 0001.jpg with 0001.cls, 0001.txt, 0001.json
+
+ImageNet has 1.28 million images, so a list of them holds no more than their names, a folder is listed by
+many threads (on a network they wait, they do not compute), and what is half there is refused by name: a
+class too many or too few, a missing shard, an archive without an end. A list of ImageNet's thousand class
+names is left out: their number and their look tell what went wrong.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import csv
+import fnmatch
+import functools
 import json
 import os
+import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from vapi.config import SubsetConfig
-from vapi.data import require_column
+from vapi.data import parallel, require_column
 from vapi.images import SUFFIXES
 
 MAX_BYTES = 256 * 2**20
 """An encoded image larger than this is not read (a picture has a few megabytes)."""
 MAX_SIDECAR = 2**20
 """Nor is the label or caption beside it, when larger than this."""
+LISTERS = 16
+"""Threads that list folders and ask for files' sizes: they wait for a disk or a network, not for a processor."""
+SPLITS = re.compile(r"(?:^|[-_./])(train|validation|valid|val|test)(?=[-_./]|\d)")
+PART = re.compile(r"(.*)-(\d+)-of-(\d+)(\.\w+)")
+WNID = "a00000000"
+"""ImageNet's class folders look like this: a letter and eight digits."""
 
 
 class Entry(NamedTuple):
@@ -49,8 +66,12 @@ class Source(Protocol):
     def entries(self) -> list[Entry]:
         """All images, in any order. Raises ValueError for labels and tables that make no sense."""
 
+    def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
+        """Some entries in groups, each of which is read at one go."""
+
     def read(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
-        """The encoded bytes of some entries, or in a few words why they cannot be had, in any order."""
+        """The encoded bytes of some entries, or in a few words why they cannot be had, in any order. From any thread.
+        Raises OSError when a file is gone that was there when it was listed."""
 
     def files(self) -> list[tuple[str, Path]]:
         """Every file that belongs to the source, by relative name."""
@@ -59,29 +80,59 @@ class Source(Protocol):
 def open_source(config: SubsetConfig) -> Source:
     """The reader for ``subset.source``. Raises ValueError if nothing lies there or it is not clear what."""
     path = Path(config.source)
-    if not path.exists():
+    if not path.exists() and not _is_pattern(path):
         hint = "the bundled data comes with: dvc pull data.dvc"
         raise ValueError(f"subset.source {config.source} is not here (looked in {Path.cwd()}); {hint}")
     name = _detect(path) if config.format == "auto" else config.format
-    if name == "table" and path.is_dir():
-        raise ValueError(f"subset.format is table, and {path} is a folder; name the .csv or .jsonl file")
-    if name == "folder" and path.is_file():
-        raise ValueError(f"subset.format is folder, and {path} is a file")
+    if name == "table" and not path.is_file():
+        raise ValueError(f"subset.format is table, and {path} is a folder or a pattern; name the .csv or .jsonl file")
+    if name == "folder" and not path.is_dir():
+        raise ValueError(f"subset.format is folder, and {path} is none")
     readers: dict[str, Callable[[Path, SubsetConfig], Source]]
     readers = {"folder": Folder, "parquet": Parquet, "table": Table, "webdataset": Webdataset}
     return readers[name](path, config)
 
 
 def _detect(path: Path) -> str:
-    if path.is_file():
+    if not path.is_dir():
         suffixes = {".parquet": "parquet", ".csv": "table", ".jsonl": "table", ".tar": "webdataset"}
         if path.suffix.lower() not in suffixes:
             raise ValueError(f"cannot tell what {path} is; a file may end in {', '.join(suffixes)}, or set subset.format")
         return suffixes[path.suffix.lower()]
-    for pattern, name in (("*.parquet", "parquet"), ("*.tar", "webdataset")):
-        if next(path.rglob(pattern), None) is not None:
+    for suffix, name in ((".parquet", "parquet"), (".tar", "webdataset")):
+        if _holds(path, suffix):
             return name
     return "folder"
+
+
+def _holds(folder: Path, suffix: str, levels: int = 3) -> bool:
+    """Whether there is such a file here or a little below. To look everywhere would be to list ImageNet once more."""
+    with os.scandir(folder) as found:
+        entries = [entry for entry in found if not entry.name.startswith(".")]
+    if any(entry.name.endswith(suffix) and entry.is_file() for entry in entries):
+        return True
+    below = sorted(entry.name for entry in entries if entry.is_dir())[:8] if levels else []
+    return any(_holds(folder / name, suffix, levels - 1) for name in below)
+
+
+def _is_pattern(path: Path) -> bool:
+    """Whether a path that does not exist names files of one folder, as in ``data/train-*.parquet``."""
+    return any(sign in path.name for sign in "*?[") and path.parent.is_dir()
+
+
+@contextlib.contextmanager
+def still_there(config: SubsetConfig) -> Iterator[None]:
+    """What was listed can be read: raises ValueError when the source has been taken away since."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{config.source} was there and cannot be read any more ({error}); put it back and run the same command again"
+        ) from error
+
+
+def _singly(entries: Iterable[Entry]) -> list[list[Entry]]:
+    return [[entry] for entry in entries]
 
 
 # --- labels and captions -----------------------------------------------------------------------
@@ -136,45 +187,157 @@ class Folder:
 
     def entries(self) -> list[Entry]:
         if self.config.classes == 0:
-            return [Entry(key, -1, "", file) for key, file in self.files()]
-        classes = sorted(p.name for p in self.path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if not classes:
-            raise ValueError(f"{self.path} holds no class folders; images without classes need subset.classes 0")
-        if len(classes) != self.config.classes:
-            shown = ", ".join(classes[:12]) + (", ..." if len(classes) > 12 else "")
-            raise ValueError(f"{self.path} holds {len(classes)} class folders ({shown}), and subset.classes is {self.config.classes}")
+            return [Entry(key, -1, "", None) for key in self._keys]
+        classes = self._classes()
         labels = {name: label for label, name in enumerate(classes)}
         # files right under the source belong to no class: a README's picture, say
-        found = [Entry(key, labels[key.split("/")[0]], "", file) for key, file in self.files() if "/" in key]
+        found = [Entry(key, labels[key.partition("/")[0]], "", None) for key in self._keys if "/" in key]
         for label in sorted(set(labels.values()) - {entry.label for entry in found}):
             raise ValueError(f"class {label} is empty: {self.path / classes[label]} holds no images")
         return found
 
+    def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
+        return _singly(entries)
+
     def read(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
         for entry in entries:
-            yield entry, _read_file(entry.place)
+            path = self.path / entry.key
+            if not os.path.lexists(path):  # a link that leads nowhere is there
+                raise FileNotFoundError(f"{path} is gone")
+            yield entry, _read_file(path)
 
     def files(self) -> list[tuple[str, Path]]:
-        paths = list(self.path.iterdir())
-        for top in [path for path in paths if path.is_dir() and not path.name.startswith(".")]:  # may be a link
-            for folder, below, names in os.walk(top):
-                below[:] = [name for name in below if not name.startswith(".")]
-                paths += [Path(folder, name) for name in names]
-        images = (path for path in paths if path.name.lower().endswith(SUFFIXES) and not path.name.startswith("."))
-        return sorted((path.relative_to(self.path).as_posix(), path) for path in images if not path.is_dir())
+        return [(key, self.path / key) for key in self._keys]
+
+    @functools.cached_property
+    def _keys(self) -> list[str]:
+        """Relative names of all images, sorted."""
+        tops = self._tops()
+        found = _images_in(self.path, "")[0]
+        with tqdm(total=len(tops), desc="listing", unit="folder", disable=None) as bar:
+            for keys in parallel(lambda name: _images_below(self.path, name), tops, LISTERS):
+                found += keys
+                bar.update()
+        return sorted(found)
+
+    def _tops(self) -> list[str]:
+        with os.scandir(self.path) as found:
+            return sorted(entry.name for entry in found if not entry.name.startswith(".") and entry.is_dir())  # it may be a link
+
+    def _classes(self) -> list[str]:
+        """The class folders. Raises ValueError that names what does not belong if there are too many or too few."""
+        classes, wanted = self._tops(), self.config.classes
+        if not classes:
+            raise ValueError(f"{self.path} holds no class folders; images without classes need subset.classes 0")
+        odd = _odd(classes)
+        if len(classes) != wanted:
+            shown = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
+            raise ValueError(
+                f"{self.path} holds {len(classes)} class folders ({shown}), and subset.classes is {wanted}: "
+                f"{abs(len(classes) - wanted)} too {'many' if len(classes) > wanted else 'few'}{self._hint(classes, odd)}"
+            )
+        if odd and _look(next(name for name in classes if name not in odd)) == WNID:  # a class short, and one that is none
+            raise ValueError(
+                f"{self.path} holds {wanted} folders, but {_list(odd)} is no ImageNet class like the others; every label after would shift"
+            )
+        return classes
+
+    def _hint(self, classes: list[str], odd: list[str]) -> str:
+        if "train" in classes:
+            return f"; did you mean {self.path / 'train'}?"
+        hints = [f"not like the others: {_list(odd)}"] if odd else []
+        empty = [name for name in classes if name not in odd and not _images_below(self.path, name)]
+        hints += [f"without images: {_list(empty)}"] if empty else []
+        return "".join(f"; {hint}" for hint in hints)
+
+
+def _images_in(root: Path, folder: str) -> tuple[list[str], list[str]]:
+    """Keys of the images right in a folder of the source, and the folders in it. Hidden ones do not count."""
+    keys, below = [], []
+    prefix = f"{folder}/" if folder else ""
+    with os.scandir(root / folder) as found:
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                below.append(prefix + entry.name)
+            elif entry.name.lower().endswith(SUFFIXES) and not entry.is_dir():
+                keys.append(prefix + entry.name)
+    return keys, below
+
+
+def _images_below(root: Path, folder: str) -> list[str]:
+    """Keys of the images in a folder and those below it; links to folders are not followed."""
+    found, folders = [], [folder]
+    while folders:
+        keys, below = _images_in(root, folders.pop())
+        found += keys
+        folders += below
+    return found
+
+
+def _odd(names: Sequence[str]) -> list[str]:
+    """Those that do not look like the others, where nine of ten others look the same: ``__MACOSX`` among ``n01440764``."""
+    looks = collections.Counter(map(_look, names))
+    look, count = looks.most_common(1)[0]
+    return [name for name in names if _look(name) != look] if count >= 0.9 * len(names) else []
+
+
+def _look(name: str) -> str:
+    return re.sub("[A-Za-z]", "a", re.sub("[0-9]", "0", name))
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 # --- parquet -----------------------------------------------------------------------------------
 
 
 def _shards(path: Path, suffix: str) -> list[tuple[str, Path]]:
-    """(relative name, file) of one file, or of all with that suffix below a folder, sorted."""
+    """(relative name, file) of one file, of a pattern's, or of all with that suffix below a folder, sorted.
+
+    Raises ValueError for a folder that holds several splits, and when one of the parts that the names tell of is missing.
+    """
     if path.is_file():
         return [(path.name, path)]
-    found = sorted((p.relative_to(path).as_posix(), p) for p in path.rglob(f"*{suffix}") if p.is_file())
+    root, pattern = (path, f"*{suffix}") if path.is_dir() else (path.parent, path.name)
+    names = (p.relative_to(root).as_posix() for p in (root.rglob(pattern) if path.is_dir() else root.glob(pattern)) if p.is_file())
+    found = sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))  # .cache of a download
     if not found:
-        raise ValueError(f"{path} holds no {suffix} files")
-    return found
+        raise ValueError(f"{path} holds no {suffix} files" if path.is_dir() else f"no file is called {path}")
+    splits = sorted({match[1] for name in found if (match := SPLITS.search(name))})
+    if path.is_dir() and len(splits) > 1:
+        raise ValueError(
+            f"{path} holds shards of {' and '.join(splits)}; name those that are meant, "
+            f"as in subset.source '{path}/*train*{suffix}' (or '{path}/*{suffix}' for all)"
+        )
+    _require_all_parts(found, root, pattern)
+    return [(name, root / name) for name in found]
+
+
+def _require_all_parts(found: Sequence[str], root: Path, pattern: str) -> None:
+    """``train-00003-of-00294.parquet`` tells of 293 others, as far as they match the pattern."""
+    for start, width, total, suffix in sorted({(m[1], len(m[2]), m[3], m[4]) for name in found if (m := PART.fullmatch(name))}):
+        parts = [f"{start}-{number:0{width}d}-of-{total}{suffix}" for number in range(int(total))]
+        wanted = [part for part in parts if fnmatch.fnmatch(part.rpartition("/")[2], pattern)]
+        missing = sorted(set(wanted) - set(found))
+        if missing:
+            there = len(wanted) - len(missing)
+            raise ValueError(
+                f"{root} holds {there} of {len(wanted)} shards, without {_list(missing)}; fetch them, or name those that are meant"
+            )
+
+
+@contextlib.contextmanager
+def _whole(what: str) -> Iterator[None]:
+    """Raises ValueError for damaged Parquet. pyarrow has an OSError for some of it, without the number that a disk's has."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{what} ({' '.join(str(error).split())}); fetch it again") from None
 
 
 class Parquet:
@@ -187,10 +350,8 @@ class Parquet:
         return [entry for name, file in self.files() for entry in self._entries(name, file)]
 
     def _entries(self, name: str, file: Path) -> Iterator[Entry]:
-        try:
+        with _whole(f"{file} is not a Parquet file, or not a whole one"):
             parquet = pq.ParquetFile(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{file} is not a Parquet file: {error}") from None
         label, caption = _columns(parquet.schema_arrow.names, file, self.config)
         self._check_images(parquet, file)
         row = 0
@@ -208,16 +369,26 @@ class Parquet:
         if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
             raise ValueError(f"{file}: column {self.config.image_column!r} holds {kind}, not image bytes or {{bytes, path}}")
 
-    def read(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
+    def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
         groups: dict[tuple[Path, int], list[Entry]] = {}
         for entry in entries:
             groups.setdefault(entry.place[:2], []).append(entry)
-        for (file, group), wanted in sorted(groups.items()):
-            column = pq.ParquetFile(file).read_row_group(group, columns=[self.config.image_column])[self.config.image_column]
+        return [wanted for _, wanted in sorted(groups.items())]
+
+    def read(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
+        for wanted in self.groups(entries):
+            file, group, _ = wanted[0].place
+            column = self._column(file, group)
             for entry in wanted:
                 value = column[entry.place[2]].as_py()
                 data = value["bytes"] if isinstance(value, dict) else value
                 yield entry, "no image bytes (null)" if data is None else data
+
+    def _column(self, file: Path, group: int) -> pa.ChunkedArray:
+        """The images of a row group: as little as can be read."""
+        name = self.config.image_column
+        with _whole(f"{file}: row group {group} cannot be read"), pq.ParquetFile(file) as parquet:
+            return parquet.read_row_group(group, columns=[name], use_threads=False)[name]  # the threads are ours
 
     def files(self) -> list[tuple[str, Path]]:
         return _shards(self.path, ".parquet")
@@ -274,8 +445,13 @@ class Table:
             raise ValueError(f"{self.path}, line {line} names no image (column {self.config.image_column!r} is empty)")
         return _inside(name, f"{self.path}, line {line}:")
 
+    def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
+        return _singly(entries)
+
     def read(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
         for entry in entries:
+            if not self.path.is_file():  # with the table, the images it names have been taken away
+                raise FileNotFoundError(f"{self.path} is gone")
             yield entry, _read_file(entry.place)
 
     def files(self) -> list[tuple[str, Path]]:
@@ -314,6 +490,7 @@ class Webdataset:
                     stem, dot, suffix = name.partition(".")
                     if member.isfile() and stem and dot:
                         samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[f".{suffix.lower()}"] = member
+                _require_end(file)
                 for stem, parts in samples.items():
                     images = [parts[suffix] for suffix in SUFFIXES if suffix in parts]
                     if images:
@@ -340,6 +517,9 @@ class Webdataset:
         label = _label(fields.get(label_column), key, self.config)
         return Entry(key, label, _text(fields.get(caption_column)), (file, image.offset_data, image.size))
 
+    def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
+        return _singly(sorted(entries, key=lambda entry: entry.place))
+
     def read(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
         for entry in sorted(entries, key=lambda entry: entry.place):
             file, offset, size = entry.place
@@ -352,6 +532,14 @@ class Webdataset:
 
     def files(self) -> list[tuple[str, Path]]:
         return _shards(self.path, ".tar")
+
+
+def _require_end(file: Path) -> None:
+    """Two blocks of zeros end an archive. A download that stopped between two members lacks nothing else."""
+    with file.open("rb") as archive:
+        archive.seek(max(0, file.stat().st_size - 1024))
+        if any(archive.read()):
+            raise ValueError(f"{file} is not a whole tar archive (it has no end mark; half-downloaded?); fetch it again")
 
 
 def _fields(key: str, archive: tarfile.TarFile, parts: dict[str, tarfile.TarInfo]) -> dict[str, Any]:

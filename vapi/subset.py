@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,8 @@ from vapi.sources import Entry, Source
 
 HASHED_BELOW = 256 * 2**20
 """A source of fewer bytes is listed with the hash of each file, a larger one with the time of its last change."""
+STATS = 500
+"""Files whose size and time a thread asks for at one go."""
 SAMPLES = 48
 """Images on the quality page."""
 
@@ -46,14 +48,15 @@ def subset(subset: SubsetConfig, out: Path, run: Run = NO_RUN) -> None:
     """
     started = time.perf_counter()
     with data.output_folder(out, "subset") as folder:
-        source = sources.open_source(subset)
-        queues = _queues(source.entries(), subset)
+        with sources.still_there(subset):
+            source = sources.open_source(subset)
+            digest = hashlib.sha256(listing(source).encode()).hexdigest()
+            queues = _queues(source.entries(), subset)
         with (folder / "spool").open("w+b") as spool:
             picked = _Picker(source, subset, spool).pick(queues)
             data.write_subset(folder, picked.rows(spool), subset.images_per_shard)
         (folder / "spool").unlink()
         summary = _report(folder, picked.rejected, subset)
-        digest = hashlib.sha256(listing(source).encode()).hexdigest()
         data.describe(folder, "subset", {"subset": subset}, {"source": digest}, time.perf_counter() - started)
     run.dataset(Path(subset.source).name, data.file_digest(Path(out) / "manifest.parquet"), subset.source)
     run.metrics({f"subset/{name}": float(summary[name]) for name in ("images", "quarantined", "unreadable")})
@@ -212,24 +215,34 @@ class _Picker:
         )
 
     def _examine(self, entries: Sequence[Entry]) -> None:
-        def look(item: tuple[Entry, bytes | str]) -> tuple[Entry, bytes, Found | str]:
-            entry, payload = item
-            if isinstance(payload, str):
-                return entry, b"", payload
-            try:
-                image = images.inspect(payload, self.config.max_pixels)
-                images.unpack(image)
-            except ValueError as error:
-                return entry, b"", str(error)
-            return entry, payload, Found(*image.size, image.mode, hashlib.sha256(payload).hexdigest(), 0, len(payload))
-
-        looked = data.parallel(look, self.source.read(entries), len(os.sched_getaffinity(0)))
+        groups, cores = self.source.groups(entries), len(os.sched_getaffinity(0))
         self.spool.seek(0, os.SEEK_END)
-        for entry, payload, found in tqdm(looked, "subset", len(entries), unit="image", disable=None):
-            if isinstance(found, Found):
-                found = Found(found.width, found.height, found.mode, found.sha256, self.spool.tell(), found.size)
-                self.spool.write(payload)
-            self.known[entry.key] = found
+        with tqdm(desc="subset", total=len(entries), unit="image", disable=None) as bar:
+            for looked in data.parallel(self._look, groups, cores, 2 * cores):
+                for entry, payload, found in looked:
+                    if isinstance(found, Found):
+                        found = Found(found.width, found.height, found.mode, found.sha256, self.spool.tell(), found.size)
+                        self.spool.write(payload)
+                    self.known[entry.key] = found
+                bar.update(len(looked))
+
+    def _look(self, group: list[Entry]) -> list[tuple[Entry, bytes, Found | str]]:
+        """Read and decode a group, in a thread of its own."""
+        looked: list[tuple[Entry, bytes, Found | str]] = []
+        with sources.still_there(self.config):
+            for entry, payload in self.source.read(group):
+                found = payload if isinstance(payload, str) else self._inspect(payload)
+                looked.append((entry, b"" if isinstance(found, str) else cast(bytes, payload), found))
+        return looked
+
+    def _inspect(self, payload: bytes) -> Found | str:
+        """What an image is, decoded to the last pixel, or why it is none."""
+        try:
+            image = images.inspect(payload, self.config.max_pixels)
+            images.unpack(image)
+        except ValueError as error:
+            return str(error)
+        return Found(*image.size, image.mode, hashlib.sha256(payload).hexdigest(), 0, len(payload))
 
     def _require_readable(self) -> None:
         bad = [(key, found, False) for key, found in sorted(self.known.items()) if isinstance(found, str)]
@@ -277,7 +290,12 @@ def _samples(folder: Path, config: SubsetConfig) -> list[tuple[str, np.ndarray]]
 def listing(source: Source) -> str:
     """The files of a source as JSON, a line each: name, bytes, and sha256, or for a large source (hashing 150 GB
     takes longer than tuning) the time of the last change in nanoseconds."""
-    files = [(name, path, path.stat()) for name, path in source.files()]
+    named = source.files()
+    chunks = [named[start : start + STATS] for start in range(0, len(named), STATS)]
+    stats = data.parallel(lambda chunk: [path.stat() for _, path in chunk], chunks, sources.LISTERS)
+    files = [
+        (name, path, stat) for chunk, found in zip(chunks, stats, strict=True) for (name, path), stat in zip(chunk, found, strict=True)
+    ]
     small = sum(stat.st_size for _, _, stat in files) < HASHED_BELOW
     lines = []
     for name, path, stat in files:
@@ -288,4 +306,6 @@ def listing(source: Source) -> str:
 
 def write_listing(subset: SubsetConfig, out: Path) -> None:
     """Write what DVC depends on in place of the source: ``artifacts/listing.json``."""
-    write_text(Path(out), listing(sources.open_source(subset)))
+    with sources.still_there(subset):
+        text = listing(sources.open_source(subset))
+    write_text(Path(out), text)

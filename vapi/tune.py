@@ -101,7 +101,7 @@ class Examples:
         index = rows.numpy()
         codes = torch.from_numpy(self.tokens.codes[index].astype(np.int64)).to(policy.device)
         condition = policy.condition(torch.from_numpy(self.subset.labels[index]))
-        return Batch(rows, images.to_float(pixels).to(policy.device), codes, condition)
+        return Batch(rows, images.to_float(pixels, policy.device), codes, condition)
 
     def load(self, rows: Tensor, policy: Policy) -> Batch:
         """Rows of the subset, read now."""

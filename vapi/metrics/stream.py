@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,16 @@ from vapi.metrics.features import Extractor
 from vapi.metrics.fid import Features, concatenate
 
 Make = Callable[[range], tuple[Tensor, Tensor]]  # image numbers -> images as Judge.pixels gives them, labels (B,)
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A ``Make`` that can work ahead."""
+
+    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]: ...
+
+    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]: ...
+
 
 KEEP_BYTES = 32 << 30  # 50,000 images in Inception's features are 1 GB
 KEEP_SECONDS = 24 * 3600  # what was used more recently is never thrown away: somebody may be at it
@@ -96,12 +106,12 @@ class Judge:
         return tqdm(total=count, initial=max(0, count - missing), desc=title, unit="image", leave=False, disable=quiet)
 
     def _looks(self, make: Make, starts: Sequence[int], batch: int) -> Iterator[Features]:
-        """Batches in order, several at a time where that helps."""
-
-        def look(start: int) -> Features:
-            return self.extractor(*make(range(start, start + batch)))
-
-        return data.parallel(look, starts, self.workers) if self.workers > 1 else map(look, starts)
+        """Batches in order, several at a time, or one made while another is looked at, where that helps."""
+        ranges = [range(start, start + batch) for start in starts]
+        if self.workers > 1:
+            return data.parallel(lambda numbers: self.extractor(*make(numbers)), ranges, self.workers)
+        made = make.stream(ranges) if isinstance(make, Streaming) else map(make, ranges)
+        return (self.extractor(*images) for images in made)
 
 
 def stored(pixels: Tensor, labels: Tensor) -> Make:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vapi.config import ModelConfig, nearest
+from vapi.models.memory import Footprint
 from vapi.models.sampler import Sampling
 
 
@@ -54,8 +55,11 @@ class Policy(Protocol):
     def decode(self, codes: Tensor) -> Tensor:
         """(B, T) -> (B, 3, H, W), not clamped."""
 
-    def generate(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
-        """Free-running codes (B, T); image n depends on seed n alone."""
+    def generate(self, condition: Tensor, seeds: Sequence[int], images_per_batch: int = 0, **how: Unpack[Sampling]) -> Tensor:
+        """Free-running codes (B, T); image n depends on seed n alone. In batches of exactly ``images_per_batch``; 0: all at once."""
+
+    def footprint(self, guided: bool = False) -> Footprint:
+        """Bytes that sampling takes, with or without guidance, under the caller's autocast."""
 
     def save(self, path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write the generator's weights; ``tensors``, if they are not at hand in the module (sharded)."""

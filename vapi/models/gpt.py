@@ -1,13 +1,17 @@
 """LlamaGen's transformer: a Llama over image codes, with 2-D rotary positions and a condition in front.
 
-Parameter names are those of the published checkpoints. The file knows the network only: weights are
-read in ``llamagen.py``, sampling is in ``sampler.py``, sharding and compilation are done *to* it.
+The condition is a class (one position) or the features of a caption (S positions). Parameter names are
+those of the published checkpoints. The file knows the network only: weights are read in ``llamagen.py``,
+sampling is in ``sampler.py``, sharding and compilation are done *to* it.
 
-Shapes: B images, T codes of an image, V codebook, D width, H heads, E = D / H.
+Left out: which positions of a caption are padding (they are read like the others), and the text encoder.
+
+Shapes: B images, S positions of the condition, T codes of an image, V codebook, D width, H heads, E = D / H.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,8 +22,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a class-conditional generator. Dropout rates are those of LlamaGen's pretraining; a
-    checkpoint does not record its own."""
+    """Sizes of a generator: of classes, or of captions when ``caption_dim`` is not 0 (it has no classes then).
+    Dropout rates are those of LlamaGen's pretraining; a checkpoint does not record its own."""
 
     dim: int
     layers: int
@@ -28,6 +32,8 @@ class GPTConfig:
     vocab: int
     codes: int
     classes: int
+    caption_dim: int = 0  # width of the text encoder's features
+    prefix: int = 1  # S
     token_dropout: float = 0.1
     residual_dropout: float = 0.1
     hidden_dropout: float = 0.1
@@ -71,13 +77,14 @@ def rotary_table(grid: int, head_dim: int, base: float, condition: int = 1) -> T
     pairs turns with the row, the second with the column. Condition positions are all zero, that is
     their queries and keys vanish; so the published weights were trained."""
     half = head_dim // 2
-    frequencies = 1.0 / (base ** (torch.arange(0, half, 2)[: half // 2].float() / half))
-    angles = torch.outer(torch.arange(grid), frequencies)  # (grid, E / 4)
+    # on the CPU even where parameters are made without memory (device meta): this is computed, not read
+    frequencies = 1.0 / (base ** (torch.arange(0, half, 2, device="cpu")[: half // 2].float() / half))
+    angles = torch.outer(torch.arange(grid, device="cpu"), frequencies)  # (grid, E / 4)
     rows = angles[:, None, :].expand(-1, grid, -1)
     columns = angles[None, :, :].expand(grid, -1, -1)
     both = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (grid * grid, E / 2)
     table = torch.stack([both.cos(), both.sin()], dim=-1)
-    return torch.cat([torch.zeros(condition, half, 2), table])
+    return torch.cat([torch.zeros(condition, half, 2, device="cpu"), table])
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -89,7 +96,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with a cache, one position attends to all before it."""
+    """The projections of self-attention; who attends to whom is said by ``causal`` and ``attend``."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -102,19 +109,25 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.wqkv(x).chunk(3, dim=-1))
         return rotate(q, table).transpose(1, 2), rotate(k, table).transpose(1, 2), v.transpose(1, 2)  # (B, H, S, E)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        q, k, v = self.qkv(x, table)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    def join(self, y: Tensor) -> Tensor:
+        """What each head found (B, H, S, E) to (B, S, D)."""
         return self.dropout(self.wo(y.transpose(1, 2).flatten(2)))
 
-    def step(self, x: Tensor, table: Tensor, cache: Tensor, position: int) -> Tensor:
-        """One position: x (B, 1, D), cache (2, B, H, 1 + T, E), written at ``position``."""
-        q, k, v = self.qkv(x, table)
-        cache[0, :, :, position : position + 1] = k
-        cache[1, :, :, position : position + 1] = v
-        keys, values = cache[0, :, :, : position + 1], cache[1, :, :, : position + 1]
-        y = F.scaled_dot_product_attention(q, keys, values)
-        return self.wo(y.transpose(1, 2).flatten(2))
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every position attends to itself and all before it."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, position: int) -> Tensor:
+    """Write keys and values of S positions, the first of them ``position``, into a layer's cache (2, B, H, P, E), and attend to
+    the part that is filled, nothing beyond. Several at once may come at the front alone."""
+    several = q.shape[2] > 1
+    assert not several or position == 0, (position, q.shape)
+    end = position + q.shape[2]
+    cache[0, :, :, position:end] = k
+    cache[1, :, :, position:end] = v
+    return F.scaled_dot_product_attention(q, cache[0, :, :, :end], cache[1, :, :, :end], is_causal=several)
 
 
 class Block(nn.Module):
@@ -127,17 +140,24 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table)
+    def before(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, S, D), each (B, H, S, E)."""
+        return self.attention.qkv(self.attention_norm(x), table)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The block's output, from its input x (B, S, D) and what attention found there, y (B, H, S, E)."""
+        x = x + self.attention.join(y)
         return x + self.feed_forward(self.ffn_norm(x))
 
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return self.after(x, causal(*self.before(x, table)))
+
     def step(self, x: Tensor, table: Tensor, cache: Tensor, position: int) -> Tensor:
-        x = x + self.attention.step(self.attention_norm(x), table, cache, position)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return self.after(x, attend(*self.before(x, table), cache, position))
 
 
 class LabelEmbedder(nn.Module):
-    """Class ids to vectors; the last row is the null class that guidance needs."""
+    """Class ids (B,) to vectors (B, 1, D); the last row is the null class that guidance needs."""
 
     def __init__(self, classes: int, dim: int, dropout: float) -> None:
         super().__init__()
@@ -151,52 +171,108 @@ class LabelEmbedder(nn.Module):
             labels = torch.where(dropped, self.classes, labels)
         return self.embedding_table(labels).unsqueeze(1)  # (B, 1, D)
 
+    def null(self, labels: Tensor) -> Tensor:
+        """The condition that says nothing, for as many images."""
+        return torch.full_like(labels, self.classes)
+
+
+class Projection(nn.Module):
+    """Features of a text encoder to the width of the transformer."""
+
+    def __init__(self, into: int, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(into, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Features of captions (B, S, C) to vectors (B, S, D), and those of no caption, which guidance needs."""
+
+    uncond_embedding: Tensor
+
+    def __init__(self, caption_dim: int, prefix: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.cap_proj = Projection(caption_dim, dim)
+        self.register_buffer("uncond_embedding", torch.randn(prefix, caption_dim) / caption_dim**0.5)
+
+    def forward(self, captions: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(len(captions), device=captions.device) < self.dropout
+            captions = torch.where(dropped[:, None, None], self.uncond_embedding, captions)
+        return self.cap_proj(captions)
+
+    def null(self, captions: Tensor) -> Tensor:
+        """The condition that says nothing, for as many images."""
+        return self.uncond_embedding.to(captions.dtype).expand_as(captions)
+
 
 class Transformer(nn.Module):
-    """p(code t | class, codes before t), for all t at once or one at a time."""
+    """p(code t | condition, codes before t), for all t at once or one at a time."""
 
     rotary: Tensor
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = LabelEmbedder(config.classes, config.dim, config.class_dropout)
+        self.cls_embedding = (
+            CaptionEmbedder(config.caption_dim, config.prefix, config.dim, config.class_dropout)
+            if config.caption_dim
+            else LabelEmbedder(config.classes, config.dim, config.class_dropout)
+        )
         self.tok_embeddings = nn.Embedding(config.vocab, config.dim)
         self.dropout = nn.Dropout(config.token_dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab, bias=False)
         grid = round(config.codes**0.5)
-        table = rotary_table(grid, config.dim // config.heads, config.rope_base)
+        table = rotary_table(grid, config.dim // config.heads, config.rope_base, config.prefix)
         self.register_buffer("rotary", table, persistent=False)
         self.apply(_initialise)
 
-    def forward(self, labels: Tensor, context: Tensor) -> Tensor:
-        """Teacher-forced logits (B, T, V) of labels (B,) and codes (B, T).
+    def forward(self, condition: Tensor, context: Tensor) -> Tensor:
+        """Teacher-forced logits (B, T, V) of a condition, labels (B,) or captions (B, S, C), and codes (B, T).
 
         ``logits[:, t]`` depends on ``context[:, :t]`` only; the last code is never read.
         """
-        x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(context[:, :-1])], dim=1)
+        x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(context[:, :-1])], dim=1)
         x = self.dropout(x)
         table = self.rotary[: x.shape[1]]
         for layer in self.layers:
             x = layer(x, table)
-        return self.output(self.norm(x)).float()
+        return self.predict(x[:, self.config.prefix - 1 :])  # the condition's last position predicts the first code
 
     def new_cache(self, rows: int) -> Tensor:
-        """Keys and values of every layer, (L, 2, B, H, T, E)."""
+        """Room for keys and values of every layer, (L, 2, B, H, S + T - 1, E); the last code is never read."""
         c = self.config
         weight = self.output.weight
-        return torch.empty(c.layers, 2, rows, c.heads, c.codes, c.dim // c.heads, device=weight.device, dtype=weight.dtype)
+        room = c.prefix + c.codes - 1
+        return torch.empty(c.layers, 2, rows, c.heads, room, c.dim // c.heads, device=weight.device, dtype=weight.dtype)
+
+    def prefill(self, condition: Tensor, cache: Tensor) -> Tensor:
+        """Logits (B, V) of the first code, from the condition's embeddings (B, S, D)."""
+        return self._advance(condition, 0, cache)
 
     def step(self, inputs: Tensor, position: int, cache: Tensor) -> Tensor:
-        """Logits (B, V) of code ``position``. ``inputs`` (B,) are class ids at position 0 and the codes
+        """Logits (B, V) of code ``position``. ``inputs`` are what ``cls_embedding`` takes at position 0 and the codes (B,)
         at ``position - 1`` after that; positions must come in order."""
-        x = self.cls_embedding(inputs) if position == 0 else self.tok_embeddings(inputs).unsqueeze(1)
-        table = self.rotary[position : position + 1]
+        if position == 0:
+            return self.prefill(self.cls_embedding(inputs), cache)
+        return self._advance(self.tok_embeddings(inputs).unsqueeze(1), self.config.prefix + position - 1, cache)
+
+    def _advance(self, x: Tensor, at: int, cache: Tensor) -> Tensor:
+        """Put x (B, S, D) at the places from ``at`` on, and predict what follows the last of them."""
+        table = self.rotary[at : at + x.shape[1]]
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = cast(Block, layer).step(x, table, layer_cache, position)
-        return self.output(self.norm(x)).float()[:, 0]
+            x = cast(Block, layer).step(x, table, layer_cache, at)
+        return self.predict(x[:, -1])
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (..., V), float32, of what the last block says (..., D)."""
+        return self.output(self.norm(x)).float()
 
 
 def _initialise(module: nn.Module) -> None:
@@ -221,19 +297,31 @@ def infer_config(shapes: dict[str, tuple[int, ...]], codes: int, heads: int = 0)
     """The sizes that weights of these shapes belong to.
 
     The number of heads leaves no trace in a shape: it comes with the file (``heads``) or from the
-    table of published sizes. Raises ValueError if neither knows, or if a key needed for it is missing.
+    table of published sizes. Nor does the number of codes. Raises ValueError if nobody knows the heads, or if a
+    key needed for it is missing.
     """
     try:
         vocab, dim = shapes["tok_embeddings.weight"]
-        rows = shapes["cls_embedding.embedding_table.weight"][0]
         hidden = shapes["layers.0.feed_forward.w1.weight"][0]
+        if text := "cls_embedding.cap_proj.fc1.weight" in shapes:
+            prefix, caption_dim = shapes["cls_embedding.uncond_embedding"]
+        else:
+            rows = shapes["cls_embedding.embedding_table.weight"][0]
     except KeyError as error:
-        raise ValueError(f"not the weights of a class-conditional LlamaGen generator: {error} is missing") from None
+        raise ValueError(f"not the weights of a LlamaGen generator: {error} is missing") from None
     layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers."))
     known = {(d, n): h for d, n, h in PUBLISHED.values()}
     if not heads and (dim, layers) not in known:
         raise ValueError(f"a generator of width {dim} and {layers} layers is none of {', '.join(PUBLISHED)}, and the file names no heads")
-    return GPTConfig(dim, layers, heads or known[dim, layers], hidden, vocab, codes, rows - 1)
+    sizes = {"dim": dim, "layers": layers, "heads": heads or known[dim, layers], "hidden": hidden, "vocab": vocab, "codes": codes}
+    return GPTConfig(**sizes, classes=0, caption_dim=caption_dim, prefix=prefix) if text else GPTConfig(**sizes, classes=rows - 1)
+
+
+def published(name: str, vocab: int = 16384, codes: int = 576, classes: int = 1000) -> GPTConfig:
+    """The sizes of a published class-conditional generator, a name in ``PUBLISHED``; 576 codes are 384 pixels with VQ-16."""
+    dim, layers, heads = PUBLISHED[name]
+    hidden = 256 * math.ceil(int(8 * dim / 3) / 256)
+    return GPTConfig(dim, layers, heads, hidden, vocab, codes, classes)
 
 
 def metadata(config: GPTConfig) -> dict[str, str]:

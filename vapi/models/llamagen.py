@@ -10,38 +10,85 @@ import torch
 from torch import Tensor, nn
 
 from vapi.config import ModelConfig
-from vapi.models import gpt, sampler, vq, weights
+from vapi.models import gpt, graphs, memory, sampler, vq, weights
 from vapi.models.sampler import Sampling
+
+META = torch.device("meta")  # networks are made without memory, and get that of their weights
 
 
 def load_tokenizer(model: ModelConfig, device: torch.device) -> vq.VQModel:
     """The frozen tokenizer. Raises ValueError for a file that is none, or does not fit."""
     state, meta = weights.read(model.tokenizer)
-    tokenizer = vq.VQModel(vq.infer_config(weights.shapes(state), int(meta.get("groups", 0))))
-    weights.fill(tokenizer, state, model.tokenizer)
+    with META:
+        tokenizer = vq.VQModel(vq.infer_config(weights.shapes(state), int(meta.get("groups", 0))))
+    weights.fill(tokenizer, state, model.tokenizer, device)
     if model.image_size % tokenizer.config.factor:
         raise ValueError(
             f"model.image_size is {model.image_size}; it must be a multiple of {tokenizer.config.factor}, the tokenizer's pixels per code"
         )
-    return tokenizer.to(device).eval().requires_grad_(False)
+    return tokenizer.eval().requires_grad_(False)
 
 
-def load_generator(model: ModelConfig, name: str | Path, codes: int, device: torch.device) -> gpt.Transformer:
-    """The transformer, ready to train. Raises ValueError for weights that do not fit in every key."""
+def load_generator(model: ModelConfig, name: str | Path, factor: int, device: torch.device) -> gpt.Transformer:
+    """The transformer, ready to train, for a tokenizer with ``factor`` pixels per code, along one side.
+
+    Raises ValueError for weights that do not fit in every key, or were made for other images. (Weights alone, as
+    LlamaGen publishes them, do not tell 256 pixels from 384: no shape depends on it.)
+    """
     state, meta = weights.read(name)
+    codes = (model.image_size // factor) ** 2
+    _require_same_images(model, name, factor, meta)
     if int(meta.get("codes", codes)) != codes:
         raise ValueError(f"{name} draws {meta['codes']} codes, but model.image_size {model.image_size} makes {codes} with this tokenizer")
+    generator = _empty_generator(state, meta, codes)
+    if generator.config.caption_dim:
+        raise ValueError(
+            f"{name} draws from captions ({generator.config.prefix} x {generator.config.caption_dim} features of a text encoder), but "
+            "model.policy llamagen draws from class ids; take class-conditional weights (c2i)"
+        )
+    weights.fill(generator, state, name, device)
+    return generator.eval()
+
+
+def _empty_generator(state: dict[str, Tensor], meta: dict[str, str], codes: int) -> gpt.Transformer:
+    """The network that these weights belong to, without memory."""
     state.pop("freqs_cis", None)  # a constant that some exports carry
-    generator = gpt.Transformer(gpt.infer_config(weights.shapes(state), codes, int(meta.get("heads", 0))))
-    weights.fill(generator, state, name)
-    return generator.to(device).eval()
+    with META:
+        return gpt.Transformer(gpt.infer_config(weights.shapes(state), codes, int(meta.get("heads", 0))))
+
+
+def _require_same_images(model: ModelConfig, name: str | Path, factor: int, meta: dict[str, str]) -> None:
+    """Raises ValueError if the arguments of LlamaGen's training, where a checkpoint holds them, name other images."""
+    for argument, here, words in (
+        ("image_size", model.image_size, "model.image_size is"),
+        ("downsample_size", factor, "pixels per code of this tokenizer are"),
+    ):
+        then = meta.get(f"{weights.ARGUMENT}{argument}", here)
+        if str(then) != str(here):
+            raise ValueError(f"{name} was trained with {argument} {then}, but {words} {here}; they do not belong together")
 
 
 def load(model: ModelConfig, generator: str | Path, device: torch.device) -> LlamaGen:
     """Read both networks; every key must match."""
     tokenizer = load_tokenizer(model, device)
-    codes = (model.image_size // tokenizer.config.factor) ** 2
-    return LlamaGen(load_generator(model, generator, codes, device), tokenizer, model.image_size)
+    return LlamaGen(load_generator(model, generator, tokenizer.config.factor, device), tokenizer, model.image_size)
+
+
+def export(source: str | Path, target: str | Path) -> None:
+    """Copy the weights of a generator or a tokenizer into the layout that LlamaGen's own scripts read: a torch
+    checkpoint with the state dict under ``model``. ``source`` may be the output folder of the stage tune.
+
+    Raises ValueError for weights that are neither's, and where ``target`` cannot be written.
+    """
+    source = Path(source) / "model.safetensors" if Path(source).is_dir() else source
+    state, meta = weights.read(source)
+    if "quantize.embedding.weight" in state:
+        with META:
+            network: nn.Module = vq.VQModel(vq.infer_config(weights.shapes(state), int(meta.get("groups", 0))))
+    else:
+        network = _empty_generator(state, meta, codes=int(meta.get("codes", 1)))
+    weights.require(network, state, source)
+    weights.save_torch({"model": {name: state[name].clone() for name in network.state_dict()}}, target)
 
 
 class LlamaGen:
@@ -54,6 +101,7 @@ class LlamaGen:
         self.num_codes = (image_size // tokenizer.config.factor) ** 2
         self.vocab = tokenizer.vocab
         self.num_classes = generator.config.classes
+        self._loops = graphs.Loops()
         if generator.config.vocab != self.vocab:
             raise ValueError(
                 f"the generator predicts {generator.config.vocab} codes, the tokenizer has {self.vocab}; they do not belong together"
@@ -87,10 +135,30 @@ class LlamaGen:
         """Codes (B, T) to (B, 3, H, W), not clamped."""
         return self.tokenizer.decode(codes)
 
-    def generate(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
-        """Free-running codes (B, T); image n depends on seed n alone."""
+    def generate(self, condition: Tensor, seeds: Sequence[int], images_per_batch: int = 0, **how: Unpack[Sampling]) -> Tensor:
+        """Free-running codes (B, T); image n depends on seed n alone.
+
+        ``images_per_batch``: batches of exactly that many, the last one filled up; on a GPU their loop is recorded, which
+        takes a minute and is kept for the next call. 0: all at once, and nothing is kept.
+        """
         assert not self.generator.training, "put the generator in eval mode before sampling"
-        return sampler.generate(self.generator, condition, seeds, **how)
+        rows = images_per_batch or len(seeds)
+        with memory.advice(rows, self.footprint(how.get("guidance", 1.0) != 1.0), self.device):
+            if not images_per_batch:
+                return sampler.generate(self.generator, condition, seeds, **how)
+            batches = sampler.filled_up(condition, seeds, rows)
+            return torch.cat([self._batch(part, its, **how)[:count] for part, its, count in batches])
+
+    def _batch(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
+        if self.device.type != "cuda" or graphs.missing():
+            return sampler.generate(self.generator, condition, seeds, **how)
+        return self._loops.generate(self.generator, condition, seeds, **how)
+
+    def footprint(self, guided: bool = False) -> memory.Footprint:
+        """Bytes that sampling takes, in the arithmetic that the caller is in."""
+        count = sum(weight.numel() for weight in self.generator.parameters())
+        dtype = sampler.number_type(self.generator)
+        return memory.footprint(self.generator.config, count, self.tokenizer.config, dtype, guided)
 
     def save(self, path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write the generator's weights under LlamaGen's key names; ``tensors``, if they are not at hand in the module (sharded)."""

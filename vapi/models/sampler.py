@@ -2,18 +2,35 @@
 
 Randomness belongs to the image, not to the process: image n uses one uniform number per code, drawn
 from seed n, and takes the code at which the cumulative probability passes it. Which images share a
-batch, and how many processes share the work, changes nothing.
+batch, and how many processes share the work, changes nothing. A matrix product of another shape may
+round its last bit otherwise, so batches have one shape: the last one is filled up, and images at the
+same place of the same shape are the same to the bit, on any number of GPUs. Between two shapes a code
+can differ only where its uniform number falls between two roundings of the cumulative probability:
+next to never in float32, now and then in bfloat16, after which the rest of that image goes another way.
+
+``generate`` is the plain loop, which attends to the filled part of the cache and to nothing beyond.
+``graphs.py`` is the same loop as a CUDA graph; ``stream`` has the decoder work beside either.
+
+Left out: masks for padded captions (a condition of any length goes in front, whole); beam search;
+speculative drafts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vapi.models import memory
 from vapi.models.gpt import Transformer
+
+if TYPE_CHECKING:
+    from vapi.models import Policy
 
 
 class Sampling(TypedDict, total=False):
@@ -23,6 +40,11 @@ class Sampling(TypedDict, total=False):
     top_k: int
     top_p: float
     guidance: float
+    guidance_schedule: Literal["constant", "power-cosine"]
+    guidance_power: float
+
+
+# --- from predictions to codes -----------------------------------------------------------------
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
@@ -52,38 +74,142 @@ def pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=probabilities.shape[-1] - 1)
 
 
-def guide(logits: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: conditional rows above, unconditional rows below."""
-    if guidance == 1.0:
+def guide(logits: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance: conditional rows above, unconditional rows below. The float 1.0 says that there are
+    none below; a tensor that holds 1 gives the conditional rows to the bit."""
+    if isinstance(guidance, float) and guidance == 1.0:
         return logits
     conditional, unconditional = logits.chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+    return conditional + (guidance - 1) * (conditional - unconditional)
+
+
+def guidance_scales(guidance: float, schedule: str, power: float, codes: int) -> Tensor:
+    """Guidance at every code: (T,), float32.
+
+    ``power-cosine`` is the released VA-pi sampler's (LlamaGen/autoregressive/models/generate.py, decode_n_tokens): the
+    first code has all of it, the i-th after it 1 + (guidance - 1) (1 - cos(pi (i / (T - 1)) ** power)) / 2, from i = 0.
+    """
+    if schedule == "constant":
+        return torch.full((codes,), guidance)
+    assert schedule == "power-cosine", schedule
+    turns = [math.pi * (i / (codes - 1)) ** power for i in range(codes - 1)]
+    return torch.tensor([guidance, *(1 + (guidance - 1) * (1 - math.cos(turn)) / 2 for turn in turns)])
+
+
+def choose(logits: Tensor, uniform: Tensor, temperature: float | Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (B, V) and one uniform number each (B,) to codes (B,)."""
+    return pick(keep_likely(logits / temperature, top_k, top_p).softmax(dim=-1), uniform)
+
+
+# --- the loop ----------------------------------------------------------------------------------
+
+
+def number_type(model: Transformer) -> torch.dtype:
+    """What sampling computes in: the caller's autocast, if it is on, else the weights' own."""
+    kind = model.output.weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.output.weight.dtype
+
+
+def lowered(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model with weights of ``dtype``: cast once, where autocast would do it at every step. Norms and residual
+    stream are of that type too, rotary positions are not: so upstream samples. Shares what needs no cast."""
+    if dtype == model.output.weight.dtype:
+        return model
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    for name, weight in model.named_parameters():
+        place, _, last = name.rpartition(".")
+        setattr(twin.get_submodule(place), last, nn.Parameter(weight.detach().to(dtype), requires_grad=False))
+    for name, constant in model.named_buffers():
+        place, _, last = name.rpartition(".")
+        setattr(twin.get_submodule(place), last, constant)
+    return twin.eval()
+
+
+def embeddings(model: Transformer, condition: Tensor, guided: bool) -> Tensor:
+    """What stands before the first code: (B, S, D), or (2 B, S, D) with nothing as the condition of the second half."""
+    if condition.is_floating_point():  # captions
+        condition = condition.to(model.output.weight.dtype)
+    return model.cls_embedding(torch.cat([condition, model.cls_embedding.null(condition)]) if guided else condition)
 
 
 @torch.no_grad()
 def generate(
     model: Transformer,
-    labels: Tensor,
+    condition: Tensor,
     seeds: Sequence[int],
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     guidance: float = 1.0,
+    guidance_schedule: str = "constant",
+    guidance_power: float = 2.0,
 ) -> Tensor:
-    """Draw codes (B, T) for class ids (B,), one seed each.
+    """Draw codes (B, T) for a condition (class ids (B,) or captions (B, S, C)), one seed each, all in one batch.
 
     ``top_k`` 0, ``top_p`` 1 and ``guidance`` 1 leave the predictions as they are.
     """
-    assert len(seeds) == len(labels), (len(seeds), len(labels))
-    numbers = uniforms(seeds, model.config.codes).to(labels.device)
-    double = guidance != 1.0
-    inputs = torch.cat([labels, torch.full_like(labels, model.config.classes)]) if double else labels
-    cache = model.new_cache(len(inputs))
-    codes = torch.empty(len(labels), model.config.codes, dtype=torch.long, device=labels.device)
-    for position in range(model.config.codes):
-        logits = guide(model.step(inputs, position, cache), guidance)
-        likely = keep_likely(logits / temperature, top_k, top_p)
-        code = pick(likely.softmax(dim=-1), numbers[:, position])
-        codes[:, position] = code
-        inputs = torch.cat([code, code]) if double else code
+    assert len(seeds) == len(condition), (len(seeds), len(condition))
+    guided, count = guidance != 1.0, model.config.codes
+    model, device = lowered(model, number_type(model)), condition.device
+    with torch.autocast(device.type, enabled=False):
+        scales = guidance_scales(guidance, guidance_schedule, guidance_power, count).to(device)
+        numbers = uniforms(seeds, count).to(device)
+        front = embeddings(model, condition, guided)
+        cache = model.new_cache(len(front))
+        codes = torch.empty(len(condition), count, dtype=torch.long, device=device)
+        logits = model.prefill(front, cache)
+        for position in range(count):
+            if position > 0:
+                last = codes[:, position - 1]
+                logits = model.step(torch.cat([last, last]) if guided else last, position, cache)
+            logits = guide(logits, scales[position] if guided else 1.0)
+            codes[:, position] = choose(logits, numbers[:, position], temperature, top_k, top_p)
     return codes
+
+
+def filled_up(condition: Tensor, seeds: Sequence[int], rows: int) -> Iterator[tuple[Tensor, list[int], int]]:
+    """Batches of exactly ``rows``: condition, seeds, and how many of them count. The last image stands in for those missing."""
+    for start in range(0, len(seeds), rows):
+        places = [min(n, len(seeds) - 1) for n in range(start, start + rows)]
+        yield condition[places], [seeds[n] for n in places], min(rows, len(seeds) - start)
+
+
+# --- images ------------------------------------------------------------------------------------
+
+
+def decode(policy: Policy, codes: Tensor) -> Tensor:
+    """Codes (B, T) to images (B, 3, H, W), as many at a time as memory suggests: at full resolution an image takes
+    hundreds of times the room of its codes."""
+    at_once = memory.images_per_decode(policy.footprint(), policy.device)
+    return torch.cat([policy.decode(part) for part in codes.split(at_once)])
+
+
+def stream(
+    policy: Policy,
+    batches: Iterable[tuple[Tensor, Sequence[int]]],
+    images_per_batch: int,
+    arithmetic: contextlib.AbstractContextManager[object],
+    **how: Unpack[Sampling],
+) -> Iterator[Tensor]:
+    """Images (B, 3, H, W) of each batch (condition, seeds) in order, as they come; codes are drawn within ``arithmetic``.
+
+    On a GPU the next batch is sampled, on a stream of its own, while this one is decoded and looked at: sampling waits for
+    memory, decoding for arithmetic. On a CPU both wait for the same cores, and take turns.
+    """
+
+    def sample(batch: tuple[Tensor, Sequence[int]]) -> Tensor:
+        with arithmetic:
+            return policy.generate(*batch, images_per_batch=images_per_batch, **how)
+
+    if policy.device.type == "cpu":
+        yield from (decode(policy, sample(batch)) for batch in batches)
+        return
+    with ThreadPoolExecutor(1) as beside:
+        ahead: Future[Tensor] | None = None
+        for batch in batches:
+            done, ahead = ahead, beside.submit(sample, batch)
+            if done is not None:
+                yield decode(policy, done.result())
+        if ahead is not None:
+            yield decode(policy, ahead.result())

@@ -7,20 +7,25 @@ every draw, and, if one is given, a frozen base model whose divergence is measur
 With dropout off, gradient and loss equal those of the shared step; with the network in train mode
 the copies get masks of their own, which is what the released run did.
 
-Nothing is imported from ``vapi.grpo``: an error there must not hide here.
+``generate`` samples as LlamaGen's own loop does: a cache as long as the sequence, of which every code reads the
+whole under a mask, sorting for top-k and top-p, and one draw by ``multinomial``.
 
-Shapes: B images, G group, N = B x G, T codes, V codebook.
+Nothing is imported from ``vapi.grpo`` or ``vapi.models.sampler``: an error there must not hide here.
+
+Shapes: B images, G group, N = B x G, T codes, V codebook, R rows (2 B with guidance).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vapi.models import Policy
+from vapi.models.gpt import Block, Transformer
 
 RewardFunction = Callable[[Tensor, Tensor], Tensor]  # (N, 3, H, W) twice -> (N,), higher is better
 
@@ -98,3 +103,47 @@ def step(
             totals[name] += term.item() / len(images)
     policy.generator.eval()
     return totals
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer, labels: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, guidance: float = 1.0
+) -> Tensor:
+    """Draw codes (B, T) for class ids (B,), one position at a time; randomness is torch's own."""
+    length, heads = model.config.codes, model.config.heads
+    rows = torch.cat([labels, torch.full_like(labels, model.config.classes)]) if guidance != 1 else labels
+    mask = torch.ones(length, length, dtype=torch.bool, device=labels.device).tril()
+    shape = (model.config.layers, 2, len(rows), heads, length, model.config.dim // heads)
+    low = torch.get_autocast_dtype(labels.device.type) if torch.is_autocast_enabled(labels.device.type) else model.output.weight.dtype
+    cache = torch.zeros(shape, dtype=low, device=labels.device)
+    codes = torch.empty(len(labels), length, dtype=torch.long, device=labels.device)
+    x = model.cls_embedding(rows)  # (R, 1, D)
+    for position in range(length):
+        for block, (keys, values) in zip(model.layers, cache):
+            layer = cast(Block, block)
+            q, keys[:, :, position : position + 1], values[:, :, position : position + 1] = layer.attention.qkv(
+                layer.attention_norm(x), model.rotary[position : position + 1]
+            )
+            y = F.scaled_dot_product_attention(q.to(low), keys, values, attn_mask=mask[position : position + 1])
+            x = x + layer.attention.wo(y.transpose(1, 2).flatten(2))
+            x = x + layer.feed_forward(layer.ffn_norm(x))
+        logits = model.output(model.norm(x)).float()[:, 0]  # (R, V)
+        if guidance != 1:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + guidance * (conditional - unconditional)
+        probabilities = _filtered(logits / temperature, top_k, top_p).softmax(-1)
+        codes[:, position] = torch.multinomial(probabilities, 1)[:, 0]
+        x = model.tok_embeddings(codes[:, position].repeat(len(rows) // len(labels)))[:, None]
+    return codes
+
+
+def _filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """All but the ``top_k`` likeliest, and those beyond probability ``top_p``, at -inf: (B, V) -> (B, V)."""
+    if top_k > 0:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        beyond = ordered.softmax(-1).cumsum(-1) > top_p
+        beyond[:, 1:], beyond[:, 0] = beyond[:, :-1].clone(), False  # the one that passes it stays
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits

@@ -1,0 +1,173 @@
+"""The sampling loop for a GPU: one step, recorded once as a CUDA graph, replayed for every code.
+
+A step of a large generator is some hundred small kernels, and Python would take longer to launch them
+than the GPU to run them. So every tensor that a step touches lies in a fixed place (weights, cache,
+codes, uniform numbers, the position itself), the step moves its own position on, and the CPU says "again".
+
+What lies between two matrix products (norms, rotary positions, gates, residuals) is compiled, once for
+all layers, and so is the choice of codes; attention is a kernel of ours (``kernels.py``), which reads the
+filled part of the cache alone. What bounds a step is then memory: weights once, and the cache so far.
+
+Without Triton or a C compiler, which Triton needs, sampling goes without all this (``missing``).
+Left out: graphs for prefixes that differ in length; a pool of loops (the last one is kept).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Unpack, cast
+
+import torch
+from torch import Tensor
+
+from vapi.models import sampler
+from vapi.models.gpt import Block, Transformer
+from vapi.models.sampler import Sampling
+
+if TYPE_CHECKING:
+    from torch.cuda import Stream
+
+WARM_UP = 3  # runs before recording: they compile, and let libraries take their workspaces
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a recorded loop cannot change: temperature, guidance and its schedule it can."""
+
+    rows: int
+    guided: bool
+    top_k: int
+    top_p: float
+    dtype: torch.dtype
+    weights: tuple[int, ...]  # addresses: a loop is of no use for weights that moved
+
+    @classmethod
+    def of(cls, model: Transformer, rows: int, guidance: float, top_k: int, top_p: float) -> Shape:
+        places = tuple(weight.data_ptr() for weight in model.parameters())
+        return cls(rows, guidance != 1.0, top_k, top_p, sampler.number_type(model), places)
+
+
+def missing() -> str:
+    """What a GPU's machine lacks for this, in words; "" if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        return "Triton needs a C compiler, and there is none (gcc or clang, or name one in CC)"
+    return ""
+
+
+@functools.cache
+def _compiled() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor], Callable[..., Tensor]]:
+    """What comes before and after attention in a block, and the choice of codes; one compilation serves all layers."""
+    fuse = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    return fuse(Block.before), fuse(Block.after), fuse(sampler.choose)
+
+
+class Loop:
+    """Sampling in one shape. On a CPU, where nothing is recorded, the same steps run one by one: for tests."""
+
+    def __init__(self, model: Transformer, shape: Shape) -> None:
+        from vapi.models import kernels  # needs Triton
+
+        self.attend = kernels.attend
+        self.model, self.shape = model, shape
+        device, count = model.output.weight.device, model.config.codes
+        rows = shape.rows * (2 if shape.guided else 1)
+        with torch.inference_mode(False), torch.no_grad():
+            self.twin = sampler.lowered(model, shape.dtype)
+            self.cache = self.twin.new_cache(rows)
+            self.front_embeddings = self.cache.new_zeros(rows, model.config.prefix, model.config.dim)
+            self.codes = torch.zeros(shape.rows, count, dtype=torch.long, device=device)
+            self.numbers = torch.zeros(shape.rows, count, dtype=torch.float64, device=device)
+            self.scales = torch.ones(count, device=device)
+            self.temperature = torch.ones((), device=device)
+            self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the code that comes next
+            self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            self.front, self.step = (self._recorded(part, self.stream) for part in (self._front, self._step))
+
+    def _recorded(self, part: Callable[[], None], stream: Stream | None) -> Callable[[], None]:
+        if stream is None:
+            return part
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream), torch.autocast("cuda", enabled=False):
+            for _ in range(WARM_UP):
+                self.position.fill_(1)
+                part()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on with their work
+                part()
+        return graph.replay
+
+    def _front(self) -> None:
+        """The first code, from the condition."""
+        self._choose(self.twin.prefill(self.front_embeddings, self.cache), 0 * self.position)
+
+    def _step(self) -> None:
+        """The code at ``position``, from those before it; then one further."""
+        before, after, _ = _compiled()
+        last = self.codes.index_select(1, self.position - 1)  # (B, 1)
+        x = self.twin.tok_embeddings(torch.cat([last, last]) if self.shape.guided else last)
+        at = self.position + (self.twin.config.prefix - 1)
+        table = self.twin.rotary.index_select(0, at)
+        for layer, cache in zip(self.twin.layers, self.cache, strict=True):
+            block = cast(Block, layer)
+            q, k, v = before(block, x, table)
+            x = after(block, x, self.attend(q, k, v, cache, at))
+        self._choose(self.twin.predict(x[:, 0]), self.position)
+        self.position.add_(1)
+
+    def _choose(self, logits: Tensor, position: Tensor) -> None:
+        _, _, choose = _compiled()
+        if self.shape.guided:
+            logits = sampler.guide(logits, self.scales.index_select(0, position))
+        number = self.numbers.index_select(1, position).squeeze(1)
+        self.codes.index_copy_(1, position, choose(logits, number, self.temperature, self.shape.top_k, self.shape.top_p).unsqueeze(1))
+
+    def run(self, condition: Tensor, seeds: Sequence[int], temperature: float, scales: Tensor) -> Tensor:
+        """Codes (B, T) of exactly as many images as the loop has rows."""
+        assert len(condition) == len(seeds) == self.shape.rows, (len(condition), len(seeds), self.shape.rows)
+        device = self.codes.device
+        caller = torch.cuda.current_stream(device) if self.stream else None
+        if self.stream and caller:
+            self.stream.wait_stream(caller)
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self.stream), torch.autocast(device.type, enabled=False):
+            if self.twin is not self.model:  # a few milliseconds, and the copy is never behind
+                pairs = [*zip(self.twin.parameters(), self.model.parameters(), strict=True)]
+                torch._foreach_copy_([ours for ours, _ in pairs], [theirs.detach() for _, theirs in pairs])
+            self.front_embeddings.copy_(sampler.embeddings(self.twin, condition, self.shape.guided))
+            self.numbers.copy_(sampler.uniforms(seeds, self.codes.shape[1]))
+            self.temperature.fill_(temperature)
+            self.scales.copy_(scales)
+            self.front()
+            self.position.fill_(1)
+            for _ in range(1, self.codes.shape[1]):
+                self.step()
+            codes = self.codes.clone()
+        if self.stream and caller:
+            caller.wait_stream(self.stream)
+            codes.record_stream(caller)
+        return codes
+
+
+class Loops:
+    """The loop that was used last: recording takes a minute, and holds a batch's memory."""
+
+    def __init__(self) -> None:
+        self.last: Loop | None = None
+
+    def generate(self, model: Transformer, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
+        """As ``sampler.generate``, with a recorded loop of this many rows."""
+        guidance = how.get("guidance", 1.0)
+        shape = Shape.of(model, len(seeds), guidance, how.get("top_k", 0), how.get("top_p", 1.0))
+        if self.last is None or self.last.shape != shape:
+            self.last = None  # its memory first
+            self.last = Loop(model, shape)
+        schedule = how.get("guidance_schedule", "constant")
+        scales = sampler.guidance_scales(guidance, schedule, how.get("guidance_power", 2.0), model.config.codes)
+        return self.last.run(condition, seeds, how.get("temperature", 1.0), scales)
