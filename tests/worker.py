@@ -23,9 +23,10 @@ def gradient(given: dict[str, Any], settings: Config) -> None:
     model, tune = settings.model, settings.tune
     world = launch.world()
     policy = models.load(model)
-    policy.generator.double()  # or it would be rounding that is compared
+    if model.precision == "float32":
+        policy.generator.double()  # or it would be rounding that is compared
     target = objective.Objective(policy, tune, Reward(tune.rewards), model.precision, world)
-    parallelize.parallelize(policy, tune, model.precision, world)
+    parallelize.parallelize(policy, tune, world)
     examples = stage.Examples(model, tune, Path(given["subset"]), Path(given["tokens"]))
     batch = examples.load(examples.order(1)[world.part(tune.images_per_step)], policy)
     values = objective.update(target, torch.optim.SGD(policy.generator.parameters(), 0.0), batch, 1)

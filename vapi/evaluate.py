@@ -123,7 +123,7 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
     """
     begin = time.perf_counter()
     tune, out = Path(tune), Path(out)
-    world = launch.world()
+    world = launch.world(model.device)
     with (
         reproducible(evaluate.deterministic),
         world.first_enters(data.output_folder(out, "evaluate")) as folder,

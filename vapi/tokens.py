@@ -52,7 +52,7 @@ def tokens(model: ModelConfig, tokens: TokensConfig, subset: Path, out: Path, ru
     Raises ValueError, with nothing written, if the subset cannot be read or the codes do not pass validation.
     """
     started = time.perf_counter()
-    world = launch.world()
+    world = launch.world(model.device)
     with world.first_enters(data.output_folder(out, "tokens")) as folder:
         picked = data.read_subset(subset)
         tokenizer, device = models.load_tokenizer(model), models.device_of(model)
