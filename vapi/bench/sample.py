@@ -15,13 +15,16 @@ import torch
 from vapi import models
 from vapi.bench import meter, naive, world
 from vapi.config import Measured
+from vapi.models import memory
 
 
 def sample(settings: Measured) -> dict[str, Any]:
     """Time a batch of ``evaluate.images_per_batch`` images with the recipe's sampling."""
     built = world.world(settings)
     policy, device, precision, wanted = built.policy, built.device, settings.model.precision, settings.evaluate
-    images = wanted.images_per_batch
+    guided = wanted.guidance != 1
+    with models.autocast(precision, device):
+        images = wanted.images_per_batch or memory.images_per_batch(policy.footprint(guided), device)
     condition = policy.condition(torch.arange(images) % policy.num_classes)
 
     def ours() -> None:
@@ -29,10 +32,13 @@ def sample(settings: Measured) -> dict[str, Any]:
             policy.generate(
                 condition,
                 list(range(images)),
+                images_per_batch=images,  # one shape, as in an evaluation: on a GPU recorded in the first run
                 temperature=wanted.temperature,
                 top_k=wanted.top_k,
                 top_p=wanted.top_p,
                 guidance=wanted.guidance,
+                guidance_schedule=wanted.guidance_schedule,
+                guidance_power=wanted.guidance_power,
             )
 
     def theirs() -> None:
@@ -40,9 +46,9 @@ def sample(settings: Measured) -> dict[str, Any]:
             naive.generate(policy.generator, condition, wanted.temperature, wanted.top_k, wanted.top_p, wanted.guidance)  # type: ignore[arg-type]
 
     ours()
-    memory = meter.peak_memory(device, ours)
+    peak_memory = meter.peak_memory(device, ours)
     took = meter.take_turns(device, {"ours": ours, "naive": theirs}, settings.bench.rounds)
-    rows = images if wanted.guidance == 1 else 2 * images
+    rows = 2 * images if guided else images
     peak = meter.peak(device, precision)
     return {
         "weights": built.weights,
@@ -58,7 +64,7 @@ def sample(settings: Measured) -> dict[str, Any]:
         "bandwidth_utilisation": bytes_read(policy.generator, policy.num_codes, rows, precision) / took["ours"] / peak.bandwidth,
         "peak_bandwidth": peak.bandwidth,
         "peak_source": peak.source,
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": peak_memory,
     }
 
 
