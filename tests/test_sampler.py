@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,6 +155,28 @@ def test_a_stream_begins_before_it_knows_its_end(tiny_policy: models.Policy) -> 
             yield tiny_policy.condition([1]), [1]
 
     assert next(sampler.stream(tiny_policy, endless(), 1, contextlib.nullcontext())).shape == (1, 3, 16, 16)
+
+
+def test_one_further_than_its_reader() -> None:
+    """While an item is looked at, the next is at work, and no more than that; what fails, fails in its turn."""
+    begun: list[int] = []
+    second = threading.Event()
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            second.set()
+        if item == 3:
+            raise ValueError("three")
+        return 10 * item
+
+    results = sampler.ahead(work, range(5))
+    assert next(results) == 0 and second.wait(60) and begun == [0, 1]
+    assert next(results) == 10 and 3 not in begun
+    assert next(results) == 20
+    with pytest.raises(ValueError, match="three"):
+        next(results)
+    assert list(sampler.ahead(work, [])) == [] and list(sampler.ahead(work, [7])) == [70]
 
 
 def test_decoding_in_parts_gives_the_same_images(tiny_policy: models.Policy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -150,7 +151,10 @@ class LlamaGen:
             return torch.cat([self._batch(part, its, **how)[:count] for part, its, count in batches])
 
     def _batch(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
-        if self.device.type != "cuda" or graphs.missing():
+        if self.device.type != "cuda":
+            return sampler.generate(self.generator, condition, seeds, **how)
+        if lacking := graphs.missing():
+            warnings.warn(f"sampling goes step by step, several times slower: {lacking}", stacklevel=2)
             return sampler.generate(self.generator, condition, seeds, **how)
         return self._loops.generate(self.generator, condition, seeds, **how)
 

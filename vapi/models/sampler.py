@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ from vapi.models.gpt import Transformer
 
 if TYPE_CHECKING:
     from vapi.models import Policy
+
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Sampling(TypedDict, total=False):
@@ -202,14 +206,18 @@ def stream(
         with arithmetic:
             return policy.generate(*batch, images_per_batch=images_per_batch, **how)
 
-    if policy.device.type == "cpu":
-        yield from (decode(policy, sample(batch)) for batch in batches)
-        return
+    one_after_another = policy.device.type == "cpu"
+    drawn = map(sample, batches) if one_after_another else ahead(sample, batches)
+    yield from (decode(policy, codes) for codes in drawn)
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """``map`` with a thread that is one item further than its reader."""
     with ThreadPoolExecutor(1) as beside:
-        ahead: Future[Tensor] | None = None
-        for batch in batches:
-            done, ahead = ahead, beside.submit(sample, batch)
+        waiting: Future[R] | None = None
+        for item in items:
+            done, waiting = waiting, beside.submit(function, item)
             if done is not None:
-                yield decode(policy, done.result())
-        if ahead is not None:
-            yield decode(policy, ahead.result())
+                yield done.result()
+        if waiting is not None:
+            yield waiting.result()
