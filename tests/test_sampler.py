@@ -6,6 +6,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -360,6 +363,28 @@ def test_the_kernel_attends_to_the_filled_part(interpreted: None, width: int) ->
     found = kernels.attend(q, k, v, cache, torch.tensor([position]))
     torch.testing.assert_close(found, gpt.attend(q, k, v, plain, position), rtol=1e-5, atol=1e-6)
     assert torch.equal(cache, plain)
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from vapi.models.kernels import _attend
+
+pointers = {"q", "k", "v", "cache", "out"}
+for number in ("bf16", "fp32"):
+    for width, lanes in ((64, 64), (100, 128)):
+        sizes = {"WIDTH": width, "LANES": lanes, "BLOCK": 64}
+        kinds = {name: "*" + number if name in pointers else "constexpr" if name in sizes else "i32" for name in _attend.arg_names}
+        source = ASTSource(fn=_attend, signature={**kinds, "at": "*i64", "scale": "fp32"}, constexprs=sizes)
+        assert "cubin" in compile(source, target=GPUTarget("cuda", 90, 32)).asm
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)
 
 
 @needs_triton
