@@ -432,3 +432,14 @@ def test_recorded_equals_step_by_step(tiny_policy: models.Policy, how: Sampling,
         again = policy.generate(condition, seeds, images_per_batch=8, **how)
     assert torch.equal(recorded, again)
     assert (recorded == plain).float().mean() > (0.95 if dtype == torch.float32 else 0.4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_decoding_beside_sampling_gives_the_same_images(tiny_policy: models.Policy) -> None:
+    tiny_policy.generator.cuda()
+    tiny_policy.tokenizer.cuda()
+    batches = [(tiny_policy.condition([n] * 8), list(range(8 * n, 8 * n + 8))) for n in range(5)]
+    alone = [tiny_policy.decode(tiny_policy.generate(*batch, images_per_batch=8)) for batch in batches]
+    beside = list(sampler.stream(tiny_policy, batches, 8, contextlib.nullcontext()))
+    assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))

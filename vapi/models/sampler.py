@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+Batch = tuple[Tensor, Sequence[int]]  # condition and seeds
 
 
 class Sampling(TypedDict, total=False):
@@ -191,7 +192,7 @@ def decode(policy: Policy, codes: Tensor) -> Tensor:
 
 def stream(
     policy: Policy,
-    batches: Iterable[tuple[Tensor, Sequence[int]]],
+    batches: Iterable[Batch],
     images_per_batch: int,
     arithmetic: contextlib.AbstractContextManager[object],
     **how: Unpack[Sampling],
@@ -202,13 +203,32 @@ def stream(
     memory, decoding for arithmetic. On a CPU both wait for the same cores, and take turns.
     """
 
-    def sample(batch: tuple[Tensor, Sequence[int]]) -> Tensor:
+    def sample(batch: Batch) -> Tensor:
         with arithmetic:
             return policy.generate(*batch, images_per_batch=images_per_batch, **how)
 
-    one_after_another = policy.device.type == "cpu"
-    drawn = map(sample, batches) if one_after_another else ahead(sample, batches)
+    drawn = map(sample, batches) if policy.device.type == "cpu" else _beside(sample, batches, policy.device)
     yield from (decode(policy, codes) for codes in drawn)
+
+
+def _beside(sample: Callable[[Batch], Tensor], batches: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
+    """Codes of each batch, drawn by a thread on a stream of its own, one batch ahead.
+
+    Either stream waits for what it needs of the other and for no more: sampling for its condition, the reader for these codes.
+    """
+    reader, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+
+    def draw(given: tuple[Batch, torch.cuda.Event]) -> tuple[Tensor, torch.cuda.Event]:
+        (condition, seeds), made = given
+        with torch.cuda.stream(side):
+            side.wait_event(made)
+            condition.record_stream(side)
+            return sample((condition, seeds)), side.record_event()
+
+    for codes, ready in ahead(draw, ((batch, reader.record_event()) for batch in batches)):
+        reader.wait_event(ready)
+        codes.record_stream(reader)
+        yield codes
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
