@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from vapi.evaluate import Sampler, sample_seed
 from vapi.metrics import features as judges
 from vapi.metrics import stream
 from vapi.models import features as networks
-from vapi.models import weights
+from vapi.models import memory, weights
 from vapi.run import Run
 
 
@@ -261,6 +262,18 @@ def test_labels_are_balanced_and_images_do_not_depend_on_their_batch(world: Worl
     assert labels.bincount().tolist() == [2] * 10
     alone, label = make(range(13, 14))
     assert torch.equal(alone[0], images[13]) and label.item() == 3
+
+
+def test_settings_of_the_sampler_reach_the_samples(world: World) -> None:
+    bench = evaluate.Bench.of(world.model, dataclasses.replace(world.config, images_per_batch=0), models.load(world.model))
+    assert bench.judge.images_per_batch == memory.MOST_IMAGES  # 0: what fits, and these are tiny
+    contestant = evaluate.Contestant(bench, "base", Path(world.model.generator))
+    settings = [Sampler(), Sampler(guidance=3.0), Sampler(guidance=3.0, guidance_schedule="power-cosine")]
+    settings += [dataclasses.replace(settings[-1], guidance_power=8.0), Sampler(top_k=3), Sampler(top_p=0.3), Sampler(temperature=0.3)]
+    drawn = [contestant.draw(how, 0)(range(6))[0] for how in settings]
+    assert not [pair for pair in itertools.combinations(drawn, 2) if torch.equal(*pair)]
+    config = dataclasses.replace(world.config, guidance=3.0, guidance_schedule="power-cosine", guidance_power=8.0)
+    assert evaluate.plain_sampler(config) == settings[3]
 
 
 def test_sample_seeds_never_meet() -> None:
