@@ -85,7 +85,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"mode {image.mode} (32 bits per pixel) has no fixed range; store 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours as the direct way, without Pillow's warning
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -99,7 +99,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     top, left = (image.height - size) // 2, (image.width - size) // 2
-    return np.array(image)[top : top + size, left : left + size]
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 # --- uint8 <-> [-1, 1] -------------------------------------------------------------------------
