@@ -20,8 +20,8 @@ from test_evaluate import World as Evaluation
 from test_evaluate import world as evaluation  # noqa: F401
 from test_tune import config, lines, write_inputs
 
-from vapi import launch
-from vapi.config import Config, ModelConfig, TuneConfig, plain
+from vapi import data, launch
+from vapi.config import Config, ModelConfig, TokensConfig, TuneConfig, plain
 from vapi.launch import World
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -116,6 +116,19 @@ def test_a_sharded_run_is_that_of_one_process(inputs: dict[str, Any], tmp_path: 
     assert done.returncode == 0, done.stderr
     require_alike(tmp_path / "one", tmp_path / "many")
     assert (tmp_path / "many" / "sheets" / "step-000002.png").is_file()
+
+
+def test_tokens_are_those_of_one_process(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Bit by bit, though five batches do not divide by three; and the cache they leave serves any number."""
+    settings = dataclasses.replace(Config(), model=inputs["model"], tokens=TokensConfig(images_per_batch=5, workers=1))
+    for processes in (1, 3):
+        out = tmp_path / f"out{processes}"
+        done = run(processes, words("tokens", settings, {"subset": inputs["subset"], "out": out}), tmp_path / f"project{processes}")
+        assert done.returncode == 0, done.stderr
+    assert data.file_digest(tmp_path / "out1") == data.file_digest(tmp_path / "out3")
+    assert data.read_json(tmp_path / "out3" / "provenance.json")["encoded"] == 24
+    again = run(1, words("tokens", settings, {"subset": inputs["subset"], "out": tmp_path / "out3"}), tmp_path / "project3")
+    assert again.returncode == 0 and data.read_json(tmp_path / "out3" / "provenance.json")["encoded"] == 0
 
 
 def require_alike(one: Path, many: Path) -> None:

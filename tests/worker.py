@@ -1,4 +1,4 @@
-"""What the tests of ``launch`` run in several processes: ``python worker.py gradient|tune|evaluate FILE.json``."""
+"""What the tests of ``launch`` run in several processes: ``python worker.py gradient|tokens|tune|evaluate FILE.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from vapi import evaluate, launch, models, objective, parallelize
+from vapi import evaluate, launch, models, objective, parallelize, tokens
 from vapi import tune as stage
 from vapi.config import Config, build
 from vapi.rewards import Reward
@@ -39,6 +39,11 @@ def gradient(given: dict[str, Any], settings: Config) -> None:
     launch.leave()
 
 
+def tokenize(given: dict[str, Any], settings: Config) -> None:
+    tokens.tokens(settings.model, settings.tokens, Path(given["subset"]), Path(given["out"]))
+    launch.leave()
+
+
 def tune(given: dict[str, Any], settings: Config) -> None:
     if "memory" in given:  # bytes beyond what is taken by now
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -56,4 +61,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     launch.end_with_starter()
     given = json.loads(Path(sys.argv[2]).read_text())
-    {"gradient": gradient, "tune": tune, "evaluate": judge}[sys.argv[1]](given, build(Config, given["config"]))
+    {"gradient": gradient, "tokens": tokenize, "tune": tune, "evaluate": judge}[sys.argv[1]](given, build(Config, given["config"]))
