@@ -56,6 +56,16 @@ def test_frechet_with_fewer_images_than_dimensions() -> None:
     assert a.moments.factor.shape == (40, 20)
 
 
+def test_frechet_of_few_images_and_many() -> None:
+    few, many = cloud(20, 0, dim=40), cloud(2000, 1, dim=40, shift=0.2)
+    ours = frechet(few.moments, many.moments)
+    assert ours == pytest.approx(by_sqrtm(few.pooled, many.pooled), rel=1e-5)
+    by_singular_values = np.linalg.svd(few.moments.factor.T @ many.moments.factor, compute_uv=False).sum()
+    difference = few.moments.mean - many.moments.mean
+    exact = difference @ difference + few.moments.trace + many.moments.trace - 2 * by_singular_values
+    assert ours == pytest.approx(exact, rel=1e-8) and ours == pytest.approx(frechet(many.moments, few.moments), rel=1e-12)
+
+
 def test_frechet_of_known_gaussians() -> None:
     # independent axes: sum of (difference of means)^2 + (difference of standard deviations)^2
     a = Moments(np.zeros(3), np.diag([1.0, 2.0, 0.0]))
