@@ -51,20 +51,30 @@ class Lpips:
     def __init__(self, layers: Callable[[Tensor], list[Tensor]], weights: list[Tensor] | None = None) -> None:
         self.layers, self.weights = layers, weights
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        return [m.float() / (m.float().norm(dim=1, keepdim=True) + 1e-10) for m in self.layers(images)]
+    @property
+    def network(self) -> nn.Module | None:
+        """The module behind ``layers``, if there is one."""
+        owner = getattr(self.layers, "__self__", self.layers)
+        return owner if isinstance(owner, nn.Module) else None
 
     def grouped(self, images: Tensor, targets: Tensor) -> Tensor:
         """Images (B, G, 3, H, W) against their targets (B, 3, H, W) -> (B, G)."""
         total = images.new_zeros(images.shape[:2])
-        pairs = zip(self._features(images.flatten(0, 1)), self._features(targets))
+        pairs = zip(self.layers(images.flatten(0, 1)), self.layers(targets))
         for layer, (ours, theirs) in enumerate(pairs):
-            difference = (ours.unflatten(0, images.shape[:2]) - theirs[:, None]).square_().mean((3, 4))  # (B, G, C)
+            near = _normalised(ours).unflatten(0, images.shape[:2]) - _normalised(theirs)[:, None]
+            difference = near.square_().mean((3, 4))  # (B, G, C)
             total -= difference.mean(-1) if self.weights is None else (difference * self.weights[layer]).sum(-1)
         return total
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         return self.grouped(images[:, None], targets)[:, 0]
+
+
+def _normalised(maps: Tensor) -> Tensor:
+    """Unit length over channels, in float32 at least."""
+    maps = maps.float()
+    return maps / (maps.norm(dim=1, keepdim=True) + 1e-10)
 
 
 class Vgg(nn.Module):
@@ -155,6 +165,18 @@ class Reward:
             raise ValueError(f"every reward has weight 0 in {dict(weights)}; there is nothing to optimise")
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.functions = {name: known[name] or load_lpips(perceptual, perceptual_weights, device) for name in self.weights}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The frozen networks behind it."""
+        found = [function.network for function in self.functions.values() if isinstance(function, Lpips)]
+        return [network for network in found if network is not None]
+
+    def compile(self) -> None:
+        """Compile what has a network, with the distances around it: they cost as much memory traffic as the network."""
+        for function in self.functions.values():
+            if isinstance(function, Lpips):
+                function.grouped = torch.compile(function.grouped, dynamic=False)  # type: ignore[method-assign]
 
     @torch.no_grad()
     def score(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -188,7 +188,7 @@ class Tuning:
         self.policy = models.load(model)
         examples.fit(self.policy)
         self.policy.generator.eval()
-        self.policy.tokenizer.to(memory_format=torch.channels_last)  # a fifth faster to decode, the same numbers
+        parallelize.speed_up(self.policy, reward, tune)
         self.objective = Objective(self.policy, tune, reward, model.precision, world)
         parallelize.parallelize(self.policy, tune, model.precision, world)
         self.optimizer = optimizer_of(self.policy.generator, tune)

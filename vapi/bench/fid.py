@@ -69,7 +69,7 @@ def _extraction(settings: Measured) -> dict[str, Any]:
     device, wanted = models.device_of(settings.model), settings.evaluate
     inception = wanted.extractor == "inception" or bool(settings.bench.size)
     network = _RandomInception().to(device) if inception else networks.random_twin().to(device)
-    side, images = wanted.resize or settings.model.image_size, min(wanted.images_per_batch, 64)
+    side, images = wanted.resize or settings.model.image_size, min(wanted.images_per_batch or 64, 64)
     pixels = torch.randint(256, (images, 3, side, side), dtype=torch.uint8, device=device)
 
     @torch.inference_mode()

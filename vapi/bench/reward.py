@@ -16,7 +16,6 @@ from vapi import models, parallelize
 from vapi.bench import meter, naive, world
 from vapi.bench.meter import Work
 from vapi.config import Measured
-from vapi.launch import ALONE
 from vapi.objective import Objective
 
 
@@ -44,7 +43,7 @@ def reward(settings: Measured) -> dict[str, Any]:
             objective = Objective(networks[0], tune, networks[1], name)
             ways[f"{name} channels_last" if last else name] = lambda objective=objective: objective.score(codes, batch.images)  # type: ignore[misc]
     whole = Objective(policy, tune, functions, precision)
-    parallelize.parallelize(policy, tune, precision, ALONE)
+    parallelize.speed_up(policy, functions, tune)
     ways["ours"] = lambda: whole.score(codes, batch.images)
     ways["ours"]()
     memory = meter.peak_memory(device, ways["ours"])

@@ -1,7 +1,8 @@
 """Free-running sampling: ``Policy.generate`` against a loop as LlamaGen's (``naive.generate``).
 
 Sampling reads every weight and every key and value so far for each code, so on a GPU it is memory that bounds it:
-``bandwidth_utilisation`` is the bytes that must be read over what the card could read in that time.
+``bandwidth_utilisation`` is the bytes that must be read over what the card could read in that time. Codes are timed;
+``vapi evaluate`` decodes them beside the sampling of the next batch.
 
 Shapes: B images, T codes.
 """
@@ -15,34 +16,37 @@ import torch
 from vapi import models
 from vapi.bench import meter, naive, world
 from vapi.config import Measured
+from vapi.models import memory
+from vapi.models.sampler import Sampling
 
 
 def sample(settings: Measured) -> dict[str, Any]:
     """Time a batch of ``evaluate.images_per_batch`` images with the recipe's sampling."""
     built = world.world(settings)
     policy, device, precision, wanted = built.policy, built.device, settings.model.precision, settings.evaluate
-    images = wanted.images_per_batch
+    guided = wanted.guidance != 1.0
+    with models.autocast(precision, device):
+        images = wanted.images_per_batch or memory.images_per_batch(policy.footprint(guided), device)
     condition = policy.condition(torch.arange(images) % policy.num_classes)
+    how: Sampling = {
+        "temperature": wanted.temperature,
+        "top_k": wanted.top_k,
+        "top_p": wanted.top_p,
+        "guidance": wanted.guidance,
+    }
 
     def ours() -> None:
         with models.autocast(precision, device):
-            policy.generate(
-                condition,
-                list(range(images)),
-                temperature=wanted.temperature,
-                top_k=wanted.top_k,
-                top_p=wanted.top_p,
-                guidance=wanted.guidance,
-            )
+            policy.generate(condition, range(images), images, **how)
 
     def theirs() -> None:
         with models.autocast(precision, device):
-            naive.generate(policy.generator, condition, wanted.temperature, wanted.top_k, wanted.top_p, wanted.guidance)  # type: ignore[arg-type]
+            naive.generate(policy.generator, condition, **how)  # type: ignore[arg-type, misc]
 
-    ours()
-    memory = meter.peak_memory(device, ours)
+    ours()  # on a GPU this records the loop, which takes a minute once
+    taken = meter.peak_memory(device, ours)
     took = meter.take_turns(device, {"ours": ours, "naive": theirs}, settings.bench.rounds)
-    rows = images if wanted.guidance == 1 else 2 * images
+    rows = 2 * images if guided else images
     peak = meter.peak(device, precision)
     return {
         "weights": built.weights,
@@ -58,7 +62,7 @@ def sample(settings: Measured) -> dict[str, Any]:
         "bandwidth_utilisation": bytes_read(policy.generator, policy.num_codes, rows, precision) / took["ours"] / peak.bandwidth,
         "peak_bandwidth": peak.bandwidth,
         "peak_source": peak.source,
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": taken,
     }
 
 

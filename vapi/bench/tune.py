@@ -43,6 +43,7 @@ def tune(settings: Measured) -> dict[str, Any]:
     released, functions = world.as_released(policy, reward)  # before anything is compiled
     released.generator.to("cpu")  # so that it does not count as ours
     objective = Objective(policy, tune, reward, precision)
+    parallelize.speed_up(policy, reward, tune)
     parallelize.parallelize(policy, tune, precision, ALONE)
     optimizer = optimizer_of(policy.generator, tune)
 

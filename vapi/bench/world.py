@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vapi import models
 from vapi.bench import meter, naive, say
@@ -125,7 +125,7 @@ def batch(policy: Policy, images: int) -> Batch:
 def laid_out(policy: Policy, reward: Reward, layout: torch.memory_format) -> tuple[Policy, Reward]:
     """Copies that share the generator, with the frozen networks in a memory layout."""
     policy, reward = copy.deepcopy((policy, reward), {id(policy.generator): policy.generator})
-    for network in (policy.tokenizer, *networks(reward)):
+    for network in (policy.tokenizer, *reward.networks):
         network.to(memory_format=layout)
     return policy, reward
 
@@ -136,14 +136,8 @@ def as_released(policy: Policy, reward: Reward) -> tuple[Policy, dict[naive.Rewa
     return policy, {function: reward.weights[name] for name, function in reward.functions.items()}
 
 
-def networks(reward: Reward) -> list[nn.Module]:
-    """The frozen networks behind a reward."""
-    layers = [function.layers for function in reward.functions.values() if isinstance(function, Lpips)]
-    return [found for layer in layers for found in (layer, getattr(layer, "__self__", None)) if isinstance(found, nn.Module)]
-
-
 def _tensors(policy: Policy, reward: Reward) -> Iterator[Tensor]:
-    for network in (policy.generator, policy.tokenizer, *networks(reward)):
+    for network in (policy.generator, policy.tokenizer, *reward.networks):
         yield from network.parameters()
         yield from network.buffers()
     for function in reward.functions.values():
