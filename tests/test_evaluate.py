@@ -303,6 +303,27 @@ def test_a_protocol_is_a_promise() -> None:
     assert EvaluateConfig(protocol="adm-256-50k-balanced", **adm | {"labels": "balanced"})
 
 
+def test_validation_may_be_a_folder_of_photographs(world: World) -> None:
+    """As ImageNet comes: class folders, all sizes; cropped like training images, a fair draw of a large folder."""
+    pixels, labels = data.read_images(Path(world.config.validation))
+    for number, (image, label) in enumerate(zip(pixels, labels)):
+        folder = world.root / "photos" / f"n{label:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        tall = Image.fromarray(np.pad(image, ((3, 4), (0, 0), (0, 0)))) if number % 2 else Image.fromarray(image)
+        tall.save(folder / f"{number}.png")
+    bench = evaluate.Bench.of(
+        world.model, dataclasses.replace(world.config, validation=str(world.root / "photos")), models.load(world.model)
+    )
+    assert bench.images.shape == (30, 3, 16, 16) and bench.labels.bincount().tolist() == [3] * 10
+    as_rows = {image.numpy().tobytes() for image in bench.images.permute(0, 2, 3, 1)}
+    assert {image.tobytes() for image in pixels[::2]} <= as_rows  # what has the right size is taken as it is
+    few, classes = evaluate._cropped(str(world.root / "photos"), 16, 10, 12)
+    assert len(few) == 12 and len(set(classes.tolist())) > 4
+    (world.root / "photos" / "n03" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="photos: n03/3.png not an image"):
+        evaluate._cropped(str(world.root / "photos"), 16, 10, 0)
+
+
 # --- samples, and features kept ----------------------------------------------------------------
 
 
