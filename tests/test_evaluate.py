@@ -19,7 +19,6 @@ import torch
 from conftest import TINY_GPT, write_tiny
 from PIL import Image
 from safetensors.torch import load_file
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from vapi import data, evaluate, models
 from vapi.config import EvaluateConfig, ModelConfig, TuneConfig
@@ -236,31 +235,21 @@ def test_deterministic_kernels_are_asked_for_and_given_back(world: World) -> Non
 
 
 @pytest.fixture
-def adm(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+def adm(world: World, inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """A published reference and Inception's weights in their layouts, small and with random numbers; tuned is base."""
-    inception = tmp_path / "inception.pth"
-    torch.save({}, inception)
-    torch.manual_seed(0)
-    torch.save(Blank(judges.INCEPTION, ["2048"], feature_extractor_weights_path=str(inception)).state_dict(), inception)
-    monkeypatch.setattr(judges, "INCEPTION_SHA256", judges.sha256(inception)[:8])
+    monkeypatch.setattr(judges, "INCEPTION_SHA256", judges.sha256(inception_file)[:8])
     rng = np.random.default_rng(0)
-    arrays = {"arr_0": rng.integers(256, size=(6, 16, 16, 3), dtype=np.uint8)}
+    arrays = {"arr_0": rng.integers(256, size=(5, 16, 16, 3), dtype=np.uint8)}
     for mean, covariance, dim in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
         arrays |= {mean: rng.random(dim), covariance: np.diag(rng.random(dim))}
     np.savez(tmp_path / "reference.npz", **arrays)
     (world.tune / "model.safetensors").write_bytes(Path(world.model.generator).read_bytes())
     world.config = dataclasses.replace(
-        world.config, extractor="inception", extractor_weights=str(inception), reference=str(tmp_path / "reference.npz"), labels="random",
-        samples=6, sweep_samples=5, temperatures=[1.0], validation=write_images(tmp_path / "few.parquet", 6, 2),
+        world.config, extractor="inception", extractor_weights=str(inception_file),
+        reference=str(tmp_path / "reference.npz"), labels="random",
+        samples=5, sweep_samples=5, temperatures=[1.0], validation=write_images(tmp_path / "few.parquet", 5, 2),
     )  # fmt: skip
     return world
-
-
-class Blank(FeatureExtractorInceptionV3):
-    """Inception with random weights, whatever file it is given."""
-
-    def load_state_dict(self, *_: object) -> None:
-        """Keeps what it was born with."""
 
 
 def test_a_published_reference_from_end_to_end(adm: World) -> None:
@@ -269,11 +258,11 @@ def test_a_published_reference_from_end_to_end(adm: World) -> None:
         assert {"sfid", "inception_score_adm", "precision_adm", "recall_adm", "fid_random", "kid"} <= set(results[name])
         assert "class_accuracy" not in results[name]  # Inception's classes are not the model's ten
     protocol = results["protocol"]
-    assert protocol["reference"]["images"] == 6 and protocol["reference"]["moments"].startswith("published")
+    assert protocol["reference"]["images"] == 5 and protocol["reference"]["moments"].startswith("published")
     assert protocol["reference"]["sha256"] == data.file_digest(Path(adm.config.reference))
     assert protocol["extractor"]["sha256"] == data.file_digest(Path(adm.config.extractor_weights))
-    drawn = next(path for path in data.state_dir("evaluate").rglob("*.safetensors") if len(load_file(path)["labels"]) == 6)
-    assert load_file(drawn)["spatial"].shape == (6, 2023)
+    drawn = next(path for path in data.state_dir("evaluate").rglob("*.safetensors"))
+    assert load_file(drawn)["spatial"].shape == (5, 2023)
     # the mean of the published moments is what FID is far from
     assert results["base"]["fid"] > 0.3 * 2048 / 12
     page = (adm.root / "out" / "report.html").read_text()
@@ -292,6 +281,22 @@ def test_bad_published_references(adm: World) -> None:
     refused(adm, "evaluate.validation is .*gone.parquet, which is not here", validation=str(adm.root / "gone.parquet"))
     refused(adm, "half-downloaded or another network", extractor_weights=str(adm.tune / "model.safetensors"))
     refused(adm, "give a folder with config.json and model.safetensors", dinov2=str(adm.root))
+
+
+def test_dinov2_looks_too(world: World) -> None:
+    transformers = pytest.importorskip("transformers", reason="pip install 'vapi-align[dinov2]'")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
+    folder = world.root / "dinov2"
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    network = judges.DinoV2(folder)
+    image = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    white = (1 - torch.tensor(judges.DINOV2_MEAN)) / torch.tensor(judges.DINOV2_STD)
+    expected = network.network(pixel_values=white.view(1, 3, 1, 1).expand(1, 3, 224, 224)).pooler_output
+    torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
+    results = world.run(samples=6, sweep_samples=5, temperatures=[1.0], dinov2=str(folder))
+    assert results["base"]["fd_dinov2"] > 0
+    assert results["protocol"]["extractor"]["dinov2"] == data.file_digest(folder / "model.safetensors")
 
 
 def test_a_protocol_is_a_promise() -> None:

@@ -364,23 +364,6 @@ def test_inception_with_code_in_its_pickle_is_refused(tmp_path: Path, monkeypatc
         extractors.inception(tmp_path / "bad.pth", networks.random_twin(), torch.device("cpu"))
 
 
-class Blank(FeatureExtractorInceptionV3):
-    """Inception with random weights, whatever file it is given."""
-
-    def load_state_dict(self, *_: object) -> None:
-        """Keeps what it was born with."""
-
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inception's weights in the published layout, with random values."""
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save({}, path)
-    torch.manual_seed(0)
-    torch.save(Blank(extractors.INCEPTION, ["2048"], feature_extractor_weights_path=str(path)).state_dict(), path)
-    return path
-
-
 @pytest.fixture
 def judge(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> extractors.Extractor:
     monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256(inception_file)[:8])
