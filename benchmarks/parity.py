@@ -41,7 +41,6 @@ GREEDY: dict[str, dict[str, Any]] = {  # name -> how upstream is asked
     "greedy, guidance 1.75": {"cfg_scale": 1.75},
     "greedy, power-cosine to 4": {"cfg_scale": 4.0, "cfg_type": "power-cosine", "cfg_power": 2.75},
 }
-LIMIT = 1e-5
 
 
 def difference(ours: Tensor, theirs: Tensor) -> dict[str, float]:
