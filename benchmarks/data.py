@@ -68,8 +68,15 @@ def make_folders(root: Path, pictures: list[bytes], each: int, links: int) -> tu
     return distinct, names
 
 
-def make_tar(path: Path, count: int) -> Path:
+def make_tars(folder: Path, count: int, shards: int = 16) -> Path:
     """Samples of three members each, as timm's imagenet-1k-wds; of the image only a few bytes."""
+    folder.mkdir()
+    for shard in range(shards):
+        _make_tar(folder / f"imagenet1k-train-{shard:04d}.tar", count // shards)
+    return folder
+
+
+def _make_tar(path: Path, count: int) -> None:
     with tarfile.open(path, "w") as archive:
         for number in range(count):
             label = number % CLASSES
@@ -78,7 +85,6 @@ def make_tar(path: Path, count: int) -> Path:
                 member = tarfile.TarInfo(f"{wnid(label)}_{number}.{suffix}")
                 member.size = len(body)
                 archive.addfile(member, io.BytesIO(body))
-    return path
 
 
 def make_parquet(path: Path, pictures: list[bytes], count: int) -> Path:
@@ -125,8 +131,8 @@ def measure(root: Path, picked: int) -> dict[str, object]:
 
     listed = {
         "folder": list_everything(opened(names)),
-        "webdataset": list_everything(opened(make_tar(root / "train.tar", samples))),
-        "parquet": list_everything(opened(make_parquet(root / "train.parquet", pictures[:1], samples // 10))),
+        "webdataset": list_everything(opened(make_tars(root / "tars", samples))),
+        "parquet": list_everything(opened(make_parquet(root / "train.parquet", [b"picture"], samples))),
     }
     cropped = {threads: crop(pictures, threads, 600) for threads in (1, 2)}
     stage: Times = {}

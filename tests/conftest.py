@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from vapi.config import ModelConfig
 from vapi.models import gpt, vq, weights
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Python then; Triton looks when it is imported, which is later
 
 TINY_VQ = vq.VQConfig(vocab=32, code_dim=4, channels=8, multipliers=(1, 2, 2), blocks=1, z_channels=16, groups=4)
 TINY_GPT = gpt.GPTConfig(dim=32, layers=2, heads=2, hidden=64, vocab=32, codes=16, classes=10)

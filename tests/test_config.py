@@ -47,7 +47,7 @@ PAPER = {
     "tune.advantage_clip": 5.0, "tune.temperature": 1.0, "tune.rewards.mse": 1.0, "tune.rewards.lpips": 1.0,
     "tune.perceptual": "vgg", "tune.seed": 0,
     "evaluate.samples": 50_000, "evaluate.resize": 256, "evaluate.temperature": 1.0, "evaluate.top_k": 0, "evaluate.top_p": 1.0,
-    "evaluate.guidance": 1.0,
+    "evaluate.guidance": 1.0, "evaluate.protocol": "adm-256-50k", "evaluate.labels": "random",
 }  # fmt: skip
 
 
@@ -58,6 +58,7 @@ def test_the_papers_class_conditional_runs(size: str) -> None:
     values = config.flat(ours)
     assert {name: values[name] for name in PAPER} == PAPER
     assert ours.subset.images - ours.tune.holdout_images == ours.tune.steps * ours.tune.images_per_step == 12_800
+    assert ours.evaluate.guided == {"xl": 2.0, "xxl": 1.75}[size]
     assert recipes.changes(ours, official) == {"tune.policy_dropout": ("none", "official")}
 
 

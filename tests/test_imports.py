@@ -15,7 +15,7 @@ from imports import MODULES, ROOT, imported, libraries, ours, reached
 from vapi.config import STAGES
 
 STAGE_MODULES = {f"vapi.{stage}" for stage in STAGES}
-OPTIONAL = {"huggingface_hub", "triton"}  # for weights named by a hub id (what is missing is said when one is); comes with torch for CUDA
+OPTIONAL = {"huggingface_hub", "transformers", "triton"}  # weights named by a hub id, DINOv2 (what is missing is said); comes with torch
 ENTRY_POINTS = {"vapi.cli", "vapi.__main__"}
 
 

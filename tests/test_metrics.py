@@ -211,8 +211,9 @@ def test_inception_names_the_place_it_looked_in(tmp_path: Path) -> None:
     assert extractors.inception_path("").name == extractors.INCEPTION_FILE
 
 
-def test_inception_with_code_in_its_pickle_is_refused(tmp_path: Path) -> None:
+def test_inception_with_code_in_its_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"weights": Path("x")}, tmp_path / "bad.pth")
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256(tmp_path / "bad.pth"))
     with pytest.raises(ValueError, match="more than weights"):
         extractors.inception(tmp_path / "bad.pth", networks.random_twin(), torch.device("cpu"))
 
@@ -224,11 +225,45 @@ class Blank(FeatureExtractorInceptionV3):
         """Keeps what it was born with."""
 
 
-def test_inception_from_a_local_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "inception.pth"
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inception's weights in the published layout, with random values."""
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
     torch.save({}, path)
+    torch.manual_seed(0)
     torch.save(Blank(extractors.INCEPTION, ["2048"], feature_extractor_weights_path=str(path)).state_dict(), path)
-    judge = extractors.inception(path, extractors.calibrated(networks.random_twin(), noise(64, 8)), torch.device("cpu"))
-    assert judge.sha256 == extractors.sha256(path) and judge.sha256 in capsys.readouterr().err  # not the published one: said so
+    return path
+
+
+@pytest.fixture
+def judge(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> extractors.Extractor:
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256(inception_file)[:8])
+    return extractors.inception(inception_file, extractors.calibrated(networks.random_twin(), noise(64, 8)), torch.device("cpu"))
+
+
+def test_inception_from_a_local_file(judge: extractors.Extractor, inception_file: Path) -> None:
+    assert judge.sha256 == extractors.sha256(inception_file)
     seen = judge(noise(2, 0, size=32), torch.tensor([3, 4]))
     assert seen.pooled.shape == (2, 2048) and seen.logits.shape == (2, 1008) and seen.random.shape == (2, 64)
+
+
+def test_spatial_features_are_mixed_6_conv_channels_last(judge: extractors.Extractor) -> None:
+    """And asking for them changes nothing else."""
+    images = noise(2, 0, size=32)
+    seen = judge(images, torch.zeros(2))
+    network = FeatureExtractorInceptionV3.forward
+    judge.network.features_list = ["2048", "logits_unbiased"]
+    pooled, logits = network(judge.network, images)
+    assert torch.equal(seen.pooled, pooled) and torch.equal(seen.logits, logits)
+    caught = []
+    handle = judge.network.Mixed_6d.register_forward_hook(lambda *found: caught.append(found[-1]))
+    network(judge.network, images)
+    handle.remove()
+    maps = caught[0]  # (2, 768, 17, 17), of which the first branch comes first
+    assert seen.more["spatial"].shape == (2, 17 * 17 * 7)
+    assert seen.more["spatial"].view(2, 17, 17, 7)[1, 4, 9, 3] == maps[1, 3, 4, 9]
+
+
+def test_inception_with_another_hash_is_refused(inception_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"not the published Inception: its sha256 is .* and not 6726825d"):
+        extractors.inception(inception_file, networks.random_twin(), torch.device("cpu"))

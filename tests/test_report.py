@@ -174,7 +174,7 @@ def test_everything_is_escaped() -> None:
 
 def test_the_better_of_two_is_bold() -> None:
     text = page(results())
-    row = re.search(r'<tr class=""><th scope="row">tuned</th>(.*?)</tr>', text)
+    row = re.search(r'<tr class="after"><th scope="row">tuned</th>(.*?)</tr>', text)
     assert row and row[1].startswith('<td class="win"><span>9.00')
 
 

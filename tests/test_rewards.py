@@ -116,3 +116,11 @@ def test_missing_vgg_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=f"{tmp_path}/hub/checkpoints/vgg16-397923af.pth"):
         rewards.Reward({"lpips": 1.0}, perceptual="vgg")
+
+
+def test_the_weights_of_lpips_come_with_its_package_or_from_the_folder(tmp_path: Path) -> None:
+    (tmp_path / rewards.VGG_FILE).touch()
+    files = rewards.network_files("vgg", str(tmp_path))
+    assert files["vgg"] == tmp_path / rewards.VGG_FILE and files["lpips"].is_file() and tmp_path not in files["lpips"].parents
+    (tmp_path / rewards.LPIPS_FILE).touch()
+    assert rewards.network_files("vgg", str(tmp_path))["lpips"] == tmp_path / rewards.LPIPS_FILE

@@ -163,8 +163,10 @@ print((peak() - before) / sum(p.numel() * 4 for p in generator.parameters()))
 
 
 def test_loading_takes_the_file_and_one_copy(tmp_path: Path) -> None:
-    config = gpt.GPTConfig(dim=768, layers=12, heads=12, hidden=2048, vocab=64, codes=16, classes=10)
-    torch.save({"model": gpt.Transformer(config).state_dict()}, tmp_path / "g.pt")
+    config = gpt.GPTConfig(dim=768, layers=12, heads=12, hidden=1024, vocab=64, codes=16, classes=10)
+    with torch.device("meta"):
+        shapes = weights.shapes(gpt.Transformer(config).state_dict())
+    torch.save({"model": {name: torch.ones(shape) for name, shape in shapes.items()}}, tmp_path / "g.pt")
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "g.pt")], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 2.2  # the pages of the file count, though the system may take them back
 
@@ -316,6 +318,7 @@ def test_weights_that_are_there_twice(states: tuple[ModelConfig, State, State], 
     "arguments, words",
     [
         ({"image_size": 256, "downsample_size": 16}, "trained with image_size 256, but model.image_size is 16"),
+        ({"num_classes": 11}, "trained with num_classes 11, but its table, less the row for no class, holds 10"),
         ({"image_size": 16, "downsample_size": 8}, "trained with downsample_size 8, but pixels per code of this tokenizer are 4"),
     ],
 )

@@ -159,7 +159,7 @@ class TuneConfig:
     perceptual: str = "data/models/reward.safetensors"
     """Network behind the lpips reward: a .safetensors of ours, or vgg (LPIPS on torchvision's VGG-16)."""
     perceptual_weights: str = ""
-    """For perceptual vgg: folder with vgg16 and LPIPS weights; empty: torch's own cache and the lpips package."""
+    """For perceptual vgg: folder with vgg16-397923af.pth; empty: torch's own cache."""
     images_per_reward: int = 64
     """Decoded images that the tokenizer and the perceptual network take at a time."""
     policy_dropout: Literal["none", "official"] = "none"
@@ -211,10 +211,20 @@ class TuneConfig:
             _require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1 step")
 
 
+_ADM_256_50K = {"samples": 50_000, "extractor": "inception", "resize": 256, "top_k": 0, "top_p": 1.0}
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "adm-256-50k": _ADM_256_50K | {"labels": "random"},  # as in LlamaGen's and VA-pi's papers
+    "adm-256-50k-balanced": _ADM_256_50K | {"labels": "balanced"},
+}
+"""Names of protocols: what a configuration that bears one must say, the reference being a published .npz besides."""
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """How base and tuned are compared."""
 
+    protocol: Literal["own", "adm-256-50k", "adm-256-50k-balanced"] = "own"
+    """own: as the fields below say; another name is a promise to papers' readers, and fields that break it are refused."""
     samples: int = 2000
     """Images drawn per model and seed."""
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -231,6 +241,10 @@ class EvaluateConfig:
     """constant: the same guidance at every code; power-cosine: rising from none to all of it, as in the released sampler."""
     guidance_power: float = 2.0
     """For power-cosine: higher keeps guidance low for longer; 2.0 is the released sampler's."""
+    guided: float = 1.0
+    """Guidance of a second comparison beside the plain one, since papers print both; 1.0 leaves it out."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """balanced: image n shows class n mod the number of classes; random: a class that follows from its seed, as papers draw."""
     temperatures: list[float] = field(default_factory=lambda: [0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     """Temperatures swept for each model's best; chosen on the validation reference."""
     guidances: list[float] = field(default_factory=lambda: [1.0])
@@ -238,19 +252,23 @@ class EvaluateConfig:
     sweep_samples: int = 1000
     """Images per point of that sweep."""
     reference: str = "data/digits/reference.parquet"
-    """Real images that the reported numbers compare with."""
+    """Real images that the reported numbers compare with: Parquet, or a published .npz (mu, sigma, mu_s, sigma_s, arr_0)."""
     validation: str = "data/digits/validation.parquet"
     """Other real images: the sweep chooses on them, and the teacher-forced draws start from them."""
     extractor: str = "data/models/metric.safetensors"
     """Feature network of FID and its kin: a .safetensors of ours, or inception (torch-fidelity's)."""
     extractor_weights: str = ""
     """For extractor inception: the weights' file; empty: torch's own cache."""
+    dinov2: str = ""
+    """Folder of DINOv2's weights (config.json, model.safetensors), for a distance that no ImageNet label shaped; empty: none."""
     resize: int = 0
     """Side to which samples are scaled before they are judged (bicubic, as LlamaGen's 384 to 256); 0 leaves them."""
     images_per_batch: int = 250
     """Images sampled at a time; 0: as many as memory allows. Results depend on it by rounding only."""
     sheet_images: int = 40
     """Images on the sheet of the same seeds before and after."""
+    deterministic: bool = False
+    """The same bits again on the same card and software: deterministic kernels, at some cost. A CPU needs no such thing."""
 
     def __post_init__(self) -> None:
         _require(self.samples >= 2, f"evaluate.samples is {self.samples}; at least 2 are needed")
@@ -262,6 +280,12 @@ class EvaluateConfig:
         _require(len(set(self.seeds)) == len(self.seeds), f"evaluate.seeds is {self.seeds}; a seed counts once")
         _require(0 < self.top_p <= 1, f"evaluate.top_p is {self.top_p}; it must lie in (0, 1]")
         _require(self.guidance >= 1, f"evaluate.guidance is {self.guidance}; 1.0 is none, more is stronger")
+        _require(self.guided >= 1, f"evaluate.guided is {self.guided}; 1.0 leaves it out, more is stronger guidance")
+        for name, value in PROTOCOLS.get(self.protocol, {}).items():
+            found = getattr(self, name)
+            _require(found == value, f"evaluate.protocol {self.protocol} means evaluate.{name} {value}, and it is {found}; or say own")
+        published = self.protocol == "own" or self.reference.endswith(".npz")
+        _require(published, f"evaluate.protocol {self.protocol} compares with a published .npz; evaluate.reference is {self.reference}")
         _require(all(t > 0 for t in self.temperatures), "evaluate.temperatures must all be positive")
         _require(all(g >= 1 for g in self.guidances), "evaluate.guidances must all be at least 1.0")
         _require(self.sweep_samples >= 2, f"evaluate.sweep_samples is {self.sweep_samples}; at least 2 are needed")

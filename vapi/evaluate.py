@@ -1,8 +1,7 @@
 """Stage ``evaluate``: base and tuned through the same code, beside everything that could explain the difference.
 
-Image n of a seed has its own random numbers and shows class n mod the number of classes, so base and
-tuned answer the same questions. Images stream into features; only the sheets are written. Beside the
-plain comparison stand
+Image n of a seed has its own random numbers and its own class, so base and tuned answer the same
+questions. Images stream into features; only the sheets are written. Beside the plain comparison stand
 
 - ``base_best`` and ``tuned_best``: each model at the temperature and guidance at which it does best,
   chosen on the validation images with samples of their own, reported on the reference. Sharpening
@@ -11,6 +10,10 @@ plain comparison stand
   generator of codes can reach.
 - ``exposure``: what is lost between predicting on real contexts and running free (exposure bias).
 - ``fid_random``: the same distance in a network that no reward can have flattered.
+- ``base_guided`` and ``tuned_guided``, where ``evaluate.guided`` asks for them: papers print both.
+
+The reference is a Parquet file of real images, or what OpenAI published for ADM's evaluation: moments of all
+of ImageNet, and 10,000 of its images. Either way the sweep chooses on other images, the validation.
 
 Left out: a bootstrap. It biases a Frechet distance upwards; several ``evaluate.seeds`` give an honest
 standard deviation.
@@ -18,12 +21,14 @@ standard deviation.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import itertools
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +44,7 @@ from vapi import data, images, launch, metrics, models, report
 from vapi.config import EvaluateConfig, ModelConfig, nearest
 from vapi.launch import ALONE, World
 from vapi.metrics import features as judges
-from vapi.metrics import fid
+from vapi.metrics import fid, neighbours, published
 from vapi.metrics.fid import Features
 from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
 from vapi.models import Policy, memory, sampler, weights
@@ -81,6 +86,34 @@ def sample_seed(seed: int, number: int) -> int:
     return (number + seed * 2654435769) % 2**32
 
 
+def image_label(seed: int, number: int, classes: int, how: str) -> int:
+    """The class of image ``number``: in turn, or (random) a draw that hangs on the image alone and on none of its codes' draws."""
+    if how == "balanced":
+        return number % classes
+    return int(np.random.default_rng([sample_seed(seed, 0), number]).integers(classes))
+
+
+@contextlib.contextmanager
+def reproducible(deterministic: bool) -> Iterator[None]:
+    """Full float32 for the judges whatever ran before; and if asked for, kernels that give the same bits every time.
+
+    What has no such kernel warns: PyTorch counts every cumulative sum on a GPU among them, although the sampler's,
+    along rows, adds in a fixed order.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    tf32, tuned = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, which is later than here
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = tf32, tuned
+
+
 def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path, run: Run = NO_RUN) -> None:
     """Measure base (``model.generator``) and tuned (``tune``/model.safetensors).
 
@@ -91,7 +124,11 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
     begin = time.perf_counter()
     tune, out = Path(tune), Path(out)
     world = launch.world()
-    with world.first_enters(data.output_folder(out, "evaluate")) as folder, thread_per_batch(models.device_of(model)) as workers:
+    with (
+        reproducible(evaluate.deterministic),
+        world.first_enters(data.output_folder(out, "evaluate")) as folder,
+        thread_per_batch(models.device_of(model)) as workers,
+    ):
         sources = {"base": weights.locate(model.generator), "tuned": _tuned_weights(tune, model)}
         holdout = _holdout(tune)
         for source in (sources["tuned"], sources["base"]):  # refuse one that does not fit before the other is drawn from
@@ -142,21 +179,45 @@ def _real_images(path: str, what: str, size: int, classes: int) -> tuple[Tensor,
     if not Path(path).exists():
         raise ValueError(f"evaluate.{what} is {path}, which is not here; the bundled data comes with: dvc pull data.dvc")
     pixels, labels = data.read_images(Path(path))
-    height, width = pixels.shape[1:3]
-    if (height, width) != (size, size):
-        raise ValueError(f"evaluate.{what} {path} holds images of {width} x {height} pixels, but {size} x {size} are compared")
+    _require_fit(pixels, path, what, size)
     if labels.min() < 0 or labels.max() >= classes:
         found = f"{labels.min()} .. {labels.max()}"
         raise ValueError(f"evaluate.{what} {path} has labels {found}, but the model draws classes 0 .. {classes - 1}")
-    if len(labels) < metrics.MIN_IMAGES:
-        raise ValueError(f"evaluate.{what} {path} holds {len(labels)} images; precision and recall need at least {metrics.MIN_IMAGES}")
     # files are often ordered by class: shuffled once, any first n of them are a fair draw
     order = np.random.default_rng(0).permutation(len(labels))
     return torch.from_numpy(pixels[order]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[order])
 
 
+def _reference(evaluate: EvaluateConfig, size: int, classes: int) -> tuple[Tensor, Tensor, dict[str, fid.Moments]]:
+    """The reference's images and labels, and moments that somebody published of more of them."""
+    path = Path(evaluate.reference)
+    if path.suffix != published.SUFFIX:
+        return *_real_images(evaluate.reference, "reference", size, classes), {}
+    if not path.is_file():
+        raise ValueError(f"evaluate.reference is {path}, which is not here; it is part of OpenAI's guided-diffusion evaluations")
+    if evaluate.extractor != "inception":
+        raise ValueError(f"evaluate.reference {path} holds moments of Inception's features; set evaluate.extractor to inception")
+    published.require(path)
+    pixels = published.images(path)
+    _require_fit(pixels, path, "reference", size)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.full((len(pixels),), -1), published.moments(path)
+
+
+def _require_fit(pixels: np.ndarray, path: str | Path, what: str, size: int) -> None:
+    height, width = pixels.shape[1:3]
+    if (height, width) != (size, size):
+        raise ValueError(f"evaluate.{what} {path} holds images of {width} x {height} pixels, but {size} x {size} are compared")
+    if len(pixels) < metrics.MIN_IMAGES:
+        raise ValueError(f"evaluate.{what} {path} holds {len(pixels)} images; precision and recall need at least {metrics.MIN_IMAGES}")
+
+
 def _extractor(evaluate: EvaluateConfig, reference: Tensor, device: torch.device) -> judges.Extractor:
-    """The metric network that the configuration names, beside one with random weights."""
+    """The networks that the configuration names, beside one with random weights."""
+    extractor = _metric_network(evaluate, reference, device)
+    return judges.with_dinov2(extractor, Path(evaluate.dinov2)) if evaluate.dinov2 else extractor
+
+
+def _metric_network(evaluate: EvaluateConfig, reference: Tensor, device: torch.device) -> judges.Extractor:
     random = judges.calibrated(networks.random_twin(), reference)
     if evaluate.extractor == "inception":
         return judges.inception(judges.inception_path(evaluate.extractor_weights), random, device)
@@ -212,12 +273,13 @@ class Bench:
         """Read references and judge. Raises ValueError for what is missing or does not fit."""
         _require_samples(evaluate)
         size = evaluate.resize or model.image_size
-        reference, reference_labels = _real_images(evaluate.reference, "reference", size, policy.num_classes)
+        reference, reference_labels, moments = _reference(evaluate, size, policy.num_classes)
         pixels, labels = _real_images(evaluate.validation, "validation", model.image_size, policy.num_classes)
         digests = {name: data.file_digest(Path(getattr(evaluate, name))) for name in ("reference", "validation")}
         extractor = _extractor(evaluate, reference, policy.device)
         # the random network is calibrated on the reference, so every feature depends on it
-        key = {"extractor": extractor.sha256, "reference": digests["reference"], "resize": evaluate.resize, "code": _code_digest()}
+        key: Scores = {"extractor": extractor.sha256, "dinov2": extractor.dinov2_sha256, "reference": digests["reference"]}
+        key |= {"resize": evaluate.resize, "code": _code_digest(), "deterministic": evaluate.deterministic}
         key |= {"torch": torch.__version__, "device": policy.device.type, "precision": model.precision}
         at_once = evaluate.images_per_batch or min(world.gather(_images_that_fit(model, evaluate, policy)))
         judge = Judge(extractor, key, at_once, evaluate.resize, workers, world)
@@ -232,7 +294,10 @@ class Bench:
         chosen = _one_of_each(labels, evaluate.sheet_images)
         return cls(
             model, evaluate, judge, pixels, labels,
-            judge.features({"set": "reference"}, len(reference), stored(reference, reference_labels), "reference"),
+            dataclasses.replace(
+                judge.features({"set": "reference"}, len(reference), stored(reference, reference_labels), "reference").to(policy.device),
+                published=moments,
+            ),
             judge.features({"set": digests["validation"]}, len(pixels), real, "validation"),
             judge.features({"set": digests["validation"], "tokenizer": tokenizer}, len(pixels), reconstruct, "reconstructions"),
             {"real": _rows(pixels[chosen]), "reconstruction": _rows(_reconstruction(policy, pixels[chosen]))},
@@ -241,23 +306,26 @@ class Bench:
         )  # fmt: skip
 
     def names(self) -> list[str]:
-        """The metrics that make sense here: accuracy needs a metric network that knows the model's classes."""
-        known = self.reference.logits.shape[1] == self.classes
-        return [name for name in metrics.METRICS if known or name != "class_accuracy"]
+        """The metrics that make sense here."""
+        return metrics.known(self.reference, self.classes)
 
     def score(self, generated: Features) -> Scores:
         """All metrics against the reference, and the number of images, without which a FID means nothing."""
-        found = self.judge.world.once(lambda: metrics.score(generated, self.reference, self.names()))
+        found = self.judge.world.once(lambda: metrics.score(self.here(generated), self.reference, self.names()))
         return {**_rounded(found), "images": len(generated)}
 
     def sweep_score(self, generated: Features) -> Scores:
         """The metrics that a sweep is read by, against the validation images."""
         names = [name for name in self.names() if name in SWEEP_METRICS]
-        return self.judge.world.once(lambda: metrics.score(generated, self.validation, names))
+        return self.judge.world.once(lambda: metrics.score(self.here(generated), self.here(self.validation), names))
+
+    def here(self, features: Features) -> Features:
+        """The same on the device where metrics are computed."""
+        return features.to(self.judge.extractor.device)
 
     def distance(self, generated: Features) -> float:
         """FID alone."""
-        return self.judge.world.once(lambda: fid.frechet(generated.moments, self.reference.moments))
+        return self.judge.world.once(lambda: fid.frechet(self.here(generated).moments, self.reference.moments))
 
     def anchors(self) -> dict[str, Scores]:
         """Other real images, and what the tokenizer makes of them."""
@@ -266,7 +334,7 @@ class Bench:
 
 
 def _images_that_fit(model: ModelConfig, evaluate: EvaluateConfig, policy: Policy) -> int:
-    guided = max(evaluate.guidance, *evaluate.guidances) != 1.0
+    guided = max(evaluate.guidance, evaluate.guided, *evaluate.guidances) != 1.0
     with models.autocast(model.precision, policy.device):
         return memory.images_per_batch(policy.footprint(guided), policy.device)
 
@@ -308,6 +376,7 @@ class Found:
 
     plain: Scores
     best: Scores
+    guided: Scores  # empty where nobody asked
     sweep: list[Scores]
     exposure: Scores
     sheets: dict[str, np.ndarray]  # uint8 (N, H, W, 3): plain, best
@@ -323,6 +392,7 @@ class Draw:
     precision: str
     how: Sampler
     seed: int
+    labels: str = "balanced"
 
     def __call__(self, numbers: range) -> tuple[Tensor, Tensor]:
         return next(self.stream([numbers]))
@@ -330,7 +400,7 @@ class Draw:
     @torch.inference_mode()
     def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 images and labels of each range of image numbers."""
-        labels = [torch.tensor([number % self.policy.num_classes for number in numbers]) for numbers in ranges]
+        labels = [torch.tensor([self._label(number) for number in numbers]) for numbers in ranges]
         seeds = [[sample_seed(self.seed, number) for number in numbers] for numbers in ranges]
         batches = ((self.policy.condition(what), these) for what, these in zip(labels, seeds, strict=True))
         # a recorded loop has one shape; where there is none, fewer images (a sheet's) take less time
@@ -339,6 +409,9 @@ class Draw:
         drawn = sampler.stream(self.policy, batches, at_once, arithmetic, **dataclasses.asdict(self.how))
         for decoded, what in zip(drawn, labels, strict=True):
             yield self.judge.pixels(decoded), what
+
+    def _label(self, number: int) -> int:
+        return image_label(self.seed, number, self.policy.num_classes, self.labels)
 
 
 class Contestant:
@@ -362,11 +435,18 @@ class Contestant:
         if self.bench.judge.world.first:
             print(f"{self.name}: {words}", file=sys.stderr, flush=True)
         sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen)}
-        return Found(plain, top, sweep, self.exposure(), sheets, self.sha256)
+        return Found(plain, top, self.guided(), sweep, self.exposure(), sheets, self.sha256)
 
     def scores(self, how: Sampler) -> Scores:
         """Mean and standard deviation over the seeds."""
         return _over_seeds([self.bench.score(self.samples(how, seed, self.config.samples)) for seed in self.config.seeds])
+
+    def guided(self) -> Scores:
+        """The second comparison, if there is one."""
+        if self.config.guided == 1.0:
+            return {}
+        how = dataclasses.replace(self.plain, guidance=self.config.guided)
+        return self.scores(how) | {"temperature": how.temperature, "guidance": how.guidance}
 
     def sweep(self) -> list[Scores]:
         """Every temperature with every guidance against the validation images."""
@@ -390,13 +470,13 @@ class Contestant:
 
     def samples(self, how: Sampler, seed: int, count: int) -> Features:
         """Features of free-running samples 0 .. count - 1 of a seed."""
-        key = {"set": "samples", **self.made_by, **dataclasses.asdict(how), "seed": seed}
+        key = {"set": "samples", **self.made_by, **dataclasses.asdict(how), "seed": seed, "labels": self.config.labels}
         title = f"{self.name}, temperature {how.temperature:g}" + (f", guidance {how.guidance:g}" if how.guidance != 1 else "")
         return self.bench.judge.features(key, count, self.draw(how, seed), title)
 
     def draw(self, how: Sampler, seed: int) -> Make:
         """Free-running samples, as the judge sees them."""
-        return Draw(self.policy, self.bench.judge, self.bench.model.precision, how, seed)
+        return Draw(self.policy, self.bench.judge, self.bench.model.precision, how, seed, self.config.labels)
 
     def teacher_forced(self, seed: int, count: int) -> Features:
         """Features of validation images redrawn code by code, each from the true codes before it."""
@@ -443,14 +523,26 @@ def _over_seeds(rows: list[Scores]) -> Scores:
 # --- results -----------------------------------------------------------------------------------
 
 
+LABELS = {
+    "balanced": "image n shows class n mod the number of classes",
+    "random": "uniform, drawn for each image from its seed and number",
+}
+
+
+def _moments_of(config: EvaluateConfig) -> str:
+    """Which images FID's reference moments are of."""
+    return "published with the file, of more images than it holds" if config.reference.endswith(published.SUFFIX) else "these images"
+
+
 def _protocol(bench: Bench) -> Scores:
     """What numbers must share to be compared. Weights are not part of it: they are what is compared."""
     config, extractor = bench.config, bench.judge.extractor
     size = min(fid.KID_SUBSET_SIZE, config.samples, len(bench.reference))
     return {
+        "name": config.protocol,
         "samples": config.samples,
         "seeds": config.seeds,
-        "labels": "image n shows class n mod the number of classes",
+        "labels": LABELS[config.labels],
         "sampler": dataclasses.asdict(plain_sampler(config)),
         "sweep": {
             "temperatures": config.temperatures,
@@ -462,13 +554,14 @@ def _protocol(bench: Bench) -> Scores:
         "precision": bench.model.precision,
         "resize": f"bicubic to {config.resize}, before uint8" if config.resize else "none",
         "uint8": "127.5 x + 128, clamped to 0 .. 255, truncated",
-        "reference": {"sha256": bench.digests["reference"], "images": len(bench.reference)},
+        "guided": config.guided,
+        "reference": {"sha256": bench.digests["reference"], "images": len(bench.reference), "moments": _moments_of(config)},
         "validation": {"sha256": bench.digests["validation"], "images": len(bench.validation)},
-        "extractor": {"name": extractor.name, "sha256": extractor.sha256},
+        "extractor": {"name": extractor.name, "sha256": extractor.sha256, "dinov2": extractor.dinov2_sha256 or "none"},
         "random_extractor": "feature network with random weights, seed 0, batch norm calibrated on the reference",
         "kid": f"polynomial kernel of degree 3, {fid.KID_SUBSETS} subsets of {size}",
-        "precision_recall_neighbours": fid.NEIGHBOURS,
-        "inception_score_splits": max(1, config.samples // fid.ISC_CHUNK),
+        "precision_recall_neighbours": neighbours.NEIGHBOURS,
+        "inception_score_images_per_part": min(config.samples, fid.ISC_CHUNK),
         "torch_fidelity": importlib.metadata.version("torch-fidelity"),
     }
 
@@ -479,6 +572,7 @@ def _results(bench: Bench, found: dict[str, Found], holdout: dict[str, float | N
         "protocol": _protocol(bench),
         **{name: {**one.plain, "reward": holdout[name]} for name, one in found.items()},
         **{f"{name}_best": one.best for name, one in found.items()},
+        **{f"{name}_guided": one.guided for name, one in found.items() if one.guided},
         "anchors": anchors,
         "exposure": {name: one.exposure for name, one in found.items()},
         "sweep": [point for one in found.values() for point in one.sweep],
@@ -516,7 +610,7 @@ def _write_csv(path: Path, rows: list[Scores]) -> None:
 
 def _track(run: Run, out: Path, results: dict[str, Any], evaluate: EvaluateConfig, inputs: dict[str, str]) -> None:
     """Numbers, sheet and report for the compare view."""
-    groups = {name: results[name] for name in ("base", "tuned", "base_best", "tuned_best")} | results["anchors"]
+    groups = {name: results[name] for name in report.COMPARED if name in results} | results["anchors"]
     groups |= {f"{name}_exposure": values for name, values in results["exposure"].items()}
     numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
     run.metrics({name: float(value) for name, value in numbers.items() if value is not None and not name.endswith("/images")})

@@ -37,7 +37,6 @@ _LLAMAGEN_384 = {
     "subset.max_imbalance": 0.0,
     "subset.classes": 1000,
     "tokens.images_per_batch": 32,
-    "tokens.workers": 16,
     "tune.images_per_step": 128,
     "tune.images_per_forward": 16,
     "tune.images_per_reward": 32,
@@ -46,14 +45,17 @@ _LLAMAGEN_384 = {
     "tune.perceptual": "vgg",
     "tune.compile": True,
     "tune.checkpoint_every": 10,
-    "evaluate.samples": 50_000,
-    "evaluate.extractor": "inception",
-    "evaluate.resize": 256,
-    "evaluate.reference": "data/imagenet/VIRTUAL_imagenet256_labeled.npz",
+    "evaluate.protocol": "adm-256-50k",
+    **{f"evaluate.{name}": value for name, value in config.PROTOCOLS["adm-256-50k"].items()},
+    "evaluate.temperatures": [0.9, 1.0],
+    "evaluate.guidances": [1.0, 1.5, 1.75, 2.0],
     "evaluate.sweep_samples": 5_000,
+    "evaluate.reference": "data/imagenet/VIRTUAL_imagenet256_labeled.npz",
+    "evaluate.validation": "data/imagenet/validation",
+    "evaluate.images_per_batch": 0,
 }
-_XL = {"model.generator": "data/llamagen/c2i_XL_384.pt", "register.name": "llamagen-xl-c2i"}
-_XXL = {"model.generator": "data/llamagen/c2i_XXL_384.pt", "register.name": "llamagen-xxl-c2i"}
+_XL = {"model.generator": "data/llamagen/c2i_XL_384.pt", "register.name": "llamagen-xl-c2i", "evaluate.guided": 2.0}
+_XXL = {"model.generator": "data/llamagen/c2i_XXL_384.pt", "register.name": "llamagen-xxl-c2i", "evaluate.guided": 1.75}
 _OFFICIAL = {"tune.policy_dropout": "official"}
 _XL_PAPER = (
     "the paper, table 2, without guidance: FID 15.55 to 9.23, IS 79.16 to 111.59; guidance 2.0: FID 2.79 to 2.94; 20 minutes on 8 A100"

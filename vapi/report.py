@@ -51,14 +51,21 @@ def _fid(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 0.995 else f"{value:.3f}"
 
 
+COMPARED = ("base", "tuned", "base_guided", "tuned_guided", "base_best", "tuned_best")  # in pairs; guided where it was asked for
+
 COLUMNS = (
     Column("fid", "FID", True),
+    Column("sfid", "sFID", True),
     Column("kid", "KID x 1000", True, 2, scale=1000),
     Column("inception_score", "IS", False, 2),
+    Column("inception_score_adm", "IS, as drawn", False, 2),
     Column("precision", "precision", False, 3),
     Column("recall", "recall", False, 3),
+    Column("precision_adm", "prec. (ADM)", False, 3),
+    Column("recall_adm", "rec. (ADM)", False, 3),
     Column("class_accuracy", "class acc.", False, 3),
     Column("fid_random", "random FID", True),
+    Column("fd_dinov2", "FD DINOv2", True),
     Column("reward", "reward", False, 4),
 )
 
@@ -66,15 +73,16 @@ COLUMNS = (
 def rows(results: Results) -> dict[str, Scores]:
     """The table's rows by their titles."""
 
-    def best(name: str) -> str:
+    def title(name: str) -> str:
+        model, _, kind = name.partition("_")
+        if not kind:
+            return name
         setting = f"temperature {results[name]['temperature']:g}"
-        return setting + (f", guidance {results[name]['guidance']:g}" if results[name]["guidance"] != 1 else "")
+        setting += f", guidance {results[name]['guidance']:g}" if results[name]["guidance"] != 1 else ""
+        return f"{model} {'at its best' if kind == 'best' else kind} ({setting})"
 
     return {
-        "base": results["base"],
-        "tuned": results["tuned"],
-        f"base at its best ({best('base_best')})": results["base_best"],
-        f"tuned at its best ({best('tuned_best')})": results["tuned_best"],
+        **{title(name): results[name] for name in COMPARED if name in results},
         "tokenizer reconstructions": results["anchors"]["reconstruction"],
         "real images": results["anchors"]["real"],
     }
@@ -196,7 +204,8 @@ def grid(results: Results) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [line[0].ljust(widths[0]) + "".join(f"  {word:>{width}}" for word, width in zip(line[1:], widths[1:])) for line in lines]
     rule = "-" * len(text[0])
-    return "\n".join([text[0], rule, *text[1:3], rule, *text[3:5], rule, *text[5:]])
+    pairs = [[*text[n : n + 2], rule] for n in range(1, len(text) - 2, 2)]
+    return "\n".join([text[0], rule, *(line for pair in pairs for line in pair), *text[-2:]])
 
 
 def _seconds(artifacts: Path) -> str:
@@ -442,14 +451,15 @@ def _table(results: Results) -> str:
     groups = rows(results)
     columns = [column for column in COLUMNS if any(scores.get(column.key) is not None for scores in groups.values())]
     head = "".join(f'<th scope="col">{_e(column.title)}&nbsp;{_arrow(column)}</th>' for column in columns)
-    titles = list(groups)
+    titles, compared = list(groups), len(groups) - 2  # the anchors come last
     body = []
     for n, (title, scores) in enumerate(groups.items()):
-        pair = groups[titles[n ^ 1]] if n < 4 else None  # base and tuned, base at its best and tuned at its best
+        pair = groups[titles[n ^ 1]] if n < compared else None  # base and tuned, each with what it is compared with
         cells = "".join(f'<td class="{_better(scores, pair, c)}">{_html_cell(scores, c)}</td>' for c in columns)
         name, _, setting = title.partition(" (")
         shown = _e(name) + (f"<i>{_e(setting.rstrip(')'))}</i>" if setting else "")
-        body.append(f'<tr class="{"first" if n in (2, 4) else ""}"><th scope="row">{shown}</th>{cells}</tr>')
+        first, tuned = "first" if n and n % 2 == 0 else "", "after" if n < compared and n % 2 else ""
+        body.append(f'<tr class="{first}{tuned}"><th scope="row">{shown}</th>{cells}</tr>')
     return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
@@ -472,6 +482,8 @@ def _html_cell(scores: Scores, column: Column) -> str:
 def _table_note(results: Results) -> str:
     protocol, anchors = results["protocol"], results["anchors"]
     note = f"{protocol['samples']:,} samples per model and seed against {protocol['reference']['images']:,} real images. "
+    if protocol["reference"].get("moments", "these images") != "these images":
+        note += "FID and sFID compare with moments that were published of many more; the other numbers with these. "
     note += f"The last two rows are {anchors['real']['images']:,} other real images and what the tokenizer keeps of them. "
     note += "Arrows point to where better is; bold is better than its partner by more than the noise. "
     note += "The reward is that of held-out images under teacher forcing."
@@ -570,7 +582,7 @@ tbody th{font-weight:500}
 abbr{text-decoration:none;color:var(--soft);font-weight:400}
 th i,td i{display:block;font-style:normal;font-weight:400;font-size:11.5px;color:var(--soft)}
 tr.first th,tr.first td{border-top:1px solid var(--rule)}
-tbody tr:nth-child(2) th,tbody tr:nth-child(4) th{color:var(--tuned)}
+tr.after th{color:var(--tuned)}
 td.win span{font-weight:700}
 svg{display:block;width:100%;height:auto;font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;overflow:visible}
 .grid{stroke:var(--rule)}

@@ -105,8 +105,8 @@ class Vgg(nn.Module):
 
 def network_files(perceptual: str, folder: str = "") -> dict[str, Path]:
     """The files behind the lpips reward. ``perceptual`` is a .safetensors of ours, or ``vgg``: then ``folder``
-    holds vgg16-397923af.pth (torchvision's VGG-16) and vgg.pth (the lpips package's v0.1 weights); if it
-    is empty they are torch's own cache and the installed lpips package.
+    holds vgg16-397923af.pth (torchvision's VGG-16), torch's own cache if it is empty, and the v0.1 weights of LPIPS
+    are those of the installed lpips package, unless a vgg.pth lies in the folder too.
 
     Raises ValueError with the expected file if one is missing; VGG is never downloaded.
     """
@@ -115,10 +115,11 @@ def network_files(perceptual: str, folder: str = "") -> dict[str, Path]:
     package = importlib.util.find_spec("lpips")
     assert package is not None and package.origin is not None
     vgg = Path(folder) / VGG_FILE if folder else Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
-    lines = Path(folder) / LPIPS_FILE if folder else Path(package.origin).parent / "weights" / "v0.1" / LPIPS_FILE
-    for path, source in ((vgg, f"https://download.pytorch.org/models/{VGG_FILE}"), (lines, "weights/v0.1/vgg.pth of the lpips package")):
-        if not path.is_file():
-            raise ValueError(f"the lpips reward with perceptual vgg needs {path}; put {source} there")
+    lines = Path(folder) / LPIPS_FILE
+    if not (folder and lines.is_file()):
+        lines = Path(package.origin).parent / "weights" / "v0.1" / LPIPS_FILE
+    if not vgg.is_file():
+        raise ValueError(f"the lpips reward with perceptual vgg needs {vgg}; put https://download.pytorch.org/models/{VGG_FILE} there")
     return {"vgg": vgg, "lpips": lines}
 
 

@@ -1,22 +1,24 @@
 """From images to the features that metrics compare: uint8 in, float32 out, nothing kept but the rows.
 
-Two judges look at every image. The metric network is torch-fidelity's Inception or a small network of
-ours, which is registered with torch-fidelity too, so that its own tools can be asked for a second
-opinion. The other judge has random weights: no reward can have been trained into it, so a gain that it
-does not see deserves distrust. Left out on purpose: torch-fidelity's cache (its keys know neither the
-images nor the weights) and its loop (it cannot stream).
+Two judges look at every image; DINOv2 is a third, where its weights are given. The metric network is
+torch-fidelity's Inception or a small network of ours, which is registered with torch-fidelity too, so that
+its own tools can be asked for a second opinion. The other judge has random weights: no reward can have
+been trained into it, so a gain that it does not see deserves distrust. Left out on purpose:
+torch-fidelity's cache (its keys know neither the images nor the weights) and its loop (it cannot stream).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import sys
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
@@ -28,6 +30,9 @@ from vapi.metrics.fid import Features
 SMALL = "vapi-feature-network"
 INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
+INCEPTION_SHA256 = INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[-1]  # by torch.hub's convention, the digest's first digits
+SPATIAL_CHANNELS = 7  # of mixed_6/conv, as ADM's evaluator takes them: 17 x 17 x 7 = 2023 numbers
+DINOV2_SIZE, DINOV2_MEAN, DINOV2_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CALIBRATION_IMAGES = 1024
 
 
@@ -84,15 +89,49 @@ def calibrated(network: Any, images: Tensor) -> Any:
     return network.eval().requires_grad_(False)
 
 
+class SpatialInception(FeatureExtractorInceptionV3):
+    """torch-fidelity's Inception, which also gives the map that ADM's sFID is measured in."""
+
+    def __init__(self, weights: str) -> None:
+        super().__init__(INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """uint8 (B, 3, H, W) to pooled (B, 2048), class scores (B, 1008) and ``spatial`` (B, 2023)."""
+        caught: list[Tensor] = []
+        # TensorFlow's mixed_6/conv; channels last when flattened, or published moments would not fit
+        hook = self.Mixed_6d.branch1x1.register_forward_hook(lambda *found: caught.append(found[-1]))
+        pooled, logits = super().forward(images)
+        hook.remove()
+        return pooled, logits, caught[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
+
+
+class DinoV2(nn.Module):
+    """DINOv2 from a folder as Hugging Face keeps it: the class token after the last norm, as torch.hub's model returns."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        from transformers import Dinov2Model
+
+        self.network = Dinov2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to (B, D), scaled to 224 by 224 (bicubic, smoothed) on the way."""
+        small = F.interpolate(images.float() / 255, size=(DINOV2_SIZE, DINOV2_SIZE), mode="bicubic", antialias=True)
+        mean, std = (small.new_tensor(values).view(3, 1, 1) for values in (DINOV2_MEAN, DINOV2_STD))
+        return self.network(pixel_values=(small.clamp(0, 1) - mean) / std).last_hidden_state[:, 0].float()
+
+
 @dataclass(frozen=True)
 class Extractor:
-    """The two judges, and what identifies them."""
+    """The judges, and what identifies them."""
 
     name: str
     sha256: str  # of the metric network's weights
     network: FeatureExtractorBase
     random: FeatureNetwork
     device: torch.device
+    dinov2: DinoV2 | None = None
+    dinov2_sha256: str = ""
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, labels: Tensor) -> Features:
@@ -100,12 +139,16 @@ class Extractor:
         assert images.dtype == torch.uint8 and images.dim() == 4, (images.dtype, images.shape)
         images = images.to(self.device)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pooled, logits = self.network(images)
+            pooled, logits, *spatial = self.network(images)
             random = self.random.pooled(pixels.to_float(images))
-        pooled, logits, random = (x.float().cpu() for x in (pooled, logits, random))
-        if not all(torch.isfinite(x).all() for x in (pooled, logits, random)):
+            more = dict(zip(["spatial"], spatial))
+            if self.dinov2 is not None:
+                more["dinov2"] = self.dinov2(images)
+        seen = {"pooled": pooled, "logits": logits, "random": random, **more}
+        seen = {name: rows.float().cpu() for name, rows in seen.items()}
+        if not all(torch.isfinite(rows).all() for rows in seen.values()):
             raise ValueError(f"{self.name} returned features that are not finite; its weights are damaged")
-        return Features(pooled, logits, random, labels.cpu())
+        return Features.of({**seen, "labels": labels.cpu()})
 
 
 def small(path: Path, random: Any, device: torch.device) -> Extractor:
@@ -115,18 +158,31 @@ def small(path: Path, random: Any, device: torch.device) -> Extractor:
 
 
 def inception(path: Path, random: Any, device: torch.device) -> Extractor:
-    """torch-fidelity's Inception from a local file. Raises ValueError where it is missing or holds more than weights."""
+    """torch-fidelity's Inception from a local file. Raises ValueError where it is missing or is another file."""
     if not path.is_file():
         raise ValueError(f"evaluate.extractor is inception, but {path} is not here; fetch {URL_INCEPTION_V3} to that place")
+    digest = sha256(path)
+    if not digest.startswith(INCEPTION_SHA256):
+        raise ValueError(
+            f"{path} is not the published Inception: its sha256 is {digest[:16]}... and not {INCEPTION_SHA256}..., so it is damaged, "
+            f"half-downloaded or another network, whose numbers compare with nobody's; fetch {URL_INCEPTION_V3}"
+        )
     try:  # torch-fidelity unpickles whatever it is given, so look before it does
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is damaged or holds more than weights; it is not loaded ({type(error).__name__})") from None
-    digest = sha256(path)
-    if not digest.startswith(INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[-1]):
-        print(f"{path} is not the published Inception (sha256 {digest}): numbers will not compare with others'", file=sys.stderr)
-    network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
-    return Extractor(INCEPTION, digest, network.to(device), random.to(device), device)
+    return Extractor(INCEPTION, digest, SpatialInception(str(path)).to(device), random.to(device), device)
+
+
+def with_dinov2(extractor: Extractor, folder: Path) -> Extractor:
+    """The same judges and DINOv2. Raises ValueError where its folder or its library is missing."""
+    weights = folder / "model.safetensors"
+    if not (folder / "config.json").is_file() or not weights.is_file():
+        raise ValueError(f"evaluate.dinov2 is {folder}; give a folder with config.json and model.safetensors (facebook/dinov2-large)")
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("evaluate.dinov2 needs the library transformers; install it with: pip install 'vapi-align[dinov2]'")
+    network = DinoV2(folder).to(extractor.device)
+    return dataclasses.replace(extractor, dinov2=network, dinov2_sha256=sha256(weights))
 
 
 def inception_path(given: str) -> Path:

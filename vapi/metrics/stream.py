@@ -43,7 +43,7 @@ class Streaming(Protocol):
     def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
-KEEP_BYTES = 4 << 30
+KEEP_BYTES = 32 << 30  # 50,000 images in Inception's features are 1 GB
 KEEP_SECONDS = 24 * 3600  # what was used more recently is never thrown away: somebody may be at it
 
 
@@ -94,9 +94,12 @@ class Judge:
                     _store(part, paths[start])
                     bar.update(min(batch * self.world.size, count - bar.n))
             self.world.gather(None)  # all are written
-            parts = [Features(**load_file(path)) for path in paths.values()]
+            parts = [Features.of(load_file(path)) for path in paths.values()]
             os.utime(folder)
-        return concatenate(parts)[:count]
+        found = concatenate(parts)[:count]
+        if len(found) < count:
+            raise ValueError(f"{title}: {len(found)} images where {count} were asked for; delete {folder} and run again")
+        return found
 
     def _bar(self, count: int, missing: int, title: str) -> tqdm[Any]:
         quiet = None if self.world.first else True
@@ -117,7 +120,7 @@ def stored(pixels: Tensor, labels: Tensor) -> Make:
 
 
 def _store(features: Features, path: Path) -> None:
-    tensors = {name: getattr(features, name).contiguous() for name in ("pooled", "logits", "random", "labels")}
+    tensors = {name: rows.contiguous() for name, rows in features.tensors().items()}
     temporary = path.with_suffix(".partial")
     save_file(tensors, temporary)
     with open(temporary, "rb") as file:

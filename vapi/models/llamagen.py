@@ -37,10 +37,10 @@ def load_generator(model: ModelConfig, name: str | Path, factor: int, device: to
     """
     state, meta = weights.read(name)
     codes = (model.image_size // factor) ** 2
-    _require_same_images(model, name, factor, meta)
     if int(meta.get("codes", codes)) != codes:
         raise ValueError(f"{name} draws {meta['codes']} codes, but model.image_size {model.image_size} makes {codes} with this tokenizer")
     generator = _empty_generator(state, meta, codes)
+    _require_same_training(model, name, factor, generator.config.classes, meta)
     if generator.config.caption_dim:
         raise ValueError(
             f"{name} draws from captions ({generator.config.prefix} x {generator.config.caption_dim} features of a text encoder), but "
@@ -57,11 +57,12 @@ def _empty_generator(state: dict[str, Tensor], meta: dict[str, str], codes: int)
         return gpt.Transformer(gpt.infer_config(weights.shapes(state), codes, int(meta.get("heads", 0))))
 
 
-def _require_same_images(model: ModelConfig, name: str | Path, factor: int, meta: dict[str, str]) -> None:
-    """Raises ValueError if the arguments of LlamaGen's training, where a checkpoint holds them, name other images."""
+def _require_same_training(model: ModelConfig, name: str | Path, factor: int, classes: int, meta: dict[str, str]) -> None:
+    """Raises ValueError if the arguments of LlamaGen's training, where a checkpoint holds them, are not those of its use here."""
     for argument, here, words in (
         ("image_size", model.image_size, "model.image_size is"),
         ("downsample_size", factor, "pixels per code of this tokenizer are"),
+        ("num_classes", classes or meta.get(f"{weights.ARGUMENT}num_classes"), "its table, less the row for no class, holds"),
     ):
         then = meta.get(f"{weights.ARGUMENT}{argument}", here)
         if str(then) != str(here):
