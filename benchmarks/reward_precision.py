@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=int, default=512, help="images of the embedded world")
     parser.add_argument("--published", type=int, default=12, help="images for the published shapes")
-    parser.add_argument("--image-size", type=int, default=128, help="their side in pixels")
+    parser.add_argument("--image-size", type=int, default=64, help="their side in pixels")
     given = parser.parse_args()
     about = {"date": datetime.date.today().isoformat(), "command": "python benchmarks/reward_precision.py", "machine": meter.machine()}
     cases = {"digits": digits(given.digits), "published": published(given.published, given.image_size)}
