@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import statistics
 import sys
 import time
@@ -102,7 +103,7 @@ def main() -> None:
     report = {
         "date": datetime.date.today().isoformat(),
         "command": f"python benchmarks/sample.py LLAMAGEN {flags}",
-        "machine": meter.machine(),
+        "machine": {**meter.machine(), "load_average": round(os.getloadavg()[0], 1)},  # above the number of cores: shared with others
         "images_per_second": round(given.images / wall["ours"], 4),
         "upstream_images_per_second": round(given.images / wall["upstream"], 4),
         "speedup": round(wall["upstream"] / wall["ours"], 2),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from vapi import models, track
 from vapi.config import ModelConfig
@@ -53,6 +54,23 @@ def mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     with contextlib.chdir(path.parent):  # its default artifact folder is relative to here, and must not be the clone's
         track.connect(f"sqlite:///{path}")
+    return path
+
+
+class Blank(FeatureExtractorInceptionV3):
+    """Inception with random weights, whatever file it is given."""
+
+    def load_state_dict(self, *_: object) -> None:
+        """Keeps what it was born with."""
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inception's weights in the published layout, with random values."""
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    torch.save(Blank("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)).state_dict(), path)
     return path
 
 

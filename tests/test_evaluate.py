@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 import torch
 from conftest import TINY_GPT, write_tiny
 from PIL import Image
+from safetensors.torch import load_file
 
 from vapi import data, evaluate, models
 from vapi.config import EvaluateConfig, ModelConfig, TuneConfig
@@ -25,7 +27,7 @@ from vapi.evaluate import Sampler, sample_seed
 from vapi.metrics import features as judges
 from vapi.metrics import stream
 from vapi.models import features as networks
-from vapi.models import weights
+from vapi.models import memory, weights
 from vapi.run import Run
 
 
@@ -204,6 +206,130 @@ def test_samples_can_be_scaled_before_they_are_judged(world: World) -> None:
         world.run(resize=8)
 
 
+def test_guidance_may_be_compared_beside_none(world: World) -> None:
+    results = world.run(guided=2.0)
+    assert results["base_guided"]["guidance"] == 2.0 and results["base_guided"]["fid"] != results["base"]["fid"]
+    assert results["tuned_guided"]["images"] == 40
+    page = (world.root / "out" / "report.html").read_text()
+    assert "base guided" in page and "guidance 2" in page
+
+
+def test_random_labels_follow_the_image_alone(world: World) -> None:
+    results = world.run(labels="random")
+    assert "drawn for each image" in results["protocol"]["labels"] and results["base"]["fid"] != world.run("second")["base"]["fid"]
+    bench = evaluate.Bench.of(world.model, dataclasses.replace(world.config, labels="random"), models.load(world.model))
+    make = evaluate.Contestant(bench, "base", Path(world.model.generator)).draw(Sampler(), seed=3)
+    images, labels = make(range(20))
+    alone, label = make(range(13, 14))
+    assert torch.equal(alone[0], images[13]) and label == labels[13]
+    many = torch.tensor([evaluate.image_label(0, number, 10, "random") for number in range(5000)])
+    assert many.bincount().tolist() == pytest.approx([500] * 10, abs=5 * 500**0.5) and many[:10].tolist() != list(range(10))
+
+
+def test_deterministic_kernels_are_asked_for_and_given_back(world: World) -> None:
+    seen: list[bool] = []
+    with evaluate.reproducible(True):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+    one, other = world.run(), world.run("second", deterministic=True)
+    assert {k: v for k, v in one.items() if k != "protocol"} == {k: v for k, v in other.items() if k != "protocol"}  # on a CPU, anyway
+
+
+@pytest.fixture
+def adm(world: World, inception_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A published reference and Inception's weights in their layouts, small and with random numbers; tuned is base."""
+    monkeypatch.setattr(judges, "INCEPTION_SHA256", judges.sha256(inception_file)[:8])
+    rng = np.random.default_rng(0)
+    arrays = {"arr_0": rng.integers(256, size=(5, 16, 16, 3), dtype=np.uint8)}
+    for mean, covariance, dim in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
+        arrays |= {mean: rng.random(dim), covariance: np.diag(rng.random(dim))}
+    np.savez(tmp_path / "reference.npz", **arrays)
+    (world.tune / "model.safetensors").write_bytes(Path(world.model.generator).read_bytes())
+    world.config = dataclasses.replace(
+        world.config, extractor="inception", extractor_weights=str(inception_file),
+        reference=str(tmp_path / "reference.npz"), labels="random",
+        samples=5, sweep_samples=5, temperatures=[1.0], validation=write_images(tmp_path / "few.parquet", 5, 2),
+    )  # fmt: skip
+    return world
+
+
+def test_a_published_reference_from_end_to_end(adm: World) -> None:
+    results = adm.run()
+    for name in ("base", "tuned", "base_best"):
+        assert {"sfid", "inception_score_adm", "precision_adm", "recall_adm", "fid_random", "kid"} <= set(results[name])
+        assert "class_accuracy" not in results[name]  # Inception's classes are not the model's ten
+    protocol = results["protocol"]
+    assert protocol["reference"]["images"] == 5 and protocol["reference"]["moments"].startswith("published")
+    assert protocol["reference"]["sha256"] == data.file_digest(Path(adm.config.reference))
+    assert protocol["extractor"]["sha256"] == data.file_digest(Path(adm.config.extractor_weights))
+    drawn = next(path for path in data.state_dir("evaluate").rglob("*.safetensors"))
+    assert load_file(drawn)["spatial"].shape == (5, 2023)
+    # the mean of the published moments is what FID is far from
+    assert results["base"]["fid"] > 0.3 * 2048 / 12
+    page = (adm.root / "out" / "report.html").read_text()
+    assert "sFID" in page and "published of many more" in page
+
+
+def test_bad_published_references(adm: World) -> None:
+    refused(adm, "set evaluate.extractor to inception", extractor=str(adm.root / "metric.safetensors"))
+    refused(adm, "16 x 16 pixels, but 8 x 8 are compared", resize=8)
+    refused(adm, "nowhere.npz, which is not here", reference=str(adm.root / "nowhere.npz"))
+    with np.load(adm.config.reference) as file:
+        np.savez(adm.root / "samples.npz", arr_0=file["arr_0"])
+        np.savez(adm.root / "few.npz", **{name: file[name][:4] if name == "arr_0" else file[name] for name in file})
+    refused(adm, "lacks mu, sigma, mu_s, sigma_s; it holds samples", reference=str(adm.root / "samples.npz"))
+    refused(adm, "holds 4 images", reference=str(adm.root / "few.npz"))
+    refused(adm, "evaluate.validation is .*gone.parquet, which is not here", validation=str(adm.root / "gone.parquet"))
+    refused(adm, "half-downloaded or another network", extractor_weights=str(adm.tune / "model.safetensors"))
+    refused(adm, "give a folder with config.json and model.safetensors", dinov2=str(adm.root))
+
+
+def test_dinov2_looks_too(world: World) -> None:
+    transformers = pytest.importorskip("transformers", reason="pip install 'vapi-align[dinov2]'")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
+    folder = world.root / "dinov2"
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    network = judges.DinoV2(folder)
+    image = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    white = (1 - torch.tensor(judges.DINOV2_MEAN)) / torch.tensor(judges.DINOV2_STD)
+    expected = network.network(pixel_values=white.view(1, 3, 1, 1).expand(1, 3, 224, 224)).pooler_output
+    torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
+    results = world.run(samples=6, sweep_samples=5, temperatures=[1.0], dinov2=str(folder))
+    assert results["base"]["fd_dinov2"] > 0
+    assert results["protocol"]["extractor"]["dinov2"] == data.file_digest(folder / "model.safetensors")
+
+
+def test_a_protocol_is_a_promise() -> None:
+    adm = {"samples": 50_000, "extractor": "inception", "resize": 256, "labels": "random", "reference": "VIRTUAL_imagenet256_labeled.npz"}
+    assert EvaluateConfig(protocol="adm-256-50k", **adm).labels == "random"
+    for name, value in {"samples": 5000, "resize": 0, "labels": "balanced", "reference": "val.parquet", "top_k": 100}.items():
+        with pytest.raises(ValueError, match=f"adm-256-50k .*evaluate.{name}"):
+            EvaluateConfig(protocol="adm-256-50k", **adm | {name: value})
+    assert EvaluateConfig(protocol="adm-256-50k-balanced", **adm | {"labels": "balanced"})
+
+
+def test_validation_may_be_a_folder_of_photographs(world: World) -> None:
+    """As ImageNet comes: class folders, all sizes; cropped like training images, a fair draw of a large folder."""
+    pixels, labels = data.read_images(Path(world.config.validation))
+    for number, (image, label) in enumerate(zip(pixels, labels)):
+        folder = world.root / "photos" / f"n{label:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        tall = Image.fromarray(np.pad(image, ((3, 4), (0, 0), (0, 0)))) if number % 2 else Image.fromarray(image)
+        tall.save(folder / f"{number}.png")
+    bench = evaluate.Bench.of(
+        world.model, dataclasses.replace(world.config, validation=str(world.root / "photos")), models.load(world.model)
+    )
+    assert bench.images.shape == (30, 3, 16, 16) and bench.labels.bincount().tolist() == [3] * 10
+    as_rows = {image.numpy().tobytes() for image in bench.images.permute(0, 2, 3, 1)}
+    assert {image.tobytes() for image in pixels[::2]} <= as_rows  # what has the right size is taken as it is
+    few, classes = evaluate._cropped(str(world.root / "photos"), 16, 10, 12)
+    assert len(few) == 12 and len(set(classes.tolist())) > 4
+    (world.root / "photos" / "n03" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="photos: n03/3.png not an image"):
+        evaluate._cropped(str(world.root / "photos"), 16, 10, 0)
+
+
 # --- samples, and features kept ----------------------------------------------------------------
 
 
@@ -261,6 +387,18 @@ def test_labels_are_balanced_and_images_do_not_depend_on_their_batch(world: Worl
     assert labels.bincount().tolist() == [2] * 10
     alone, label = make(range(13, 14))
     assert torch.equal(alone[0], images[13]) and label.item() == 3
+
+
+def test_settings_of_the_sampler_reach_the_samples(world: World) -> None:
+    bench = evaluate.Bench.of(world.model, dataclasses.replace(world.config, images_per_batch=0), models.load(world.model))
+    assert bench.judge.images_per_batch == memory.MOST_IMAGES  # 0: what fits, and these are tiny
+    contestant = evaluate.Contestant(bench, "base", Path(world.model.generator))
+    settings = [Sampler(), Sampler(guidance=3.0), Sampler(guidance=3.0, guidance_schedule="power-cosine")]
+    settings += [dataclasses.replace(settings[-1], guidance_power=8.0), Sampler(top_k=3), Sampler(top_p=0.3), Sampler(temperature=0.3)]
+    drawn = [contestant.draw(how, 0)(range(6))[0] for how in settings]
+    assert not [pair for pair in itertools.combinations(drawn, 2) if torch.equal(*pair)]
+    config = dataclasses.replace(world.config, guidance=3.0, guidance_schedule="power-cosine", guidance_power=8.0)
+    assert evaluate.plain_sampler(config) == settings[3]
 
 
 def test_sample_seeds_never_meet() -> None:

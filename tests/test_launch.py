@@ -20,8 +20,8 @@ from test_evaluate import World as Evaluation
 from test_evaluate import world as evaluation  # noqa: F401
 from test_tune import config, lines, write_inputs
 
-from vapi import launch
-from vapi.config import Config, ModelConfig, TuneConfig, plain
+from vapi import data, launch
+from vapi.config import Config, ModelConfig, TokensConfig, TuneConfig, plain
 from vapi.launch import World
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -65,7 +65,7 @@ def test_parts_cover_everything_once(count: int, size: int) -> None:
     parts = [World(rank, size).part(count) for rank in range(size)]
     assert [i for part in parts for i in range(count)[part]] == list(range(count))
     lengths = [part.stop - part.start for part in parts]
-    assert max(lengths) - min(lengths) <= 1 and World(0, size).largest_part(count) == max(lengths)
+    assert max(lengths) - min(lengths) <= 1
 
 
 KINDS = {
@@ -73,7 +73,7 @@ KINDS = {
     "kl": {"prior": "kl"},
     "accumulated": {"images_per_forward": 2},
     "recomputed": {"activation_checkpointing": True},
-    "sharded": {"sharding": "full", "images_per_forward": 1, "activation_checkpointing": True},
+    "sharded": {"sharding": "full", "images_per_forward": 1, "activation_checkpointing": True, "max_grad_norm": 0.1},
     "official": {"policy_dropout": "official"},
 }
 
@@ -82,12 +82,23 @@ KINDS = {
 def test_processes_give_the_gradient_of_one(processes: int, kind: str, inputs: dict[str, Any], tmp_path: Path) -> None:
     """Seven images do not divide by two or three. The reward takes one image's draws at a time: a convolution rounds
     by the shape of its input, and dividing by the spread of a group makes that large."""
-    tune = config(images_per_step=7, holdout_images=5, max_grad_norm=0.0, **KINDS[kind])
+    tune = config(**{"images_per_step": 7, "holdout_images": 5, "max_grad_norm": 0.0, **KINDS[kind]})
     tune = dataclasses.replace(tune, images_per_reward=tune.group_size)
-    alone = dataclasses.replace(tune, sharding="none", activation_checkpointing=False, images_per_forward=7)
+    require_same_gradient(processes, inputs, dataclasses.replace(tune, images_per_forward=7), tune, tmp_path)
+
+
+def test_shards_lower_what_autocast_lowers(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """bfloat16 with shards is the arithmetic of bfloat16 without, one image at a time."""
+    low = {**inputs, "model": dataclasses.replace(inputs["model"], precision="bfloat16")}
+    tune = config(images_per_step=4, images_per_forward=1, images_per_reward=4, sharding="full")
+    require_same_gradient(2, low, tune, tune, tmp_path)
+
+
+def require_same_gradient(processes: int, inputs: dict[str, Any], alone: TuneConfig, together: TuneConfig, tmp_path: Path) -> None:
+    alone = dataclasses.replace(alone, sharding="none", activation_checkpointing=False)
     settings = dataclasses.replace(Config(), model=inputs["model"], tune=alone)
     worker.gradient({**inputs, "out": str(tmp_path / "one.safetensors")}, settings)
-    done = run(processes, command("gradient", inputs, tune, tmp_path / "many.safetensors"), tmp_path)
+    done = run(processes, command("gradient", inputs, together, tmp_path / "many.safetensors"), tmp_path)
     assert done.returncode == 0, done.stderr
     one, many = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "many"))
     assert one.keys() == many.keys()
@@ -105,6 +116,19 @@ def test_a_sharded_run_is_that_of_one_process(inputs: dict[str, Any], tmp_path: 
     assert done.returncode == 0, done.stderr
     require_alike(tmp_path / "one", tmp_path / "many")
     assert (tmp_path / "many" / "sheets" / "step-000002.png").is_file()
+
+
+def test_tokens_are_those_of_one_process(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Bit by bit, though five batches do not divide by three; and the cache they leave serves any number."""
+    settings = dataclasses.replace(Config(), model=inputs["model"], tokens=TokensConfig(images_per_batch=5, workers=1))
+    for processes in (1, 3):
+        out = tmp_path / f"out{processes}"
+        done = run(processes, words("tokens", settings, {"subset": inputs["subset"], "out": out}), tmp_path / f"project{processes}")
+        assert done.returncode == 0, done.stderr
+    assert data.file_digest(tmp_path / "out1") == data.file_digest(tmp_path / "out3")
+    assert data.read_json(tmp_path / "out3" / "provenance.json")["encoded"] == 24
+    again = run(1, words("tokens", settings, {"subset": inputs["subset"], "out": tmp_path / "out3"}), tmp_path / "project3")
+    assert again.returncode == 0 and data.read_json(tmp_path / "out3" / "provenance.json")["encoded"] == 0
 
 
 def require_alike(one: Path, many: Path) -> None:
@@ -129,27 +153,30 @@ def test_an_evaluation_is_that_of_one_process(evaluation: Evaluation, tmp_path: 
 
 
 def test_a_run_continues_on_another_number_of_processes(inputs: dict[str, Any], tmp_path: Path) -> None:
-    """Two processes are stopped, three go on, one ends it: the same curve as on one."""
+    """Two processes of torchrun, with shards, are stopped, three of ours go on in smaller pieces, one ends it: the same
+    curve as on one."""
     tune = config(steps=30)
     assert run(1, command("tune", inputs, tune, tmp_path / "one"), tmp_path).returncode == 0
-    for processes in (2, 3):
-        stopped = interrupted(processes, command("tune", inputs, tune, tmp_path / "many"), tmp_path, signal.SIGTERM)
-        assert stopped == launch.INTERRUPTED
-    ended = run(1, command("tune", inputs, tune, tmp_path / "many"), tmp_path)
+    sharded = command("tune", inputs, dataclasses.replace(tune, sharding="full"), tmp_path / "many")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *sharded[1:]]
+    assert interrupted(torchrun, tmp_path, signal.SIGTERM) != 0
+    words = command("tune", inputs, dataclasses.replace(tune, images_per_forward=1), tmp_path / "many")
+    assert interrupted(starter(3, words), tmp_path, signal.SIGTERM) == launch.INTERRUPTED
+    ended = run(1, words, tmp_path)
     assert ended.returncode == 0 and "continuing after step" in ended.stderr
     require_alike(tmp_path / "one", tmp_path / "many")
 
 
-def interrupted(processes: int, words: list[str], project: Path, number: signal.Signals, victim: int | None = None) -> int:
-    """Exit code of a run that got a signal after a few steps: the whole group, or one of its processes."""
+def interrupted(words: list[str], project: Path, number: signal.Signals, victim: int | None = None) -> int:
+    """Exit code of a run that got a signal after a few steps: whoever started it, or one of its processes."""
     metrics = project / ".vapi" / "resume" / "tune"
     before = written(metrics)
-    with subprocess.Popen(starter(processes, words), env=environment(project), start_new_session=True, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(words, env=environment(project), stderr=subprocess.PIPE) as process:
         while written(metrics) < before + 3:
             assert process.poll() is None, process.stderr and process.stderr.read().decode()
             time.sleep(0.02)
         if victim is None:
-            os.killpg(process.pid, number)
+            process.send_signal(number)
         else:
             os.kill(children(process.pid)[victim], number)
         return process.wait(timeout=60)
@@ -174,7 +201,7 @@ def test_killed(inputs: dict[str, Any], tmp_path: Path) -> None:
     assert run(2, command("tune", inputs, tune, tmp_path / "whole"), tmp_path).returncode == 0
     killed = command("tune", inputs, tune, tmp_path / "killed")
     for victim in (0, 1):
-        assert interrupted(2, killed, tmp_path, signal.SIGKILL, victim) == 128 + signal.SIGKILL
+        assert interrupted(starter(2, killed), tmp_path, signal.SIGKILL, victim) == 128 + signal.SIGKILL
     kill_starter(killed, tmp_path)
     assert run(2, killed, tmp_path).returncode == 0
     for name in ("model.safetensors", "metrics.jsonl"):

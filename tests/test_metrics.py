@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,13 @@ import torch
 import torch_fidelity
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from vapi import metrics
 from vapi.metrics import features as extractors
+from vapi.metrics import fid, neighbours, published
 from vapi.metrics.fid import Features, Moments, concatenate, frechet
 from vapi.models import features as networks
 from vapi.models import weights
@@ -51,11 +56,152 @@ def test_frechet_with_fewer_images_than_dimensions() -> None:
     assert a.moments.factor.shape == (40, 20)
 
 
+def test_frechet_of_few_images_and_many() -> None:
+    few, many = cloud(20, 0, dim=40), cloud(2000, 1, dim=40, shift=0.2)
+    ours = frechet(few.moments, many.moments)
+    assert ours == pytest.approx(by_sqrtm(few.pooled, many.pooled), rel=1e-5)
+    by_singular_values = np.linalg.svd(few.moments.factor.T @ many.moments.factor, compute_uv=False).sum()
+    difference = few.moments.mean - many.moments.mean
+    exact = difference @ difference + few.moments.trace + many.moments.trace - 2 * by_singular_values
+    assert ours == pytest.approx(exact, rel=1e-8) and ours == pytest.approx(frechet(many.moments, few.moments), rel=1e-12)
+
+
 def test_frechet_of_known_gaussians() -> None:
     # independent axes: sum of (difference of means)^2 + (difference of standard deviations)^2
     a = Moments(np.zeros(3), np.diag([1.0, 2.0, 0.0]))
     b = Moments(np.array([1.0, 0.0, 0.0]), np.diag([3.0, 2.0, 1.0]))
     assert frechet(a, b) == pytest.approx(1 + 4 + 0 + 1)
+    full = [Moments(one.mean, full=one.covariance) for one in (a, b)]
+    assert frechet(*full) == pytest.approx(1 + 4 + 0 + 1)
+
+
+def test_frechet_is_exact_where_eigenvalues_all_but_vanish() -> None:
+    """Three quarters of the features are dead or copies: roots of rounding errors must not add up."""
+    sets = []
+    for seed in (0, 1):
+        x = cloud(300, seed, dim=6, shift=0.1 * seed).pooled.repeat(1, 4)
+        x[:, 18:] = 0
+        sets.append(x)
+    one, other = map(Moments.of, sets)
+    assert one.rows is None
+    few = frechet(*(Moments.of(x[:, :6].contiguous()) for x in sets))
+    assert frechet(one, other) == pytest.approx(3 * few, rel=1e-8)  # three copies of the same six features
+
+
+def test_moments_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = cloud(500, 3).pooled
+    whole = Moments.of(features)
+    monkeypatch.setattr(fid, "ROWS", 64)
+    blocked = Moments.of(features)
+    expected = np.cov(features.double().numpy(), rowvar=False)
+    for found in (whole, blocked):
+        np.testing.assert_allclose(found.covariance, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_precision_and_recall_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = cloud(300, 0).pooled, cloud(200, 1, shift=0.4).pooled
+    theirs = prc_features_to_metric(one, other, prc_neighborhood=3, verbose=False)
+    whole = neighbours.precision_recall(one, other, neighbours.distances)
+    monkeypatch.setattr(neighbours, "BLOCK", 64)
+    assert whole == neighbours.precision_recall(one, other, neighbours.distances)
+    assert whole == pytest.approx((theirs["precision"], theirs["recall"]))
+    assert 0 < whole[0] < 1 and 0 < whole[1] < 1
+
+
+def by_the_book(generated: np.ndarray, real: np.ndarray) -> tuple[float, float]:
+    """ADM's formula in float16, distance by distance; sums of products in float32."""
+
+    def squared(u: np.ndarray, v: np.ndarray) -> np.float16:
+        norms = [np.float16((x * x).astype(np.float32).sum()) for x in (u, v)]
+        product = np.float16(u.astype(np.float32) @ v.astype(np.float32))
+        return max(np.float16(np.float16(norms[0] - np.float16(2) * product) + norms[1]), np.float16(0))
+
+    def reach(rows: np.ndarray) -> list[np.float16]:
+        return [sorted(squared(u, v) for v in rows)[3] for u in rows]
+
+    of_generated, of_real = reach(generated), reach(real)
+    precision = [any(squared(r, g) <= radius for r, radius in zip(real, of_real)) for g in generated]
+    recall = [any(squared(r, g) <= radius for g, radius in zip(generated, of_generated)) for r in real]
+    return float(np.mean(precision)), float(np.mean(recall))
+
+
+def test_half_precision_distances_are_those_of_adm() -> None:
+    one, other = 4 * cloud(40, 0).pooled, 4 * cloud(30, 1, shift=0.4).pooled
+    found = neighbours.precision_recall(one, other, neighbours.half_distances)
+    assert found == pytest.approx(by_the_book(one.half().numpy(), other.half().numpy()))
+    block = neighbours.half_distances(one, other)
+    assert len(block.unique()) < len(torch.cdist(one, other).unique())  # that is why its values are higher
+    # too large for float16: the whole block in float32
+    torch.testing.assert_close(neighbours.half_distances(1000 * one, other), torch.cdist(1000 * one, other).square(), rtol=1e-4, atol=1.0)
+
+
+def test_inception_score_equals_torch_fidelity_and_knows_the_order() -> None:
+    one = cloud(10_000, 0)
+    theirs = isc_features_to_metric(one.logits, splits=2, shuffle=True)["inception_score_mean"]
+    assert fid.inception_score(one, one)["inception_score"] == pytest.approx(theirs, rel=1e-10)
+    in_order = isc_features_to_metric(one.logits, splits=2, shuffle=False)["inception_score_mean"]
+    assert fid.inception_score_adm(one, one)["inception_score_adm"] == pytest.approx(in_order, rel=1e-10)
+    by_class = one[one.labels.argsort()]
+    assert fid.inception_score_adm(by_class, one)["inception_score_adm"] < 0.7 * in_order
+
+
+def test_kid_equals_torch_fidelity() -> None:
+    one, other = cloud(300, 0), cloud(200, 1, shift=0.4)
+    theirs = kid_features_to_metric(one.pooled.double(), other.pooled.double(), kid_subsets=10, kid_subset_size=200, verbose=False)
+    assert fid.kid(one, other)["kid"] == theirs["kernel_inception_distance_mean"]
+
+
+def test_published_moments_go_before_those_of_the_images() -> None:
+    one, few = cloud(300, 0), cloud(60, 1, shift=0.3)
+    many = cloud(4000, 2, shift=0.3)
+    known = dataclasses.replace(few, published={"pooled": many.moments})
+    assert fid.fid(one, known) == fid.fid(one, many) != fid.fid(one, few)
+    assert fid.kid(one, known) == fid.kid(one, few)
+
+
+# --- a published reference ---------------------------------------------------------------------
+
+
+def npz(path: Path, without: tuple[str, ...] = (), **other: np.ndarray) -> Path:
+    """The layout of VIRTUAL_imagenet256_labeled.npz, small."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 6)), rng.normal(size=(50, 5))
+    arrays = {"mu": x.mean(0), "sigma": np.cov(x, rowvar=False), "mu_s": y.mean(0), "sigma_s": np.cov(y, rowvar=False)}
+    arrays |= {"arr_0": rng.integers(256, size=(8, 16, 16, 3), dtype=np.uint8), **other}
+    np.savez(path, **{name: array for name, array in arrays.items() if name not in without})
+    return path
+
+
+def test_a_published_reference_is_read_as_it_is(tmp_path: Path) -> None:
+    path = npz(tmp_path / "reference.npz")
+    published.require(path)
+    found = published.moments(path)
+    with np.load(path) as file:
+        np.testing.assert_array_equal(found["pooled"].mean, file["mu"])
+        np.testing.assert_allclose(found["spatial"].covariance, file["sigma_s"], rtol=1e-14)
+        np.testing.assert_array_equal(published.images(path), file["arr_0"])
+    assert found["pooled"].mean.dtype == np.float64
+
+
+def test_a_reference_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lacks mu, sigma, mu_s, sigma_s; it holds samples, not a reference"):
+        published.require(npz(tmp_path / "samples.npz", without=("mu", "sigma", "mu_s", "sigma_s")))
+    with pytest.raises(ValueError, match="lacks mu_s, sigma_s; a published reference has"):
+        published.require(npz(tmp_path / "own.npz", without=("mu_s", "sigma_s")))
+    with pytest.raises(ValueError, match="lacks arr_0;"):
+        published.require(npz(tmp_path / "moments.npz", without=("arr_0",)))
+    whole = npz(tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="half-downloaded"):
+        published.require(tmp_path / "half.npz")
+    with pytest.raises(ValueError, match="do not belong together"):
+        published.moments(npz(tmp_path / "mixed.npz", mu=np.zeros(7)))
+    with pytest.raises(ValueError, match="not finite"):
+        published.moments(npz(tmp_path / "nan.npz", mu=np.full(6, np.nan)))
+    with pytest.raises(ValueError, match=r"arr_0 is float64 \(8, 16, 16, 3\)"):
+        published.images(npz(tmp_path / "floats.npz", arr_0=np.zeros((8, 16, 16, 3))))
+    with pytest.raises(ValueError, match="cannot be read"):  # a pickle, which is not executed
+        published.images(npz(tmp_path / "pickle.npz", arr_0=np.array([{"a": 1}], dtype=object)))
 
 
 def test_a_set_with_itself() -> None:
@@ -216,23 +362,6 @@ def test_inception_with_code_in_its_pickle_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256(tmp_path / "bad.pth"))
     with pytest.raises(ValueError, match="more than weights"):
         extractors.inception(tmp_path / "bad.pth", networks.random_twin(), torch.device("cpu"))
-
-
-class Blank(FeatureExtractorInceptionV3):
-    """Inception with random weights, whatever file it is given."""
-
-    def load_state_dict(self, *_: object) -> None:
-        """Keeps what it was born with."""
-
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inception's weights in the published layout, with random values."""
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save({}, path)
-    torch.manual_seed(0)
-    torch.save(Blank(extractors.INCEPTION, ["2048"], feature_extractor_weights_path=str(path)).state_dict(), path)
-    return path
 
 
 @pytest.fixture

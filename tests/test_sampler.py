@@ -6,6 +6,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,6 +158,28 @@ def test_a_stream_begins_before_it_knows_its_end(tiny_policy: models.Policy) -> 
             yield tiny_policy.condition([1]), [1]
 
     assert next(sampler.stream(tiny_policy, endless(), 1, contextlib.nullcontext())).shape == (1, 3, 16, 16)
+
+
+def test_one_further_than_its_reader() -> None:
+    """While an item is looked at, the next is at work, and no more than that; what fails, fails in its turn."""
+    begun: list[int] = []
+    second = threading.Event()
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            second.set()
+        if item == 3:
+            raise ValueError("three")
+        return 10 * item
+
+    results = sampler.ahead(work, range(5))
+    assert next(results) == 0 and second.wait(60) and begun == [0, 1]
+    assert next(results) == 10 and 3 not in begun
+    assert next(results) == 20
+    with pytest.raises(ValueError, match="three"):
+        next(results)
+    assert list(sampler.ahead(work, [])) == [] and list(sampler.ahead(work, [7])) == [70]
 
 
 def test_decoding_in_parts_gives_the_same_images(tiny_policy: models.Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +365,28 @@ def test_the_kernel_attends_to_the_filled_part(interpreted: None, width: int) ->
     assert torch.equal(cache, plain)
 
 
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from vapi.models.kernels import _attend
+
+pointers = {"q", "k", "v", "cache", "out"}
+for number in ("bf16", "fp32"):
+    for width, lanes in ((64, 64), (100, 128)):
+        sizes = {"WIDTH": width, "LANES": lanes, "BLOCK": 64}
+        kinds = {name: "*" + number if name in pointers else "constexpr" if name in sizes else "i32" for name in _attend.arg_names}
+        source = ASTSource(fn=_attend, signature={**kinds, "at": "*i64", "scale": "fp32"}, constexprs=sizes)
+        assert "cubin" in compile(source, target=GPUTarget("cuda", 90, 32)).asm
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)
+
+
 @needs_triton
 def test_weights_that_changed_are_sampled_from_at_once(tiny_policy: models.Policy, interpreted: None) -> None:
     condition, loops, model = tiny_policy.condition([3]), graphs.Loops(), tiny_policy.generator
@@ -384,3 +432,14 @@ def test_recorded_equals_step_by_step(tiny_policy: models.Policy, how: Sampling,
         again = policy.generate(condition, seeds, images_per_batch=8, **how)
     assert torch.equal(recorded, again)
     assert (recorded == plain).float().mean() > (0.95 if dtype == torch.float32 else 0.4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_decoding_beside_sampling_gives_the_same_images(tiny_policy: models.Policy) -> None:
+    tiny_policy.generator.cuda()
+    tiny_policy.tokenizer.cuda()
+    batches = [(tiny_policy.condition([n] * 8), list(range(8 * n, 8 * n + 8))) for n in range(5)]
+    alone = [tiny_policy.decode(tiny_policy.generate(*batch, images_per_batch=8)) for batch in batches]
+    beside = list(sampler.stream(tiny_policy, batches, 8, contextlib.nullcontext()))
+    assert all(torch.equal(one, other) for one, other in zip(alone, beside, strict=True))

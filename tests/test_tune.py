@@ -132,6 +132,14 @@ def test_forty_steps_raise_the_reward(inputs: dict[str, Any], tmp_path: Path) ->
     assert late > 0.85 * early
 
 
+def test_the_first_step_is_adams_first(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """It moves every weight by the learning rate, whatever the gradient."""
+    stage.tune(**inputs, tune=config(steps=1, lr=1e-3, weight_decay=0.0), out=tmp_path / "out")
+    base, tuned = load_file(inputs["model"].generator), load_file(tmp_path / "out" / "model.safetensors")
+    moved = torch.cat([(tuned[name] - base[name]).abs().flatten() for name in base])
+    assert moved[moved > 0].median().item() == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_compilation_without_a_compiler(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)

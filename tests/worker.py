@@ -1,4 +1,4 @@
-"""What the tests of ``launch`` run in several processes: ``python worker.py gradient|tune|evaluate FILE.json``."""
+"""What the tests of ``launch`` run in several processes: ``python worker.py gradient|tokens|tune|evaluate FILE.json``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from vapi import evaluate, launch, models, objective, parallelize
+from vapi import evaluate, launch, models, objective, parallelize, tokens
 from vapi import tune as stage
 from vapi.config import Config, build
 from vapi.rewards import Reward
@@ -23,9 +23,10 @@ def gradient(given: dict[str, Any], settings: Config) -> None:
     model, tune = settings.model, settings.tune
     world = launch.world()
     policy = models.load(model)
-    policy.generator.double()  # or it would be rounding that is compared
+    if model.precision == "float32":
+        policy.generator.double()  # or it would be rounding that is compared
     target = objective.Objective(policy, tune, Reward(tune.rewards), model.precision, world)
-    parallelize.parallelize(policy, tune, model.precision, world)
+    parallelize.parallelize(policy, tune, world)
     examples = stage.Examples(model, tune, Path(given["subset"]), Path(given["tokens"]))
     batch = examples.load(examples.order(1)[world.part(tune.images_per_step)], policy)
     values = objective.update(target, torch.optim.SGD(policy.generator.parameters(), 0.0), batch, 1)
@@ -35,6 +36,11 @@ def gradient(given: dict[str, Any], settings: Config) -> None:
     if world.first:
         save_file(whole, given["out"])
         Path(given["out"]).with_suffix(".json").write_text(json.dumps({**values, **looked}))
+    launch.leave()
+
+
+def tokenize(given: dict[str, Any], settings: Config) -> None:
+    tokens.tokens(settings.model, settings.tokens, Path(given["subset"]), Path(given["out"]))
     launch.leave()
 
 
@@ -55,4 +61,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     launch.end_with_starter()
     given = json.loads(Path(sys.argv[2]).read_text())
-    {"gradient": gradient, "tune": tune, "evaluate": judge}[sys.argv[1]](given, build(Config, given["config"]))
+    {"gradient": gradient, "tokens": tokenize, "tune": tune, "evaluate": judge}[sys.argv[1]](given, build(Config, given["config"]))

@@ -86,7 +86,7 @@ def load(path: Path, digest: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # once for all processes of a machine
         found = state.pop("digest")
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint of ours, or damaged ({error}); remove it to start anew") from error

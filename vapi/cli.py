@@ -41,6 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = _dispatch(words)
         sys.stdout.flush()
+    except SystemExit as stop:  # stopped, with a checkpoint
+        assert isinstance(stop.code, int), stop.code
+        code = stop.code
     except BrokenPipeError:  # vapi recipe digits | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -53,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("interrupted", file=sys.stderr)
         code = 130
     if "vapi.launch" in sys.modules:
-        sys.modules["vapi.launch"].leave(code)
+        launch = sys.modules["vapi.launch"]
+        launch.leave(0 if code == launch.INTERRUPTED else code)
     raise SystemExit(code)
 
 
@@ -173,7 +177,7 @@ def _stage(stage: str, words: list[str]) -> int:
         if count > 1:
             return launch.start([sys.executable, "-m", "vapi", stage, *words], count)
     promoted = run_stage(stage, settings, folders)
-    return 1 if stage == "register" and settings.register.strict and not promoted else 0
+    return 1 if stage == "register" and settings.register.strict and promoted is False else 0
 
 
 def run_stage(stage: str, settings: Config, folders: dict[str, Path]) -> Any:

@@ -252,9 +252,9 @@ class EvaluateConfig:
     sweep_samples: int = 1000
     """Images per point of that sweep."""
     reference: str = "data/digits/reference.parquet"
-    """Real images that the reported numbers compare with: Parquet, or a published .npz (mu, sigma, mu_s, sigma_s, arr_0)."""
+    """Real images that numbers compare with: Parquet, a folder as subset reads it, or a published .npz (mu, sigma, arr_0 ...)."""
     validation: str = "data/digits/validation.parquet"
-    """Other real images: the sweep chooses on them, and the teacher-forced draws start from them."""
+    """Other real images, Parquet or a folder: the sweep chooses on them, and the teacher-forced draws start from them."""
     extractor: str = "data/models/metric.safetensors"
     """Feature network of FID and its kin: a .safetensors of ours, or inception (torch-fidelity's)."""
     extractor_weights: str = ""

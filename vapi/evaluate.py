@@ -40,8 +40,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapi import data, images, launch, metrics, models, report
-from vapi.config import EvaluateConfig, ModelConfig, nearest
+from vapi import data, images, launch, metrics, models, report, sources
+from vapi.config import EvaluateConfig, ModelConfig, SubsetConfig, nearest
 from vapi.launch import ALONE, World
 from vapi.metrics import features as judges
 from vapi.metrics import fid, neighbours, published
@@ -56,6 +56,7 @@ Scores = dict[str, Any]
 SWEEP_SEED = -1  # the sweep draws images that no reported number is made of
 SWEEP_METRICS = ("fid", "inception_score", "precision_recall", "class_accuracy")
 SHEET_COLUMNS = 10
+VALIDATION_IMAGES = 5000  # of a larger folder: as many as the papers' recipes sweep with, 2 GB at 384 pixels
 LOGITS_AT_ONCE = 1 << 24
 
 judges.register(networks.load)
@@ -123,7 +124,7 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
     """
     begin = time.perf_counter()
     tune, out = Path(tune), Path(out)
-    world = launch.world()
+    world = launch.world(model.device)
     with (
         reproducible(evaluate.deterministic),
         world.first_enters(data.output_folder(out, "evaluate")) as folder,
@@ -178,7 +179,10 @@ def _real_images(path: str, what: str, size: int, classes: int) -> tuple[Tensor,
     """A reference's images, uint8 (N, 3, H, W), and labels. Raises ValueError where they do not fit the model."""
     if not Path(path).exists():
         raise ValueError(f"evaluate.{what} is {path}, which is not here; the bundled data comes with: dvc pull data.dvc")
-    pixels, labels = data.read_images(Path(path))
+    if Path(path).is_dir():
+        pixels, labels = _cropped(path, size, classes, VALIDATION_IMAGES if what == "validation" else 0)
+    else:
+        pixels, labels = data.read_images(Path(path))
     _require_fit(pixels, path, what, size)
     if labels.min() < 0 or labels.max() >= classes:
         found = f"{labels.min()} .. {labels.max()}"
@@ -186,6 +190,29 @@ def _real_images(path: str, what: str, size: int, classes: int) -> tuple[Tensor,
     # files are often ordered by class: shuffled once, any first n of them are a fair draw
     order = np.random.default_rng(0).permutation(len(labels))
     return torch.from_numpy(pixels[order]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[order])
+
+
+def _cropped(path: str, size: int, classes: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images of a folder that ``subset`` could read (class folders, Parquet files, tars), cropped as the model's training
+    images were; at most ``limit`` of them, a fair draw (0: all)."""
+    source = sources.open_source(SubsetConfig(source=path, classes=classes))
+    entries = sorted(source.entries(), key=lambda entry: entry.key)
+    chosen = [entries[n] for n in np.random.default_rng(0).permutation(len(entries))[: limit or None]]
+    places = {entry.key: n for n, entry in enumerate(chosen)}
+    pixels = np.empty((len(chosen), size, size, 3), np.uint8)
+
+    def crop(item: tuple[sources.Entry, bytes | str]) -> None:
+        entry, read = item
+        if isinstance(read, str):
+            raise ValueError(f"{path}: {entry.key}: {read}")
+        try:
+            pixels[places[entry.key]] = images.center_crop(images.decode(read), size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {entry.key} {error}") from None
+
+    for _ in data.parallel(crop, source.read(chosen), len(os.sched_getaffinity(0))):
+        pass
+    return pixels, np.array([entry.label for entry in chosen], dtype=np.int64)
 
 
 def _reference(evaluate: EvaluateConfig, size: int, classes: int) -> tuple[Tensor, Tensor, dict[str, fid.Moments]]:
@@ -245,8 +272,8 @@ def _code_digest() -> str:
 def _inputs(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, bench: Bench) -> dict[str, str]:
     """Digests of everything the result depends on."""
     paths = {"tune": tune, "generator": weights.locate(model.generator), "tokenizer": weights.locate(model.tokenizer)}
-    paths |= {"reference": Path(evaluate.reference), "validation": Path(evaluate.validation)}
-    return {name: data.file_digest(path) for name, path in paths.items()} | {"extractor": bench.judge.extractor.sha256}
+    judges = {"extractor": bench.judge.extractor.sha256} | ({"dinov2": bench.judge.extractor.dinov2_sha256} if evaluate.dinov2 else {})
+    return {name: data.file_digest(path) for name, path in paths.items()} | bench.digests | judges
 
 
 # --- what both models are measured with --------------------------------------------------------

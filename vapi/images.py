@@ -85,7 +85,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"mode {image.mode} (32 bits per pixel) has no fixed range; store 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours as the direct way, without Pillow's warning
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -99,7 +99,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     top, left = (image.height - size) // 2, (image.width - size) // 2
-    return np.array(image)[top : top + size, left : left + size]
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 # --- uint8 <-> [-1, 1] -------------------------------------------------------------------------
@@ -116,20 +116,20 @@ def to_float(images: np.ndarray | torch.Tensor, device: torch.device | str | Non
     if isinstance(images, np.ndarray):
         batch = torch.from_numpy(np.ascontiguousarray(images if images.ndim == 4 else images[None]))
         images = _sent(batch, device).permute(0, 3, 1, 2).contiguous()
-    elif device is not None:
+    else:
         images = _sent(images, device)
     assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3, (images.dtype, images.shape)
     levels = torch.arange(256, dtype=torch.float32).div(255).sub_(0.5).div_(0.5)
-    return levels.to(images.device)[images.int()]
+    return _sent(levels, images.device)[images.int()]
 
 
-def _sent(images: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
-    """On the device; to a GPU through pinned memory, so that nobody waits for the copy."""
+def _sent(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    """On the device; to a GPU through pinned memory, so that the copy waits neither for us nor for the work before it."""
     import torch
 
-    if device is None or torch.device(device).type != "cuda" or images.is_cuda:
-        return images if device is None else images.to(device)
-    return images.pin_memory().to(device, non_blocking=True)
+    if device is None or torch.device(device).type == tensor.device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

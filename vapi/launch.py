@@ -59,14 +59,9 @@ class World:
     def first(self) -> bool:
         return self.rank == 0
 
-    def part(self, count: int, rank: int | None = None) -> slice:
+    def part(self, count: int) -> slice:
         """This process's share of ``count`` items: all shares lie in a row and differ by one item at most."""
-        rank = self.rank if rank is None else rank
-        return slice(count * rank // self.size, count * (rank + 1) // self.size)
-
-    def largest_part(self, count: int) -> int:
-        """How many items the busiest process has."""
-        return max(part.stop - part.start for part in (self.part(count, rank) for rank in range(self.size)))
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their sums over all processes, in place. They must agree in dtype and device."""
@@ -74,8 +69,7 @@ class World:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
-            with _lost():
-                dist.all_reduce(flat)
+            dist.all_reduce(flat)
             for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(summed.view_as(tensor))
 
@@ -88,8 +82,7 @@ class World:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with _lost():
-            dist.all_gather_object(found, value, group=_words())
+        dist.all_gather_object(found, value, group=_words())
         return found
 
     def once(self, make: Callable[[], T]) -> T:
@@ -97,8 +90,7 @@ class World:
         if self.size == 1:
             return make()
         box = [make() if self.first else None]
-        with _lost():
-            dist.broadcast_object_list(box, src=0, group=_words())
+        dist.broadcast_object_list(box, src=0, group=_words())
         return box[0]  # type: ignore[return-value]
 
     @contextlib.contextmanager
@@ -116,31 +108,43 @@ class World:
 ALONE = World()
 
 
-def world() -> World:
+def world(device: str = "auto") -> World:
     """The processes that torchrun, a Trainer job or ``start`` has started; ``ALONE`` if nobody has.
 
-    The first call meets the others, and takes this process's GPU where there is one.
+    The first call meets the others, and takes this process's GPU, where there is one and ``device`` does not mean the CPU.
+    Raises ValueError if several processes would share a GPU.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    return ALONE if size == 1 else _join(int(os.environ["RANK"]), size)
+    return ALONE if size == 1 else _join(int(os.environ["RANK"]), size, device)
 
 
 @functools.cache
-def _join(rank: int, size: int) -> World:
+def _join(rank: int, size: int, device: str) -> World:
     backend = "gloo"
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} are visible; start fewer processes")
-        torch.cuda.set_device(local)
+    if device != "cpu" and torch.cuda.is_available():
+        if ":" in device:
+            raise ValueError(f"model.device is {device}, one GPU for {size} processes; say cuda, and each takes its own")
+        torch.cuda.set_device(_own_gpu())
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
     sys.excepthook = _fall
     return World(rank, size)
 
 
+def _own_gpu() -> int:
+    """The index of this process's GPU: its number among the machine's processes, unless its launcher shows it but one."""
+    local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if visible == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return 0
+    if local >= visible:
+        raise ValueError(f"process {local} of this machine has no GPU, {visible} are visible; start fewer processes, or --model.device cpu")
+    return local
+
+
 def _fall(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say what happened, and end."""
+    """Say what happened, and end. Whoever has lost another process fails as well: let the other's words come first."""
+    if issubclass(kind, RuntimeError):
+        time.sleep(LAST_WORDS_SECONDS)
     sys.__excepthook__(kind, error, trace)
     leave(1)
 
@@ -160,16 +164,6 @@ def leave(code: int = 0) -> None:
         sys.stderr.flush()
         os._exit(code)
     dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _lost() -> Iterator[None]:
-    """When another process dies, this one fails as well: let the other's words come first."""
-    try:
-        yield
-    except RuntimeError:
-        time.sleep(LAST_WORDS_SECONDS)
-        raise
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -234,15 +228,21 @@ def _kill(group: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _wait(group: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all have ended; or until one has failed, and which."""
+    """Wait until all have ended; or until one has failed, and which. A mistake that all make is the first one's to report,
+    who speaks to the terminal and to the tracker: it gets a moment for that."""
     while True:
-        codes = [child.poll() for child in group]
-        for rank, code in enumerate(codes):
-            if code not in (None, 0, INTERRUPTED):
-                return rank
-        if None not in codes:
+        failed = _failed(group)
+        if failed:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                group[0].wait(LAST_WORDS_SECONDS / 2)  # less than those wait who have only lost another
+            return 0 if 0 in _failed(group) else failed[0]
+        if None not in [child.poll() for child in group]:
             return None
         time.sleep(LOOK_SECONDS)
+
+
+def _failed(group: list[subprocess.Popen[bytes]]) -> list[int]:
+    return [rank for rank, child in enumerate(group) if child.poll() not in (None, 0, INTERRUPTED)]
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from vapi.config import TuneConfig
@@ -40,7 +40,7 @@ from vapi.rewards import Reward
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def parallelize(policy: Policy, tune: TuneConfig, precision: str, world: World) -> None:
+def parallelize(policy: Policy, tune: TuneConfig, world: World) -> None:
     """Do to ``policy`` what the configuration asks for, in place. Before the optimizer is made: sharding replaces parameters."""
     for block in policy.blocks:
         if tune.activation_checkpointing:
@@ -48,7 +48,7 @@ def parallelize(policy: Policy, tune: TuneConfig, precision: str, world: World) 
         if tune.compile:
             block.compile()
     if tune.sharding == "full" and world.size > 1:
-        _shard(policy, precision, world)
+        _shard(policy, world)
 
 
 def speed_up(policy: Policy, reward: Reward, tune: TuneConfig) -> None:
@@ -81,16 +81,14 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return recomputing
 
 
-def _shard(policy: Policy, precision: str, world: World) -> None:
+def _shard(policy: Policy, world: World) -> None:
+    """Weights travel and are added up in float32, and autocast lowers them where it does without shards: the same arithmetic."""
     mesh = init_device_mesh(policy.device.type, (world.size,))
-    low = torch.bfloat16 if precision == "bfloat16" else None
-    numbers = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in policy.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=numbers)
-    fully_shard(policy.generator, mesh=mesh, mp_policy=numbers)
-    for module in _shards(policy.generator):
-        module.set_gradient_divide_factor(1.0)  # each process weighs its images by all processes' images: the sum is the mean
-        module.set_force_sum_reduction_for_comms(True)
+    for module in (*policy.blocks, policy.generator):
+        fully_shard(module, mesh=mesh)
+    for shard in _shards(policy.generator):
+        shard.set_gradient_divide_factor(1.0)  # each process weighs its images by all processes' images: the sum is the mean
+        shard.set_force_sum_reduction_for_comms(True)
 
 
 def _shards(generator: nn.Module) -> list[FSDPModule]:
@@ -113,12 +111,17 @@ def whole(generator: nn.Module) -> Iterator[None]:
 
 
 def weights(generator: nn.Module) -> dict[str, Tensor]:
-    """The generator's whole weights on the CPU. All processes must call it; with shards only the first gets them."""
+    """The generator's whole weights on the CPU. All processes must call it; only the first gets them."""
     return get_model_state_dict(generator, options=_WHOLE)  # type: ignore[return-value]
 
 
 def state(generator: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights and optimizer state by name, whole, so that any number of processes can go on. All processes must call it."""
+    """Weights and optimizer state by name, whole, so that any number of processes can go on. All processes must call it;
+    only the first gets them.
+
+    The optimizer must have stepped: torch gives a fresh one its state by a step of its own, which Adam would count.
+    """
+    assert optimizer.state, "no state before the first step"
     return {"model": weights(generator), "optimizer": get_optimizer_state_dict(generator, optimizer, options=_WHOLE)}
 
 

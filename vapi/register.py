@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vapi import data
-from vapi.config import ModelConfig, RegisterConfig, nearest, plain, read_yaml
+from vapi.config import ModelConfig, RegisterConfig, flat, nearest, plain, read_yaml
 from vapi.models import weights
 from vapi.run import NO_RUN, Run, Server
 
@@ -218,7 +218,8 @@ def _differences(one: Any, other: Any) -> str:
     """The names in which two protocols differ; not knowing one is a difference too."""
     if not one or not other:
         return "unknown"
-    return ", ".join(name for name in sorted({*one, *other}) if one.get(name) != other.get(name))
+    left, right = flat(one), flat(other)
+    return ", ".join(name for name in sorted({*left, *right}) if left.get(name) != right.get(name))
 
 
 # --- the registry ------------------------------------------------------------------------------

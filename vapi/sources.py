@@ -73,8 +73,8 @@ class Source(Protocol):
         """The encoded bytes of some entries, or in a few words why they cannot be had, in any order. From any thread.
         Raises OSError when a file is gone that was there when it was listed."""
 
-    def files(self) -> list[tuple[str, Path]]:
-        """Every file that belongs to the source, by relative name."""
+    def files(self) -> Iterable[tuple[str, Path]]:
+        """Every file that belongs to the source, by relative name, sorted."""
 
 
 def open_source(config: SubsetConfig) -> Source:
@@ -206,15 +206,15 @@ class Folder:
                 raise FileNotFoundError(f"{path} is gone")
             yield entry, _read_file(path)
 
-    def files(self) -> list[tuple[str, Path]]:
-        return [(key, self.path / key) for key in self._keys]
+    def files(self) -> Iterable[tuple[str, Path]]:
+        return ((key, self.path / key) for key in self._keys)  # a million paths are a gigabyte
 
     @functools.cached_property
     def _keys(self) -> list[str]:
         """Relative names of all images, sorted."""
         tops = self._tops()
         found = _images_in(self.path, "")[0]
-        with tqdm(total=len(tops), desc="listing", unit="folder", disable=None) as bar:
+        with tqdm(total=len(tops), desc="listing", unit="folder", delay=1, disable=None) as bar:
             for keys in parallel(lambda name: _images_below(self.path, name), tops, LISTERS):
                 found += keys
                 bar.update()
@@ -319,7 +319,7 @@ def _shards(path: Path, suffix: str) -> list[tuple[str, Path]]:
 def _all_of(files: list[tuple[str, Path]], entries: Callable[[str, Path], Iterator[Entry]]) -> list[Entry]:
     """The entries of all shards, several of which are read at a time."""
     found: list[Entry] = []
-    with tqdm(total=len(files), desc="listing", unit="shard", disable=None) as bar:
+    with tqdm(total=len(files), desc="listing", unit="shard", delay=1, disable=None) as bar:
         for some in parallel(lambda named: list(entries(*named)), files, LISTERS):
             found += some
             bar.update()

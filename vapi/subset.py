@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -290,18 +291,33 @@ def _samples(folder: Path, config: SubsetConfig) -> list[tuple[str, np.ndarray]]
 def listing(source: Source) -> str:
     """The files of a source as JSON, a line each: name, bytes, and sha256, or for a large source (hashing 150 GB
     takes longer than tuning) the time of the last change in nanoseconds."""
-    named = source.files()
-    chunks = [named[start : start + STATS] for start in range(0, len(named), STATS)]
-    stats = data.parallel(lambda chunk: [path.stat() for _, path in chunk], chunks, sources.LISTERS)
-    files = [
-        (name, path, stat) for chunk, found in zip(chunks, stats, strict=True) for (name, path), stat in zip(chunk, found, strict=True)
-    ]
-    small = sum(stat.st_size for _, _, stat in files) < HASHED_BELOW
-    lines = []
-    for name, path, stat in files:
-        mark = {"sha256": data.file_digest(path)} if small else {"changed": stat.st_mtime_ns}
-        lines.append(json.dumps({"name": name, "bytes": stat.st_size, **mark}, ensure_ascii=False))
+    lines: list[str] = []
+    total = 0
+    with tqdm(desc="listing", unit="file", delay=1, disable=None) as bar:
+        for some, size in data.parallel(_described, _chunks(source.files(), STATS), sources.LISTERS):
+            lines += some
+            total += size
+            bar.update(len(some))
+    if total < HASHED_BELOW:
+        lines = [_line(name, path.stat().st_size, sha256=data.file_digest(path)) for name, path in source.files()]
     return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def _described(files: Sequence[tuple[str, Path]]) -> tuple[list[str], int]:
+    """Lines of some files, and their bytes together."""
+    stats = [path.stat() for _, path in files]
+    lines = [_line(name, stat.st_size, changed=stat.st_mtime_ns) for (name, _), stat in zip(files, stats, strict=True)]
+    return lines, sum(stat.st_size for stat in stats)
+
+
+def _line(name: str, size: int, **mark: str | int) -> str:
+    return json.dumps({"name": name, "bytes": size, **mark}, ensure_ascii=False)
+
+
+def _chunks(files: Iterable[tuple[str, Path]], size: int) -> Iterator[list[tuple[str, Path]]]:
+    left = iter(files)
+    while some := list(itertools.islice(left, size)):
+        yield some
 
 
 def write_listing(subset: SubsetConfig, out: Path) -> None:

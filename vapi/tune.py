@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from vapi import checkpoint, data, grpo, images, launch, models, parallelize
@@ -45,6 +46,7 @@ from vapi.rewards import Reward, network_files
 from vapi.run import NO_RUN, Run
 
 SHEET_IMAGES = 8
+BY_ROUNDING_ONLY = ("images_per_forward", "images_per_reward", "checkpoint_every", "sharding", "activation_checkpointing", "compile")
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # how torch's error about memory begins where there is no GPU; it has no class of its own
 READERS = 2  # threads that decode the next steps' images
 
@@ -190,7 +192,7 @@ class Tuning:
         self.policy.generator.eval()
         parallelize.speed_up(self.policy, reward, tune)
         self.objective = Objective(self.policy, tune, reward, model.precision, world)
-        parallelize.parallelize(self.policy, tune, model.precision, world)
+        parallelize.parallelize(self.policy, tune, world)
         self.optimizer = optimizer_of(self.policy.generator, tune)
         self.held = examples.load(examples.held[world.part(len(examples.held))], self.policy)
         self.shown = examples.load(examples.held[:SHEET_IMAGES], self.policy)
@@ -199,6 +201,8 @@ class Tuning:
         saved = checkpoint.load(state / "checkpoint.pt", digest)
         self.step: int = saved["step"] if saved else -1  # -1: not even the look before the first step
         self.seconds: list[float] = saved["seconds"] if saved else []
+        if len(set(world.gather(self.step))) > 1:
+            raise ValueError(f"processes find different checkpoints in {state}; put DVC_ROOT on a disk that all machines share")
         if saved:
             parallelize.restore(self.policy.generator, self.optimizer, saved)
         if world.first:
@@ -233,7 +237,7 @@ class Tuning:
         self.step = step
         if self.world.first:
             self.progress.log(step, values)
-        if step % tune.checkpoint_every == 0 or last:  # the last too: writing the result may fail
+        if (step and step % tune.checkpoint_every == 0) or last:  # the last too: writing the result may fail
             self.save()
 
     def draw_sheet(self, step: int) -> None:
@@ -250,6 +254,7 @@ class Tuning:
         if self.world.first:
             numbers = {"step": self.step, "lines": self.progress.lines, "seconds": self.seconds}
             checkpoint.save(self.state / "checkpoint.pt", self.digest, {**networks, **numbers})
+        self.world.gather(None)  # nobody leaves before it is written: a launcher may end those that are left
 
     def write(self, folder: Path | None) -> None:
         """The result, into the first process's folder; all processes give their shards of it."""
@@ -306,25 +311,37 @@ def tune(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path, out: 
     by any number of processes.
     """
     begin = time.perf_counter()
-    world = launch.world()
+    world = launch.world(model.device)
     with world.first_enters(data.output_folder(out, "tune")) as folder:
         _require_work(tune, world)
         parallelize.require_compiler(tune, models.device_of(model))
         examples = Examples(model, tune, subset, tokens)
         inputs = world.once(lambda: _inputs(model, tune, subset, tokens))
-        digest = _digest({"model": plain(model), "tune": plain(tune), "inputs": inputs, "source": data.code_version()["source"]})
+        digest = world.once(lambda: _digest(model, tune, inputs))
         with world.first_enters(data.locked(data.state_dir("locks") / f"tune-{digest}.lock", wait=False)):
             state = data.state_dir("resume", "tune", digest)
             run.dataset("subset", inputs["subset"], subset)
-            tuning = Tuning(model, tune, examples, state, digest, run, world)
-            with _memory_advice(tuning):
+            if world.first:
+                _mention_unfinished(state)
+            with _memory_advice(tune, models.device_of(model)) as advised:
+                tuning = Tuning(model, tune, examples, state, digest, run, world)
+                advised.append(tuning)
                 tuning.train()
-            tuning.write(folder)
+                tuning.write(folder)
             if folder is not None:
                 timings = {"seconds_per_step": round(float(np.median(tuning.seconds)), 4), "processes": world.size}
                 data.describe(folder, "tune", {"model": model, "tune": tune}, inputs, time.perf_counter() - begin, **timings)
     if world.first:
         shutil.rmtree(state, ignore_errors=True)
+
+
+def _mention_unfinished(state: Path) -> None:
+    """A stopped run is kept until it is continued, and one of a billion parameters takes 17 GB."""
+    others = [folder for folder in state.parent.iterdir() if folder != state]
+    size = sum(file.stat().st_size for folder in others for file in folder.glob("checkpoint.pt"))
+    if size:
+        words = f"{len(others)} other unfinished runs take {size / 1e9:.1f} GB"
+        print(f"{words} in {state.parent}; remove what will not be continued", file=sys.stderr, flush=True)
 
 
 def _require_work(tune: TuneConfig, world: World) -> None:
@@ -343,21 +360,25 @@ def _require_work(tune: TuneConfig, world: World) -> None:
 
 
 @contextlib.contextmanager
-def _memory_advice(tuning: Tuning) -> Iterator[None]:
-    """Turn an allocator's error into words about the knobs, with what would probably fit."""
-    device, optimizer = tuning.policy.device, tuning.optimizer
-    fixed = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
-    fixed += trained if optimizer.state else 3 * trained  # the gradient, and AdamW's two moments
+def _memory_advice(tune: TuneConfig, device: torch.device) -> Iterator[list[Tuning]]:
+    """Turn an allocator's error into words about the knobs, with what would probably fit. Takes the run once it is there."""
+    tuning: list[Tuning] = []
     try:
-        yield
+        yield tuning
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and CPU_ALLOCATOR not in str(error):
             raise
-        raise ValueError(_advice(tuning.tune, fixed, device)) from error
+        raise ValueError(_advice(tune, device, _fixed_bytes(tuning[0]) if tuning else 0)) from error
 
 
-def _advice(tune: TuneConfig, fixed: int, device: torch.device) -> str:
+def _fixed_bytes(tuning: Tuning) -> int:
+    """What weights, gradient and AdamW's moments take in this process, whatever the number of images, beside the frozen networks."""
+    parameters = [p for group in tuning.optimizer.param_groups for p in group["params"]]
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return 4 * sum(p.numel() * p.element_size() for p in own)
+
+
+def _advice(tune: TuneConfig, device: torch.device, fixed: int) -> str:
     words = f"out of memory with tune.images_per_forward {tune.images_per_forward} and tune.images_per_reward {tune.images_per_reward}"
     if device.type == "cuda":
         total, peak = torch.cuda.get_device_properties(device).total_memory, torch.cuda.max_memory_allocated(device)
@@ -380,5 +401,9 @@ def _inputs(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path) ->
     return {name: data.file_digest(path) for name, path in paths.items()}
 
 
-def _digest(values: dict[str, Any]) -> str:
+def _digest(model: ModelConfig, tune: TuneConfig, inputs: dict[str, str]) -> str:
+    """Names a run by everything its result depends on, so that a run with other sizes or on other devices continues it."""
+    depends = {name: value for name, value in plain(tune).items() if name not in BY_ROUNDING_ONLY}
+    networks = {name: value for name, value in plain(model).items() if name != "device"}
+    values = {"model": networks, "tune": depends, "inputs": inputs, "source": data.code_version()["source"]}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -44,7 +44,7 @@ def tune(settings: Measured) -> dict[str, Any]:
     released.generator.to("cpu")  # so that it does not count as ours
     objective = Objective(policy, tune, reward, precision)
     parallelize.speed_up(policy, reward, tune)
-    parallelize.parallelize(policy, tune, precision, ALONE)
+    parallelize.parallelize(policy, tune, ALONE)
     optimizer = optimizer_of(policy.generator, tune)
 
     def step() -> None:

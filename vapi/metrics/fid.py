@@ -140,20 +140,29 @@ def _cross(a: Moments, b: Moments) -> float:
     """tr sqrt(A B), with A = F F': the roots of the eigenvalues of the symmetric F' B F, any F.
 
     An eigenvalue that is all but zero has no digits left when its root is taken. Where that could show
-    (fewer images than dimensions, dead features), singular values of F' G with B = G G' give the same
-    sum without a root, for four times the work.
+    (dead features, both sets smaller than their dimensions), singular values of F' G with B = G G' give the
+    same sum without a root, for four times the work.
     """
-    if a.rows is None and b.rows is None:
-        one, other = torch.from_numpy(a.covariance), torch.from_numpy(b.covariance)
-        triangle, failed = torch.linalg.cholesky_ex(one)
-        if not failed:
-            values = torch.linalg.eigvalsh(triangle.T @ other @ triangle)
+    if a.full is not None and b.full is None:
+        a, b = b, a
+    if b.full is not None:
+        factor, vanishing = _cheap_factor(a)
+        if factor is not None:
+            values = torch.linalg.eigvalsh(factor.T @ torch.from_numpy(b.full) @ factor)[vanishing:]
             roots = values.clamp(min=0).sqrt()
             noise = torch.finfo(torch.float64).eps * values[-1]
             blurred = torch.minimum(noise.sqrt(), noise / (2 * roots)).sum()
             if blurred <= ROUNDING * roots.sum():
                 return float(roots.sum())
     return float(np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum())
+
+
+def _cheap_factor(a: Moments) -> tuple[Tensor | None, int]:
+    """Some F with A = F F', and how many of its directions are known to be none; no F where A is singular."""
+    if a.rows is not None:
+        return torch.from_numpy(a.rows), 1  # centred rows sum to zero
+    triangle, failed = torch.linalg.cholesky_ex(torch.from_numpy(a.covariance))
+    return (None, 0) if failed else (triangle, 0)
 
 
 def fid(generated: Features, reference: Features) -> dict[str, float]:

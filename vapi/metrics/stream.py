@@ -15,13 +15,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -93,13 +94,20 @@ class Judge:
                 for start, part in zip(mine, self._looks(make, mine, batch), strict=True):
                     _store(part, paths[start])
                     bar.update(min(batch * self.world.size, count - bar.n))
-            self.world.gather(None)  # all are written
+            self._require_all(folder, paths.values())
             parts = [Features.of(load_file(path)) for path in paths.values()]
             os.utime(folder)
         found = concatenate(parts)[:count]
         if len(found) < count:
             raise ValueError(f"{title}: {len(found)} images where {count} were asked for; delete {folder} and run again")
         return found
+
+    def _require_all(self, folder: Path, paths: Iterable[Path]) -> None:
+        """Wait until all are written. Raises ValueError where some process does not see what the others wrote."""
+        self.world.gather(None)
+        os.listdir(folder)  # a network disk may remember that they were not there
+        if self.world.any(not all(path.exists() for path in paths)):
+            raise ValueError(f"processes do not see each other's files in {folder}; put DVC_ROOT on a disk that all machines share")
 
     def _bar(self, count: int, missing: int, title: str) -> tqdm[Any]:
         quiet = None if self.world.first else True
@@ -122,10 +130,14 @@ def stored(pixels: Tensor, labels: Tensor) -> Make:
 def _store(features: Features, path: Path) -> None:
     tensors = {name: rows.contiguous() for name, rows in features.tensors().items()}
     temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        save_file(tensors, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error}; the features before it are safe. {data.AGAIN}") from error
 
 
 def _digest(key: dict[str, Any]) -> str:

@@ -63,8 +63,11 @@ def missing() -> str:
 
 @functools.cache
 def _compiled() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor], Callable[..., Tensor]]:
-    """What comes before and after attention in a block, and the choice of codes; one compilation serves all layers."""
-    fuse = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    """What comes before and after attention in a block, and the choice of codes; one compilation serves all layers.
+
+    Not ``fullgraph``: a process that goes through more shapes than torch likes to compile is to be slow, not to fail.
+    """
+    fuse = functools.partial(torch.compile, dynamic=False)
     return fuse(Block.before), fuse(Block.after), fuse(sampler.choose)
 
 

@@ -5,7 +5,9 @@ would read the whole cache at every step, twice what is filled on average; and t
 waits for. Here the number of positions is read on the device, when the graph runs.
 
 One program for every row and head. It writes the new key and value into the cache, then walks over the
-filled part, keeping the running maximum and sum of the softmax (Milakov and Gimelshein, arXiv 1805.02867).
+filled part, keeping the running maximum and sum of a softmax (Milakov and Gimelshein, arXiv 1805.02867):
+one for each of ``BLOCK`` slots, which meet every ``BLOCK``-th position, so that threads need not wait for
+each other before the end.
 
 Triton comes with torch's builds for CUDA on Linux.
 """
@@ -42,21 +44,24 @@ def _attend(
     values = keys + value_offset
     tl.store(keys + position * WIDTH + lanes, key, mask=inside)
     tl.store(values + position * WIDTH + lanes, value, mask=inside)
-    best = tl.sum(query * key.to(tl.float32), axis=0)  # the new position sees itself
-    total = best * 0.0 + 1.0
-    found = value.to(tl.float32)
+    slots = tl.arange(0, BLOCK)
+    best = tl.zeros([BLOCK], tl.float32) + tl.sum(query * key.to(tl.float32), axis=0)  # the new position sees itself
+    total = tl.where(slots == 0, 1.0, 0.0)
+    found = tl.where((slots == 0)[:, None], value.to(tl.float32)[None, :], 0.0)
     for start in range(0, position, BLOCK):
-        places = start + tl.arange(0, BLOCK)
+        places = start + slots
         there = (places < position)[:, None] & inside[None, :]
         where = places[:, None] * WIDTH + lanes[None, :]
         scores = tl.sum(tl.load(keys + where, mask=there, other=0.0).to(tl.float32) * query[None, :], axis=1)
         scores = tl.where(places < position, scores, -float("inf"))
-        higher = tl.maximum(best, tl.max(scores, axis=0))
+        higher = tl.maximum(best, scores)
         shrink, weights = tl.exp(best - higher), tl.exp(scores - higher)
-        found = found * shrink + tl.sum(weights[:, None] * tl.load(values + where, mask=there, other=0.0).to(tl.float32), axis=0)
-        total = total * shrink + tl.sum(weights, axis=0)
+        found = found * shrink[:, None] + weights[:, None] * tl.load(values + where, mask=there, other=0.0).to(tl.float32)
+        total = total * shrink + weights
         best = higher
-    tl.store(out + program * WIDTH + lanes, found / total, mask=inside)
+    shares = tl.exp(best - tl.max(best, axis=0))
+    found_by_all = tl.sum(found * shares[:, None], axis=0) / tl.sum(total * shares, axis=0)
+    tl.store(out + program * WIDTH + lanes, found_by_all, mask=inside)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, at: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -143,15 +144,17 @@ class LlamaGen:
         takes a minute and is kept for the next call. 0: all at once, and nothing is kept.
         """
         assert not self.generator.training, "put the generator in eval mode before sampling"
-        rows = images_per_batch or len(seeds)
-        with memory.advice(rows, self.footprint(how.get("guidance", 1.0) != 1.0), self.device):
-            if not images_per_batch:
-                return sampler.generate(self.generator, condition, seeds, **how)
-            batches = sampler.filled_up(condition, seeds, rows)
+        if not images_per_batch:
+            return sampler.generate(self.generator, condition, seeds, **how)
+        with memory.advice(images_per_batch, self.footprint(how.get("guidance", 1.0) != 1.0), self.device):
+            batches = sampler.filled_up(condition, seeds, images_per_batch)
             return torch.cat([self._batch(part, its, **how)[:count] for part, its, count in batches])
 
     def _batch(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
-        if self.device.type != "cuda" or graphs.missing():
+        if self.device.type != "cuda":
+            return sampler.generate(self.generator, condition, seeds, **how)
+        if lacking := graphs.missing():
+            warnings.warn(f"sampling goes step by step, several times slower: {lacking}", stacklevel=2)
             return sampler.generate(self.generator, condition, seeds, **how)
         return self._loops.generate(self.generator, condition, seeds, **how)
 

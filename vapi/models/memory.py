@@ -70,15 +70,16 @@ def images_per_decode(need: Footprint, device: torch.device) -> int:
 @contextlib.contextmanager
 def advice(images: int, need: Footprint, device: torch.device) -> Iterator[None]:
     """Turn an allocator's error while sampling ``images`` at a time into words: which knob, and what would probably fit."""
+    free = free_bytes(device)
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ValueError(out_of_memory(images, need, free_bytes(device))) from error
+        raise ValueError(out_of_memory(images, need, free)) from error
 
 
 def out_of_memory(images: int, need: Footprint, free: int) -> str:
-    """The words. ``free`` is what there is once the failed batch is given up."""
-    fits = int(max(0, SHARE * free) // need.image)
+    """The words. ``free`` is what there was before the batch that failed."""
+    fits = int(max(0, SHARE * free - need.weights) // need.image)
     fits = max(1, min(fits, images // 2))
     return (
         f"out of memory while sampling {images} images at a time, {need.image / 2**20:.0f} MiB each; evaluate.images_per_batch {fits} "

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,11 @@ from vapi.models.gpt import Transformer
 
 if TYPE_CHECKING:
     from vapi.models import Policy
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+Batch = tuple[Tensor, Sequence[int]]  # condition and seeds
 
 
 class Sampling(TypedDict, total=False):
@@ -187,7 +192,7 @@ def decode(policy: Policy, codes: Tensor) -> Tensor:
 
 def stream(
     policy: Policy,
-    batches: Iterable[tuple[Tensor, Sequence[int]]],
+    batches: Iterable[Batch],
     images_per_batch: int,
     arithmetic: contextlib.AbstractContextManager[object],
     **how: Unpack[Sampling],
@@ -198,18 +203,41 @@ def stream(
     memory, decoding for arithmetic. On a CPU both wait for the same cores, and take turns.
     """
 
-    def sample(batch: tuple[Tensor, Sequence[int]]) -> Tensor:
+    def sample(batch: Batch) -> Tensor:
         with arithmetic:
             return policy.generate(*batch, images_per_batch=images_per_batch, **how)
 
-    if policy.device.type == "cpu":
-        yield from (decode(policy, sample(batch)) for batch in batches)
-        return
+    drawn = map(sample, batches) if policy.device.type == "cpu" else _beside(sample, batches, policy.device)
+    yield from (decode(policy, codes) for codes in drawn)
+
+
+def _beside(sample: Callable[[Batch], Tensor], batches: Iterable[Batch], device: torch.device) -> Iterator[Tensor]:
+    """Codes of each batch, drawn by a thread on a stream of its own, one batch ahead.
+
+    Either stream waits for what it needs of the other and for no more: sampling for its condition, the reader for these codes.
+    """
+    reader, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+
+    def draw(given: tuple[Batch, torch.cuda.Event]) -> tuple[Tensor, torch.cuda.Event]:
+        (condition, seeds), made = given
+        with torch.cuda.stream(side):
+            side.wait_event(made)
+            condition.record_stream(side)
+            return sample((condition, seeds)), side.record_event()
+
+    for codes, ready in ahead(draw, ((batch, reader.record_event()) for batch in batches)):
+        reader.wait_event(ready)
+        codes.record_stream(reader)
+        yield codes
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """``map`` with a thread that is one item further than its reader."""
     with ThreadPoolExecutor(1) as beside:
-        ahead: Future[Tensor] | None = None
-        for batch in batches:
-            done, ahead = ahead, beside.submit(sample, batch)
+        waiting: Future[R] | None = None
+        for item in items:
+            done, waiting = waiting, beside.submit(function, item)
             if done is not None:
-                yield decode(policy, done.result())
-        if ahead is not None:
-            yield decode(policy, ahead.result())
+                yield done.result()
+        if waiting is not None:
+            yield waiting.result()

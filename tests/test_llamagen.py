@@ -1,0 +1,92 @@
+"""The recipe of a full-size run from end to end, through the command line: the architecture and the file layouts of LlamaGen,
+ImageNet, VGG, Inception and ADM's reference, with random weights, in minutes on a CPU. What is smaller than the real
+thing: the generator (GPT-B), the side of the images (64) and their number."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_metrics import Blank
+from torchvision.models import vgg16
+
+from vapi.config import Config, build, dump, plain, write_text
+from vapi.metrics import features as extractors
+from vapi.models import gpt, vq
+from vapi.recipes import recipe
+from vapi.rewards import VGG_FILE
+
+SIDE, CODES = 64, 16
+SMALLER = {
+    "model.generator": "data/llamagen/c2i_B.pt", "model.image_size": SIDE, "subset.images": 24, "tokens.images_per_batch": 8,
+    "tune.images_per_step": 4, "tune.holdout_images": 4, "tune.steps": 2, "tune.compile": False, "tune.perceptual_weights": "data",
+    "evaluate.protocol": "own", "evaluate.samples": 10, "evaluate.sweep_samples": 8, "evaluate.temperatures": [1.0],
+    "evaluate.guidances": [1.0], "evaluate.images_per_batch": 5, "evaluate.sheet_images": 5,
+    "evaluate.extractor_weights": "data/inception.pth", "track.uri": "off",
+}  # fmt: skip
+
+
+def write_imagenet(folder: Path) -> None:
+    """A thousand class folders, one small JPEG in each."""
+    rng = np.random.default_rng(0)
+    for number in range(1000):
+        wnid = folder / f"n{10_000_000 + 7 * number}"
+        wnid.mkdir(parents=True)
+        pixels = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((75, 90), Image.Resampling.BICUBIC).save(wnid / f"{wnid.name}_1.JPEG")
+
+
+def write_weights(folder: Path) -> None:
+    """Checkpoints under the names and in the layouts in which they are published."""
+    torch.manual_seed(0)
+    llamagen = folder / "llamagen"
+    llamagen.mkdir(parents=True)
+    width, layers, heads = gpt.PUBLISHED["GPT-B"]
+    generator = gpt.Transformer(gpt.GPTConfig(width, layers, heads, 2048, 16384, CODES, 1000))
+    torch.save({"model": generator.state_dict(), "steps": 300_000}, llamagen / "c2i_B.pt")
+    torch.save({"model": vq.VQModel(vq.VQConfig()).state_dict()}, llamagen / "vq_ds16_c2i.pt")
+    features = vgg16(weights=None).features
+    torch.save({f"features.{name}": tensor for name, tensor in features.state_dict().items()}, folder / VGG_FILE)
+    torch.save({}, folder / "inception.pth")
+    blank = Blank(extractors.INCEPTION, ["2048"], feature_extractor_weights_path=str(folder / "inception.pth"))
+    torch.save(blank.state_dict(), folder / "inception.pth")
+
+
+def write_reference(path: Path) -> None:
+    """Images and moments as ADM publishes them."""
+    rng = np.random.default_rng(1)
+    moments = {"mu": rng.normal(size=2048), "sigma": np.eye(2048), "mu_s": rng.normal(size=2023), "sigma_s": np.eye(2023)}
+    np.savez(path, arr_0=rng.integers(0, 256, (12, 256, 256, 3), dtype=np.uint8), **moments)
+
+
+@pytest.mark.slow
+def test_a_full_size_run_in_small(tmp_path: Path) -> None:
+    imagenet = tmp_path / "data" / "imagenet"
+    write_imagenet(imagenet / "train")
+    shutil.copytree(imagenet / "train", imagenet / "validation")
+    write_weights(tmp_path / "data")
+    write_reference(imagenet / "VIRTUAL_imagenet256_labeled.npz")
+    values = plain(recipe("llamagen-xl-c2i"))
+    for name, value in SMALLER.items():
+        section, _, knob = name.partition(".")
+        values[section][knob] = value
+    write_text(tmp_path / "params.yaml", dump(build(Config, values)))
+    for stage in ("subset", "tokens", "tune", "evaluate", "register"):
+        environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
+        done = subprocess.run([sys.executable, "-m", "vapi", stage], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "artifacts" / "evaluate" / "metrics.json").read_text())
+    for name in ("base", "tuned"):
+        assert {"fid", "sfid", "inception_score", "precision", "recall"} <= found[name].keys() and found[name]["images"] == 10
+    tuned = tmp_path / "tuned.pt"
+    subprocess.run([sys.executable, "-m", "vapi", "export", "artifacts/tune", str(tuned)], cwd=tmp_path, check=True)
+    ours, theirs = (torch.load(path, weights_only=True)["model"] for path in (tmp_path / SMALLER["model.generator"], tuned))
+    assert ours.keys() == theirs.keys() and any(not torch.equal(ours[name], theirs[name]) for name in ours)
