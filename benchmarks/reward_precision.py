@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vapi import data, grpo, images, models
-from vapi.bench import meter, rounded, world
+from vapi.bench import meter, world
 from vapi.config import Measured, TuneConfig
 from vapi.objective import Objective
 from vapi.rewards import Reward
@@ -35,7 +35,7 @@ def compared(low: Tensor, full: Tensor, clip: float = 5.0) -> dict[str, float]:
     ours, theirs = grpo.advantages(low, clip), grpo.advantages(full, clip)
     pairs = torch.combinations(torch.arange(low.shape[1]))  # (P, 2)
     swapped = (low[:, pairs[:, 0]] - low[:, pairs[:, 1]]).sign() != (full[:, pairs[:, 0]] - full[:, pairs[:, 1]]).sign()  # (B, P)
-    return {
+    found = {
         "advantage_correlation": torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]).double())[0, 1].item(),
         "advantage_largest_error": (ours - theirs).abs().max().item(),
         "advantage_root_mean_square_error": (ours - theirs).square().mean().sqrt().item(),
@@ -45,6 +45,7 @@ def compared(low: Tensor, full: Tensor, clip: float = 5.0) -> dict[str, float]:
         "reward_relative_error": ((low - full).abs().mean() / full.abs().mean()).item(),
         "reward_spread_within_group": (full.std(1).mean() / full.abs().mean()).item(),
     }
+    return {name: round(value, 6) for name, value in found.items()}
 
 
 def case(policy: models.Policy, tune: TuneConfig, reward: Reward, codes: Tensor, targets: Tensor) -> dict[str, object]:
@@ -86,11 +87,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=int, default=512, help="images of the embedded world")
     parser.add_argument("--published", type=int, default=12, help="images for the published shapes")
-    parser.add_argument("--image-size", type=int, default=128, help="their side in pixels")
+    parser.add_argument("--image-size", type=int, default=64, help="their side in pixels")
     given = parser.parse_args()
     about = {"date": datetime.date.today().isoformat(), "command": "python benchmarks/reward_precision.py", "machine": meter.machine()}
     cases = {"digits": digits(given.digits), "published": published(given.published, given.image_size)}
-    print(json.dumps({**about, **vars(given), **rounded(cases)}, indent=1))
+    print(json.dumps({**about, **cases}, indent=1))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class Vgg(nn.Module):
         super().__init__()
         from torchvision.models import vgg16
 
-        self.body = vgg16(weights=None, init_weights=False).features.eval().requires_grad_(False)
+        self.body = vgg16(weights=None, init_weights=False).features[: self.ends[-1]].eval().requires_grad_(False)
         self.body.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
         # ImageNet's mean and standard deviation, for images in [-1, 1] (lpips's scaling layer)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
@@ -96,9 +96,10 @@ class Vgg(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps, x = [], (images - self.shift) / self.scale
-        for start, end in zip((0, *self.ends), self.ends):
-            x = self.body[start:end](x)
-            maps.append(x)
+        for number, layer in enumerate(self.body, 1):
+            x = layer(x)
+            if number in self.ends:
+                maps.append(x)
         return maps
 
 

@@ -56,7 +56,8 @@ PROBE_BYTES = 1 << 26
 def machine() -> dict[str, Any]:
     """What the figures were taken on, without names of its own."""
     found: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "cpu": _cpu()}
-    found |= {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    if torch.cuda.is_available():  # float32 there may mean TF32: torch's default for convolutions, not for products
+        found |= {"gpu": torch.cuda.get_device_name(), "tf32_convolutions": torch.backends.cudnn.allow_tf32}
     return {**found, "torch": torch.__version__}
 
 
