@@ -20,7 +20,7 @@ import torch
 from conftest import write_tiny
 from PIL import Image
 
-from vapi import config, data, images, models, register, track
+from vapi import config, data, images, models, register, report, track
 from vapi.config import Config, ModelConfig, RegisterConfig
 from vapi.run import NO_RUN
 
@@ -59,6 +59,12 @@ def test_what_is_no_number_fails_closed(metric: str, where: str, value: Any) -> 
     assert failed(verdict.gates["challenger"]) == [metric]
     assert not verdict.challenger and not verdict.champion  # the numbers at its best alone promote nothing
     assert "missing or not finite" in verdict.gates["challenger"][0 if metric == "fid" else 4].reason()
+
+
+def test_every_metric_but_fid_can_be_a_gate() -> None:
+    """And is judged the way the report shows it."""
+    lower = {column.key: column.lower for column in report.COLUMNS if column.key != "reward"}
+    assert {**dict.fromkeys(register.LOWER, True), **dict.fromkeys(register.HIGHER, False)} == lower
 
 
 def test_fid_and_reward_are_no_allowances(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ from vapi.config import ModelConfig, RegisterConfig, flat, nearest, plain, read_
 from vapi.models import weights
 from vapi.run import NO_RUN, Run, Server
 
-LOWER = ("fid", "kid", "fid_random")  # better when lower
-HIGHER = ("inception_score", "precision", "recall", "class_accuracy")
+LOWER = ("fid", "sfid", "kid", "fid_random", "fd_dinov2")  # better when lower
+HIGHER = ("inception_score", "inception_score_adm", "precision", "recall", "precision_adm", "recall_adm", "class_accuracy")
 REQUIREMENTS = ("torch", "numpy", "pandas", "pillow", "safetensors", "pyyaml", "mlflow")
 
 Scores = dict[str, Any]
