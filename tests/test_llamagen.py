@@ -5,19 +5,16 @@ thing: the generator (GPT-B), the side of the images (64) and their number."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_metrics import Blank
 from torchvision.models import vgg16
 
+from vapi import cli, evaluate
 from vapi.config import Config, build, dump, plain, write_text
 from vapi.metrics import features as extractors
 from vapi.models import gpt, vq
@@ -30,7 +27,7 @@ SMALLER = {
     "tune.images_per_step": 4, "tune.holdout_images": 4, "tune.steps": 2, "tune.compile": False, "tune.perceptual_weights": "data",
     "evaluate.protocol": "own", "evaluate.samples": 10, "evaluate.sweep_samples": 8, "evaluate.temperatures": [1.0],
     "evaluate.guidances": [1.0], "evaluate.images_per_batch": 5, "evaluate.sheet_images": 5,
-    "evaluate.extractor_weights": "data/inception.pth", "track.uri": "off",
+    "track.uri": "off",
 }  # fmt: skip
 
 
@@ -55,9 +52,6 @@ def write_weights(folder: Path) -> None:
     torch.save({"model": vq.VQModel(vq.VQConfig()).state_dict()}, llamagen / "vq_ds16_c2i.pt")
     features = vgg16(weights=None).features
     torch.save({f"features.{name}": tensor for name, tensor in features.state_dict().items()}, folder / VGG_FILE)
-    torch.save({}, folder / "inception.pth")
-    blank = Blank(extractors.INCEPTION, ["2048"], feature_extractor_weights_path=str(folder / "inception.pth"))
-    torch.save(blank.state_dict(), folder / "inception.pth")
 
 
 def write_reference(path: Path) -> None:
@@ -67,26 +61,33 @@ def write_reference(path: Path) -> None:
     np.savez(path, arr_0=rng.integers(0, 256, (12, 256, 256, 3), dtype=np.uint8), **moments)
 
 
+def call(*words: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(words))
+    assert stop.value.code == 0, words
+
+
 @pytest.mark.slow
-def test_a_full_size_run_in_small(tmp_path: Path) -> None:
+def test_a_full_size_run_in_small(tmp_path: Path, inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     imagenet = tmp_path / "data" / "imagenet"
     write_imagenet(imagenet / "train")
     shutil.copytree(imagenet / "train", imagenet / "validation")
     write_weights(tmp_path / "data")
     write_reference(imagenet / "VIRTUAL_imagenet256_labeled.npz")
     values = plain(recipe("llamagen-xl-c2i"))
-    for name, value in SMALLER.items():
+    for name, value in {**SMALLER, "evaluate.extractor_weights": str(inception_file)}.items():
         section, _, knob = name.partition(".")
         values[section][knob] = value
     write_text(tmp_path / "params.yaml", dump(build(Config, values)))
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256(inception_file)[:8])
+    monkeypatch.setattr(evaluate, "VALIDATION_IMAGES", 12)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     for stage in ("subset", "tokens", "tune", "evaluate", "register"):
-        environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
-        done = subprocess.run([sys.executable, "-m", "vapi", stage], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "artifacts" / "evaluate" / "metrics.json").read_text())
+        call(stage)
+    found = json.loads(Path("artifacts/evaluate/metrics.json").read_text())
     for name in ("base", "tuned"):
         assert {"fid", "sfid", "inception_score", "precision", "recall"} <= found[name].keys() and found[name]["images"] == 10
-    tuned = tmp_path / "tuned.pt"
-    subprocess.run([sys.executable, "-m", "vapi", "export", "artifacts/tune", str(tuned)], cwd=tmp_path, check=True)
-    ours, theirs = (torch.load(path, weights_only=True)["model"] for path in (tmp_path / SMALLER["model.generator"], tuned))
+    call("export", "artifacts/tune", "tuned.pt")
+    ours, theirs = (torch.load(path, weights_only=True)["model"] for path in (SMALLER["model.generator"], "tuned.pt"))
     assert ours.keys() == theirs.keys() and any(not torch.equal(ours[name], theirs[name]) for name in ours)

@@ -234,3 +234,10 @@ def test_bands_lie_one_below_the_other() -> None:
 def test_curves_that_are_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="comes with the tuned weights"):
         report.read_curves(tmp_path / "metrics.jsonl")
+
+
+def test_charts_of_any_numbers() -> None:
+    """Two networks that see no difference give distances of 1e-13; a diverged one gives thousands."""
+    for values in ([3e-13, 4e-13], [0.0, 0.0], [1e-13, 4000.0], [-2.0, 5.0]):
+        drawn = report.chart([report.Line("one", list(enumerate(values)), "base")], "x", "y", log=True)
+        assert "nan" not in drawn and drawn.count('class="tick"') >= 4

@@ -280,7 +280,7 @@ def ticks(low: float, high: float, count: int = 5, log: bool = False) -> list[fl
     rough = (high - low) / count or 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda step: abs(step - rough))
-    return [round(n * step, 12) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{n * step:.12g}") for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def chart(lines: Sequence[Line], x_title: str, y_title: str, log: bool = False, width: int = 520, height: int = 300) -> str:
