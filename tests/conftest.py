@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from vapi import models, track
 from vapi.config import ModelConfig
@@ -17,7 +17,8 @@ from vapi.models import gpt, vq, weights
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Python then; Triton looks when it is imported, which is later
+    assert "triton" not in sys.modules, "Triton looks at this when it is imported"
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Python then
 
 TINY_VQ = vq.VQConfig(vocab=32, code_dim=4, channels=8, multipliers=(1, 2, 2), blocks=1, z_channels=16, groups=4)
 TINY_GPT = gpt.GPTConfig(dim=32, layers=2, heads=2, hidden=64, vocab=32, codes=16, classes=10)
@@ -57,16 +58,15 @@ def mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Blank(FeatureExtractorInceptionV3):
-    """Inception with random weights, whatever file it is given."""
-
-    def load_state_dict(self, *_: object) -> None:
-        """Keeps what it was born with."""
-
-
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Inception's weights in the published layout, with random values."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # it imports Triton
+
+    class Blank(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: object) -> None:
+            """Keeps what it was born with, whatever the file holds."""
+
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
     torch.save({}, path)
     torch.manual_seed(0)
