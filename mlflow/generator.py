@@ -26,6 +26,7 @@ from PIL import Image
 
 from vapi import images, models
 from vapi.config import ModelConfig, build
+from vapi.models import sampler
 
 BATCH = 64  # images drawn at a time; the result does not depend on it
 
@@ -55,7 +56,7 @@ class Generator(PythonModel):
     def _draw(self, labels: list[int], seed: int, options: dict[str, Any]) -> list[str]:
         with models.autocast(self.precision, self.policy.device):  # as it was evaluated
             codes = self.policy.generate(self.policy.condition(labels), [seed + n for n in range(len(labels))], **options)
-        pixels = images.to_uint8(self.policy.decode(codes)).permute(0, 2, 3, 1).cpu().numpy()
+        pixels = images.to_uint8(sampler.decode(self.policy, codes)).permute(0, 2, 3, 1).cpu().numpy()
         return [base64.b64encode(images.png_bytes(Image.fromarray(image))).decode() for image in pixels]
 
 

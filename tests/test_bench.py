@@ -231,8 +231,14 @@ def test_the_table_tries_again_when_memory_runs_out(monkeypatch: pytest.MonkeyPa
     assert sum(part.seconds for part in gpu.parts(80 << 30)) <= gpu.LIMIT < 9 * 60
 
 
+def test_random_weights_lie_where_they_are_wanted() -> None:
+    policy = world.random_policy("GPT-B", ModelConfig(image_size=256), "meta")
+    assert all(tensor.is_meta for tensor in (*policy.generator.buffers(), *policy.generator.parameters()))
+
+
 def test_every_flag_of_the_table_is_understood() -> None:
     for part in (*gpu.parts(80 << 30), *gpu.parts(139 << 30)):
         for words in part.tries:
             (name,), flags = cli.parse(words.split())
-            assert name == part.name and cli.measured(name, flags).model.device == "cuda"
+            settings = cli.measured(name, flags)
+            assert name == part.name and settings.model.device == "cuda" and settings.tune.perceptual == "vgg"

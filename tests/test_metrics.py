@@ -16,7 +16,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from vapi import metrics
+from vapi import data, metrics
 from vapi.metrics import features as extractors
 from vapi.metrics import fid, neighbours, published
 from vapi.metrics.fid import Features, Moments, concatenate, frechet
@@ -391,6 +391,13 @@ def test_spatial_features_are_mixed_6_conv_channels_last(judge: extractors.Extra
     maps = caught[0]  # (2, 768, 17, 17), of which the first branch comes first
     assert seen.more["spatial"].shape == (2, 17 * 17 * 7)
     assert seen.more["spatial"].view(2, 17, 17, 7)[1, 4, 9, 3] == maps[1, 3, 4, 9]
+
+
+def test_threads_do_not_take_each_others_maps(judge: extractors.Extractor) -> None:
+    batches = [noise(2, seed, size=32) for seed in range(6)]
+    alone = [judge(batch, torch.zeros(2)).more["spatial"] for batch in batches]
+    together = data.parallel(lambda batch: judge(batch, torch.zeros(2)).more["spatial"], batches, 2)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
 
 def test_inception_with_another_hash_is_refused(inception_file: Path) -> None:

@@ -211,7 +211,10 @@ class TuneConfig:
             _require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1 step")
 
 
-_ADM_256_50K = {"samples": 50_000, "extractor": "inception", "resize": 256, "top_k": 0, "top_p": 1.0}
+_ADM_256_50K = {
+    "samples": 50_000, "extractor": "inception", "resize": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0,
+    "guidance_schedule": "constant",
+}  # fmt: skip
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "adm-256-50k": _ADM_256_50K | {"labels": "random"},  # as in LlamaGen's and VA-pi's papers
     "adm-256-50k-balanced": _ADM_256_50K | {"labels": "balanced"},

@@ -84,7 +84,9 @@ def file_digest(path: Path) -> str:
     if not path.is_dir():
         raise ValueError(f"{path} is not here")
     whole = hashlib.sha256()
-    for part in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "provenance.json"):
+    # linked folders too: so data sets are often put together
+    files = [Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names if name != "provenance.json"]
+    for part in sorted(file for file in files if file.is_file()):
         whole.update(f"{part.relative_to(path).as_posix()}\0{file_digest(part)}\n".encode())
     return whole.hexdigest()
 
@@ -230,6 +232,11 @@ def read_json(path: Path) -> Any:
     if not Path(path).is_file():
         raise ValueError(f"{path} is not here; run the stage that makes it: vapi {Path(path).parent.name}")
     return json.loads(Path(path).read_text())
+
+
+def cores() -> int:
+    """This process's share of the machine's cores."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def parallel(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int = 0) -> Iterator[R]:

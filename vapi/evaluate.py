@@ -57,7 +57,7 @@ SWEEP_SEED = -1  # the sweep draws images that no reported number is made of
 SWEEP_METRICS = ("fid", "inception_score", "precision_recall", "class_accuracy")
 SHEET_COLUMNS = 10
 VALIDATION_IMAGES = 5000  # of a larger folder: as many as the papers' recipes sweep with, 2 GB at 384 pixels
-LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 judges.register(networks.load)
 
@@ -130,12 +130,14 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
         world.first_enters(data.output_folder(out, "evaluate")) as folder,
         thread_per_batch(models.device_of(model)) as workers,
     ):
-        sources = {"base": weights.locate(model.generator), "tuned": _tuned_weights(tune, model)}
+        _require_files(evaluate)
+        files = {"base": weights.locate(model.generator), "tuned": _tuned_weights(tune, model)}
         holdout = _holdout(tune)
-        for source in (sources["tuned"], sources["base"]):  # refuse one that does not fit before the other is drawn from
+        for source in (files["tuned"], files["base"]):  # refuse one that does not fit before the other is drawn from
             policy = models.load(model, source)
         bench = Bench.of(model, evaluate, policy, workers, world)
-        found = {name: Contestant(bench, name, source).examine() for name, source in sources.items()}
+        del policy  # each contestant loads its own
+        found = {name: Contestant(bench, name, source).examine() for name, source in files.items()}
         anchors = bench.anchors()
         if folder is None:
             return
@@ -150,6 +152,20 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
 
 
 # --- inputs, checked ---------------------------------------------------------------------------
+
+
+def _require_files(evaluate: EvaluateConfig) -> None:
+    """Raises ValueError for what will be missing, before anything is loaded."""
+    if Path(evaluate.reference).suffix == published.SUFFIX and Path(evaluate.reference).is_file():
+        published.require(Path(evaluate.reference))
+    for what, path in (("reference", evaluate.reference), ("validation", evaluate.validation)):
+        if not Path(path).exists():
+            bundled, published_ = "the bundled data comes with: dvc pull data.dvc", "it is part of OpenAI's guided-diffusion evaluations"
+            raise ValueError(f"evaluate.{what} is {path}, which is not here; {published_ if path.endswith(published.SUFFIX) else bundled}")
+    if evaluate.extractor == "inception":
+        judges.require_inception(judges.inception_path(evaluate.extractor_weights))
+    if evaluate.dinov2:
+        judges.require_dinov2(Path(evaluate.dinov2))
 
 
 def _tuned_weights(tune: Path, model: ModelConfig) -> Path:
@@ -177,10 +193,11 @@ def _holdout(tune: Path) -> dict[str, float | None]:
 
 def _real_images(path: str, what: str, size: int, classes: int) -> tuple[Tensor, Tensor]:
     """A reference's images, uint8 (N, 3, H, W), and labels. Raises ValueError where they do not fit the model."""
-    if not Path(path).exists():
-        raise ValueError(f"evaluate.{what} is {path}, which is not here; the bundled data comes with: dvc pull data.dvc")
     if Path(path).is_dir():
-        pixels, labels = _cropped(path, size, classes, VALIDATION_IMAGES if what == "validation" else 0)
+        try:
+            pixels, labels = _cropped(path, size, classes, VALIDATION_IMAGES if what == "validation" else 0)
+        except ValueError as error:
+            raise ValueError(f"evaluate.{what}: {error}") from error
     else:
         pixels, labels = data.read_images(Path(path))
     _require_fit(pixels, path, what, size)
@@ -210,7 +227,7 @@ def _cropped(path: str, size: int, classes: int, limit: int) -> tuple[np.ndarray
         except ValueError as error:
             raise ValueError(f"{path}: {entry.key} {error}") from None
 
-    for _ in data.parallel(crop, source.read(chosen), len(os.sched_getaffinity(0))):
+    for _ in data.parallel(crop, source.read(chosen), data.cores()):
         pass
     return pixels, np.array([entry.label for entry in chosen], dtype=np.int64)
 
@@ -220,11 +237,8 @@ def _reference(evaluate: EvaluateConfig, size: int, classes: int) -> tuple[Tenso
     path = Path(evaluate.reference)
     if path.suffix != published.SUFFIX:
         return *_real_images(evaluate.reference, "reference", size, classes), {}
-    if not path.is_file():
-        raise ValueError(f"evaluate.reference is {path}, which is not here; it is part of OpenAI's guided-diffusion evaluations")
     if evaluate.extractor != "inception":
         raise ValueError(f"evaluate.reference {path} holds moments of Inception's features; set evaluate.extractor to inception")
-    published.require(path)
     pixels = published.images(path)
     _require_fit(pixels, path, "reference", size)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.full((len(pixels),), -1), published.moments(path)
@@ -302,20 +316,21 @@ class Bench:
         size = evaluate.resize or model.image_size
         reference, reference_labels, moments = _reference(evaluate, size, policy.num_classes)
         pixels, labels = _real_images(evaluate.validation, "validation", model.image_size, policy.num_classes)
-        digests = {name: data.file_digest(Path(getattr(evaluate, name))) for name in ("reference", "validation")}
+        digests = world.once(lambda: {name: data.file_digest(Path(getattr(evaluate, name))) for name in ("reference", "validation")})
         extractor = _extractor(evaluate, reference, policy.device)
         # the random network is calibrated on the reference, so every feature depends on it
         key: Scores = {"extractor": extractor.sha256, "dinov2": extractor.dinov2_sha256, "reference": digests["reference"]}
-        key |= {"resize": evaluate.resize, "code": _code_digest(), "deterministic": evaluate.deterministic}
+        key |= {"image_size": model.image_size, "resize": evaluate.resize, "code": _code_digest(), "deterministic": evaluate.deterministic}
         key |= {"torch": torch.__version__, "device": policy.device.type, "precision": model.precision}
-        at_once = evaluate.images_per_batch or min(world.gather(_images_that_fit(model, evaluate, policy)))
+        at_once = evaluate.images_per_batch or min(world.gather(_images_that_fit(model, policy)))
         judge = Judge(extractor, key, at_once, evaluate.resize, workers, world)
 
         def real(numbers: range) -> tuple[Tensor, Tensor]:
             return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers.start : numbers.stop]
 
         def reconstruct(numbers: range) -> tuple[Tensor, Tensor]:
-            return judge.pixels(policy.decode(policy.encode(_floats(pixels, numbers, policy)))), labels[numbers.start : numbers.stop]
+            codes = sampler.encode(policy, _floats(pixels, numbers, policy))
+            return judge.pixels(sampler.decode(policy, codes)), labels[numbers.start : numbers.stop]
 
         tokenizer = data.tokenizer_digest(model)
         chosen = _one_of_each(labels, evaluate.sheet_images)
@@ -360,10 +375,10 @@ class Bench:
         return {"real": self.score(self.validation[:count]), "reconstruction": self.score(self.reconstructions[:count])}
 
 
-def _images_that_fit(model: ModelConfig, evaluate: EvaluateConfig, policy: Policy) -> int:
-    guided = max(evaluate.guidance, evaluate.guided, *evaluate.guidances) != 1.0
+def _images_that_fit(model: ModelConfig, policy: Policy) -> int:
+    # as if all were guided, or the batch, which features are kept by, would hang on what else is to be compared
     with models.autocast(model.precision, policy.device):
-        return memory.images_per_batch(policy.footprint(guided), policy.device)
+        return memory.images_per_batch(policy.footprint(guided=True), policy.device)
 
 
 def _floats(pixels: Tensor, numbers: range, policy: Policy) -> Tensor:
@@ -372,7 +387,7 @@ def _floats(pixels: Tensor, numbers: range, policy: Policy) -> Tensor:
 
 @torch.inference_mode()
 def _reconstruction(policy: Policy, pixels: Tensor) -> Tensor:
-    return images.to_uint8(policy.decode(policy.encode(images.to_float(pixels).to(policy.device))))
+    return images.to_uint8(sampler.decode(policy, sampler.encode(policy, images.to_float(pixels).to(policy.device))))
 
 
 def _rows(pixels: Tensor) -> np.ndarray:
@@ -512,12 +527,12 @@ class Contestant:
         @torch.inference_mode()
         def make(numbers: range) -> tuple[Tensor, Tensor]:
             labels = self.bench.labels[numbers.start : numbers.stop]
-            true = self.policy.encode(_floats(self.bench.images, numbers, self.policy))
-            rows = max(1, LOGITS_AT_ONCE // (self.policy.num_codes * self.policy.vocab))
+            true = sampler.encode(self.policy, _floats(self.bench.images, numbers, self.policy))
+            rows = max(1, LOGITS_AT_ONCE[self.policy.device.type] // (self.policy.num_codes * self.policy.vocab))
             own = torch.arange(numbers.start, numbers.start + len(true))
             parts = zip(true.split(rows), labels.split(rows), own.split(rows), strict=True)
             codes = torch.cat([self._redraw(*part, seed) for part in parts])
-            return self.bench.judge.pixels(self.policy.decode(codes)), labels
+            return self.bench.judge.pixels(sampler.decode(self.policy, codes)), labels
 
         return self.bench.judge.features(key, count, make, f"{self.name}, teacher forced")
 

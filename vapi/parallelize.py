@@ -16,7 +16,9 @@ import contextlib
 import functools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ def parallelize(policy: Policy, tune: TuneConfig, world: World) -> None:
         if tune.activation_checkpointing:
             block.forward = _recomputed(block.forward)
         if tune.compile:
-            block.compile()
+            block.compile(dynamic=False)  # two shapes or three, and a graph for any shape is slower
     if tune.sharding == "full" and world.size > 1:
         _shard(policy, world)
 
@@ -66,11 +68,18 @@ def require_compiler(tune: TuneConfig, device: torch.device) -> None:
     """Raises ValueError if ``tune.compile`` is asked of a machine on which torch.compile finds no compiler."""
     known = ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("cc", "gcc", "clang"))
     names = [os.environ[known[0]]] if known[0] in os.environ else known[1]
-    if tune.compile and not any(map(shutil.which, names)):
+    lacks = "" if any(map(shutil.which, names)) else " or ".join(names)
+    lacks = lacks or ("" if headers() else "Python.h")
+    if tune.compile and lacks:
         raise ValueError(
-            f"tune.compile is true, but {' or '.join(names)} is not here, which torch.compile needs; "
-            "install it (Debian: apt-get install g++), or say --tune.compile false: results are the same but for rounding"
+            f"tune.compile is true, but {lacks} is not here, which torch.compile needs; "
+            "install it (Debian: apt-get install g++ python3-dev), or say --tune.compile false: results are the same but for rounding"
         )
+
+
+def headers() -> bool:
+    """Whether a compiler finds Python's own headers here."""
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

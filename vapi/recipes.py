@@ -44,7 +44,7 @@ _LLAMAGEN_384 = {
     "tune.rewards": {"mse": 1.0, "lpips": 1.0},
     "tune.perceptual": "vgg",
     "tune.compile": True,
-    "tune.checkpoint_every": 10,
+    "tune.checkpoint_every": 50,  # 17 GB each; SIGTERM writes one anyway
     "evaluate.protocol": "adm-256-50k",
     **{f"evaluate.{name}": value for name, value in config.PROTOCOLS["adm-256-50k"].items()},
     "evaluate.temperatures": [0.9, 1.0],

@@ -271,7 +271,7 @@ class Registry:
         return {"weights": digest, **self.server.lineage, **runs, **{f"code.{k}": v for k, v in code.items()}, **_dvc_lineage()}
 
     def _create(self, model: ModelConfig, tune: Path, results: dict[str, Any], tags: dict[str, str], verdict: Verdict) -> str:
-        logged = self._log_model(model, tune, results["tuned_best"])
+        logged = self._log_model(model, tune, {**results["protocol"].get("sampler", {}), **results["tuned_best"]})
         if not self.client.search_registered_models(f"name = '{self.name}'"):
             self.client.create_registered_model(self.name)
         version = self.client.create_model_version(
@@ -318,6 +318,8 @@ def _signature(mlflow: Any, best: Scores) -> Any:
         types.ParamSpec("guidance", "double", float(best.get("guidance", 1.0))),
         types.ParamSpec("top_k", "long", int(best.get("top_k", 0))),
         types.ParamSpec("top_p", "double", float(best.get("top_p", 1.0))),
+        types.ParamSpec("guidance_schedule", "string", str(best.get("guidance_schedule", "constant"))),
+        types.ParamSpec("guidance_power", "double", float(best.get("guidance_power", 2.0))),
     ]
     outputs = types.Schema([types.ColSpec("long", "class_id"), types.ColSpec("string", "png_base64")])
     return mlflow.models.ModelSignature(types.Schema([types.ColSpec("long", "class_id")]), outputs, types.ParamSchema(params))

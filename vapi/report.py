@@ -488,7 +488,7 @@ def _table_note(results: Results) -> str:
     note += "Arrows point to where better is; bold is better than its partner by more than the noise. "
     note += "The reward is that of held-out images under teacher forcing."
     if anchors["real"]["images"] < protocol["samples"]:
-        note += " The anchors have fewer images than the models, which raises their FID a little."
+        note += " The anchors have fewer images than the models, which raises their FID: compare them with each other."
     return note
 
 

@@ -121,7 +121,7 @@ def encode(
 
     A batch is handed out when the next one is on its way to the device.
     """
-    workers, ahead = config.workers or _cores(), 2 * config.images_per_batch
+    workers, ahead = config.workers or data.cores(), 2 * config.images_per_batch
     pixels = data.parallel(lambda i: picked.pixels(i, size), wanted, workers, max(ahead, 4 * workers))
     running: tuple[Sequence[int], Tensor] | None = None
     for some in _batches(wanted, config.images_per_batch):
@@ -134,11 +134,6 @@ def encode(
         running = started
     if running is not None:
         yield running[0], _codes_of(tokenizer, *running)
-
-
-def _cores() -> int:
-    """This process's share of the machine's cores."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -253,7 +248,7 @@ def _reconstruct(
 ) -> dict[str, Any]:
     """PSNR in dB of decoded codes against the cropped images, in uint8; mean and lowest of up to 256 images."""
     judged = range(min(JUDGED, len(picked)))
-    originals = data.parallel(lambda i: picked.pixels(i, model.image_size), judged, config.workers or _cores())
+    originals = data.parallel(lambda i: picked.pixels(i, model.image_size), judged, config.workers or data.cores())
     values: list[float] = []
     for some in _batches(judged, config.images_per_batch):
         decoded = images.to_uint8(tokenizer.decode(torch.from_numpy(codes[list(some)].astype(np.int64)).to(device)))

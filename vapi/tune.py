@@ -241,8 +241,9 @@ class Tuning:
             self.save()
 
     def draw_sheet(self, step: int) -> None:
-        """What the generator makes of a few held-out images and their conditions."""
-        with parallelize.whole(self.policy.generator):
+        """What the generator makes of a few held-out images and their conditions. Uncompiled: a sheet has a shape of its own,
+        which is not worth a graph."""
+        with parallelize.whole(self.policy.generator), torch.compiler.set_stance("force_eager"):
             if self.world.first:
                 path = self.sheets / f"step-{step:06d}.png"
                 path.write_bytes(images.png_bytes(sheet(self.policy, self.objective, self.shown)))

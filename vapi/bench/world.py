@@ -73,7 +73,8 @@ def random_policy(size: str, model: ModelConfig, device: torch.device | str) -> 
         if model.image_size % tokenizer.config.factor:
             raise ValueError(f"model.image_size is {model.image_size}; it must be a multiple of {tokenizer.config.factor}")
         generator = gpt.Transformer(generator_config(size, (model.image_size // tokenizer.config.factor) ** 2, tokenizer.vocab))
-    return llamagen.LlamaGen(generator.eval(), tokenizer, model.image_size)
+    # the table of positions is computed on the CPU whatever the device of the weights
+    return llamagen.LlamaGen(generator.to(device).eval(), tokenizer, model.image_size)
 
 
 def generator_config(size: str, codes: int, vocab: int) -> gpt.GPTConfig:

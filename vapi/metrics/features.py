@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[-1]
 INCEPTION_SHA256 = INCEPTION_FILE.removesuffix(".pth").rsplit("-", 1)[-1]  # by torch.hub's convention, the digest's first digits
 SPATIAL_CHANNELS = 7  # of mixed_6/conv, as ADM's evaluator takes them: 17 x 17 x 7 = 2023 numbers
 DINOV2_SIZE, DINOV2_MEAN, DINOV2_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CALIBRATION_PIXELS = 1 << 20  # at a time
 CALIBRATION_IMAGES = 1024
 
 
@@ -84,8 +86,10 @@ def calibrated(network: Any, images: Tensor) -> Any:
         norm.momentum = None  # a plain average
         norm.reset_running_stats()
     network.train()
+    at_once = max(1, CALIBRATION_PIXELS // images[0, 0].numel())
     with torch.no_grad():
-        network.pooled(pixels.to_float(images[:CALIBRATION_IMAGES]))
+        for some in images[:CALIBRATION_IMAGES].split(at_once):
+            network.pooled(pixels.to_float(some))
     return network.eval().requires_grad_(False)
 
 
@@ -94,15 +98,14 @@ class SpatialInception(FeatureExtractorInceptionV3):
 
     def __init__(self, weights: str) -> None:
         super().__init__(INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
+        self.caught = threading.local()  # batches are looked at in several threads
+        # TensorFlow's mixed_6/conv; channels last when flattened, or published moments would not fit
+        self.Mixed_6d.branch1x1.register_forward_hook(lambda *found: setattr(self.caught, "map", found[-1]))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """uint8 (B, 3, H, W) to pooled (B, 2048), class scores (B, 1008) and ``spatial`` (B, 2023)."""
-        caught: list[Tensor] = []
-        # TensorFlow's mixed_6/conv; channels last when flattened, or published moments would not fit
-        hook = self.Mixed_6d.branch1x1.register_forward_hook(lambda *found: caught.append(found[-1]))
         pooled, logits = super().forward(images)
-        hook.remove()
-        return pooled, logits, caught[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
+        return pooled, logits, self.caught.map[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
 
 
 class DinoV2(nn.Module):
@@ -157,8 +160,8 @@ def small(path: Path, random: Any, device: torch.device) -> Extractor:
     return Extractor(SMALL, sha256(path), network.to(device), random.to(device), device)
 
 
-def inception(path: Path, random: Any, device: torch.device) -> Extractor:
-    """torch-fidelity's Inception from a local file. Raises ValueError where it is missing or is another file."""
+def require_inception(path: Path) -> str:
+    """The sha256 of torch-fidelity's Inception. Raises ValueError where it is missing or is another file."""
     if not path.is_file():
         raise ValueError(f"evaluate.extractor is inception, but {path} is not here; fetch {URL_INCEPTION_V3} to that place")
     digest = sha256(path)
@@ -167,6 +170,12 @@ def inception(path: Path, random: Any, device: torch.device) -> Extractor:
             f"{path} is not the published Inception: its sha256 is {digest[:16]}... and not {INCEPTION_SHA256}..., so it is damaged, "
             f"half-downloaded or another network, whose numbers compare with nobody's; fetch {URL_INCEPTION_V3}"
         )
+    return digest
+
+
+def inception(path: Path, random: Any, device: torch.device) -> Extractor:
+    """torch-fidelity's Inception from a local file. Raises ValueError where it is missing or is another file."""
+    digest = require_inception(path)
     try:  # torch-fidelity unpickles whatever it is given, so look before it does
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -174,13 +183,19 @@ def inception(path: Path, random: Any, device: torch.device) -> Extractor:
     return Extractor(INCEPTION, digest, SpatialInception(str(path)).to(device), random.to(device), device)
 
 
-def with_dinov2(extractor: Extractor, folder: Path) -> Extractor:
-    """The same judges and DINOv2. Raises ValueError where its folder or its library is missing."""
+def require_dinov2(folder: Path) -> Path:
+    """DINOv2's weights in ``folder``. Raises ValueError where its folder or its library is missing."""
     weights = folder / "model.safetensors"
     if not (folder / "config.json").is_file() or not weights.is_file():
         raise ValueError(f"evaluate.dinov2 is {folder}; give a folder with config.json and model.safetensors (facebook/dinov2-large)")
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("evaluate.dinov2 needs the library transformers; install it with: pip install 'vapi-align[dinov2]'")
+    return weights
+
+
+def with_dinov2(extractor: Extractor, folder: Path) -> Extractor:
+    """The same judges and DINOv2. Raises ValueError where its folder or its library is missing."""
+    weights = require_dinov2(folder)
     network = DinoV2(folder).to(extractor.device)
     return dataclasses.replace(extractor, dinov2=network, dinov2_sha256=sha256(weights))
 

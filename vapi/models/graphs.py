@@ -18,8 +18,10 @@ import functools
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, cast
 
 import torch
@@ -58,6 +60,8 @@ def missing() -> str:
         return "Triton is not installed"
     if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
         return "Triton needs a C compiler, and there is none (gcc or clang, or name one in CC)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Triton needs Python's headers, and there are none (Debian: apt-get install python3-dev)"
     return ""
 
 

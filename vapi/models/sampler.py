@@ -190,6 +190,12 @@ def decode(policy: Policy, codes: Tensor) -> Tensor:
     return torch.cat([policy.decode(part) for part in codes.split(at_once)])
 
 
+def encode(policy: Policy, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) to codes (B, T), as many at a time as are decoded."""
+    at_once = memory.images_per_decode(policy.footprint(), policy.device)
+    return torch.cat([policy.encode(part) for part in images.split(at_once)])
+
+
 def stream(
     policy: Policy,
     batches: Iterable[Batch],
@@ -199,8 +205,8 @@ def stream(
 ) -> Iterator[Tensor]:
     """Images (B, 3, H, W) of each batch (condition, seeds) in order, as they come; codes are drawn within ``arithmetic``.
 
-    On a GPU the next batch is sampled, on a stream of its own, while this one is decoded and looked at: sampling waits for
-    memory, decoding for arithmetic. On a CPU both wait for the same cores, and take turns.
+    On a GPU the next batch is sampled, on a stream of its own, while this one is decoded and looked at: sampling leaves
+    most of its arithmetic idle. On a CPU both wait for the same cores, and take turns.
     """
 
     def sample(batch: Batch) -> Tensor:

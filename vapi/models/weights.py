@@ -42,7 +42,9 @@ def locate(name: str | Path) -> Path:
         return path
     parts = str(name).split("/")
     if path.is_absolute() or len(parts) < 3 or Path(parts[0]).exists():  # a path that leads nowhere, and no hub id
-        raise ValueError(f"{name} is not here; the bundled weights come with: dvc pull data.dvc")
+        raise ValueError(
+            f"{name} is not here" + ("; the bundled weights come with: dvc pull data.dvc" if "data/models/" in str(name) else "")
+        )
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
