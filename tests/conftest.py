@@ -61,16 +61,11 @@ def mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Inception's weights in the published layout, with random values."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # it imports Triton
-
-    class Blank(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *_: object) -> None:
-            """Keeps what it was born with, whatever the file holds."""
+    from vapi.bench.fid import RandomInception  # it imports Triton
 
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save({}, path)
     torch.manual_seed(0)
-    torch.save(Blank("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)).state_dict(), path)
+    torch.save(RandomInception().state_dict(), path)
     return path
 
 

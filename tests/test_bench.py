@@ -164,7 +164,7 @@ def test_published_sizes_have_as_many_parameters_as_published() -> None:
     published = {"GPT-B": 110.9, "GPT-L": 342.9, "GPT-XL": 774.7, "GPT-XXL": 1411.0, "GPT-3B": 3096.7}  # million, at 256 pixels
     for size, millions in published.items():
         with torch.device("meta"):
-            generator = gpt.Transformer(world.generator_config(size, 256, 16384))
+            generator = gpt.Transformer(gpt.published(size, codes=256))
         assert sum(p.numel() for p in generator.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 

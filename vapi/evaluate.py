@@ -160,8 +160,8 @@ def _require_files(evaluate: EvaluateConfig) -> None:
         published.require(Path(evaluate.reference))
     for what, path in (("reference", evaluate.reference), ("validation", evaluate.validation)):
         if not Path(path).exists():
-            bundled, published_ = "the bundled data comes with: dvc pull data.dvc", "it is part of OpenAI's guided-diffusion evaluations"
-            raise ValueError(f"evaluate.{what} is {path}, which is not here; {published_ if path.endswith(published.SUFFIX) else bundled}")
+            adm, ours = "it is part of OpenAI's guided-diffusion evaluations", "the bundled data comes with: dvc pull data.dvc"
+            raise ValueError(f"evaluate.{what} is {path}, which is not here; {adm if path.endswith(published.SUFFIX) else ours}")
     if evaluate.extractor == "inception":
         judges.require_inception(judges.inception_path(evaluate.extractor_weights))
     if evaluate.dinov2:
@@ -180,7 +180,7 @@ def _tuned_weights(tune: Path, model: ModelConfig) -> Path:
             raise ValueError(f"{tune} was tuned with model.{name} {then!r}, and now it is {now!r}; run: vapi tune")
     for name in ("generator", "tokenizer"):
         path = weights.locate(getattr(model, name))
-        if made["inputs"][name] != data.file_digest(path):
+        if made["inputs"][name] != data.known_digest(path):
             raise ValueError(f"{tune} was tuned with another {name} than {path}; run: vapi tune")
     return tuned
 
@@ -200,18 +200,19 @@ def _real_images(path: str, what: str, size: int, classes: int) -> tuple[Tensor,
             raise ValueError(f"evaluate.{what}: {error}") from error
     else:
         pixels, labels = data.read_images(Path(path))
+        # files are often ordered by class: shuffled once, any first n of them are a fair draw
+        order = np.random.default_rng(0).permutation(len(labels))
+        pixels, labels = pixels[order], labels[order]
     _require_fit(pixels, path, what, size)
     if labels.min() < 0 or labels.max() >= classes:
         found = f"{labels.min()} .. {labels.max()}"
         raise ValueError(f"evaluate.{what} {path} has labels {found}, but the model draws classes 0 .. {classes - 1}")
-    # files are often ordered by class: shuffled once, any first n of them are a fair draw
-    order = np.random.default_rng(0).permutation(len(labels))
-    return torch.from_numpy(pixels[order]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[order])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
 def _cropped(path: str, size: int, classes: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Images of a folder that ``subset`` could read (class folders, Parquet files, tars), cropped as the model's training
-    images were; at most ``limit`` of them, a fair draw (0: all)."""
+    images were; at most ``limit`` of them (0: all), shuffled, so that any first n are a fair draw."""
     source = sources.open_source(SubsetConfig(source=path, classes=classes))
     entries = sorted(source.entries(), key=lambda entry: entry.key)
     chosen = [entries[n] for n in np.random.default_rng(0).permutation(len(entries))[: limit or None]]
@@ -285,9 +286,9 @@ def _code_digest() -> str:
 
 def _inputs(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, bench: Bench) -> dict[str, str]:
     """Digests of everything the result depends on."""
-    paths = {"tune": tune, "generator": weights.locate(model.generator), "tokenizer": weights.locate(model.tokenizer)}
+    made = {name: data.known_digest(weights.locate(getattr(model, name))) for name in ("generator", "tokenizer")}
     judges = {"extractor": bench.judge.extractor.sha256} | ({"dinov2": bench.judge.extractor.dinov2_sha256} if evaluate.dinov2 else {})
-    return {name: data.file_digest(path) for name, path in paths.items()} | bench.digests | judges
+    return {"tune": data.file_digest(tune), **made, **bench.digests, **judges}
 
 
 # --- what both models are measured with --------------------------------------------------------
@@ -462,7 +463,7 @@ class Contestant:
     def __init__(self, bench: Bench, name: str, source: Path) -> None:
         self.bench, self.name, self.config = bench, name, bench.config
         self.policy = models.load(bench.model, source)
-        self.sha256 = data.file_digest(source)
+        self.sha256 = data.known_digest(source)
         self.made_by = {"generator": self.sha256, "tokenizer": data.tokenizer_digest(bench.model)}
         self.plain = plain_sampler(self.config)
 

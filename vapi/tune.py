@@ -338,10 +338,9 @@ def tune(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path, out: 
 
 def _mention_unfinished(state: Path) -> None:
     """A stopped run is kept until it is continued, and one of a billion parameters takes 17 GB."""
-    others = [folder for folder in state.parent.iterdir() if folder != state]
-    size = sum(file.stat().st_size for folder in others for file in folder.glob("checkpoint.pt"))
-    if size:
-        words = f"{len(others)} other unfinished runs take {size / 1e9:.1f} GB"
+    others = [path.stat().st_size for path in state.parent.glob("*/checkpoint.pt") if path.parent != state]
+    if others:
+        words = f"unfinished runs besides this one: {len(others)}, {sum(others) / 1e9:.2g} GB"
         print(f"{words} in {state.parent}; remove what will not be continued", file=sys.stderr, flush=True)
 
 

@@ -68,7 +68,7 @@ def _extraction(settings: Measured) -> dict[str, Any]:
     """Images per second through the feature network, decoded images given."""
     device, wanted = models.device_of(settings.model), settings.evaluate
     inception = wanted.extractor == "inception" or bool(settings.bench.size)
-    network = _RandomInception().to(device) if inception else networks.random_twin().to(device)
+    network = RandomInception().to(device) if inception else networks.random_twin().to(device)
     side, images = wanted.resize or settings.model.image_size, min(wanted.images_per_batch or 64, 64)
     pixels = torch.randint(256, (images, 3, side, side), dtype=torch.uint8, device=device)
 
@@ -80,7 +80,7 @@ def _extraction(settings: Measured) -> dict[str, Any]:
     return {"extractor": "inception" if inception else "small", "extracted_size": side, "images_per_second": images / took}
 
 
-class _RandomInception(FeatureExtractorInceptionV3):
+class RandomInception(FeatureExtractorInceptionV3):
     """torch-fidelity's Inception with the weights that it is born with: it reads a file before it is whole."""
 
     def __init__(self) -> None:

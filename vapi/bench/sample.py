@@ -35,9 +35,11 @@ def sample(settings: Measured) -> dict[str, Any]:
         "guidance": wanted.guidance,
     }
 
+    scheduled: Sampling = {**how, "guidance_schedule": wanted.guidance_schedule, "guidance_power": wanted.guidance_power}
+
     def ours() -> None:
         with models.autocast(precision, device):
-            policy.generate(condition, range(images), images, **how)
+            policy.generate(condition, range(images), images, **scheduled)
 
     def theirs() -> None:
         with models.autocast(precision, device):
@@ -54,6 +56,7 @@ def sample(settings: Measured) -> dict[str, Any]:
         "precision": precision,
         "images_per_batch": images,
         "guidance": wanted.guidance,
+        "guidance_schedule": wanted.guidance_schedule,
         "seconds_per_image": took["ours"] / images,
         "naive_seconds_per_image": took["naive"] / images,
         "speedup": took["naive"] / took["ours"],

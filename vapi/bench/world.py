@@ -9,7 +9,6 @@ Shapes: B images, G group, T codes.
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from vapi.models import Policy, features, gpt, llamagen, vq
 from vapi.objective import Batch
 from vapi.rewards import Lpips, Reward, Vgg
 
-CLASSES = 1000  # of ImageNet
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 TOKENIZERS = {8: vq.VQConfig(multipliers=(1, 2, 2, 4)), 16: vq.VQConfig()}  # pixels per code -> LlamaGen's sizes
 
@@ -72,15 +70,9 @@ def random_policy(size: str, model: ModelConfig, device: torch.device | str) -> 
         tokenizer = vq.VQModel(TOKENIZERS[8 if "ds8" in model.tokenizer else 16]).eval().requires_grad_(False)
         if model.image_size % tokenizer.config.factor:
             raise ValueError(f"model.image_size is {model.image_size}; it must be a multiple of {tokenizer.config.factor}")
-        generator = gpt.Transformer(generator_config(size, (model.image_size // tokenizer.config.factor) ** 2, tokenizer.vocab))
+        generator = gpt.Transformer(gpt.published(size, tokenizer.vocab, (model.image_size // tokenizer.config.factor) ** 2))
     # the table of positions is computed on the CPU whatever the device of the weights
     return llamagen.LlamaGen(generator.to(device).eval(), tokenizer, model.image_size)
-
-
-def generator_config(size: str, codes: int, vocab: int) -> gpt.GPTConfig:
-    """A published size; the feed-forward is two thirds of four widths, rounded up to a multiple of 256."""
-    dim, layers, heads = gpt.PUBLISHED[size]
-    return gpt.GPTConfig(dim, layers, heads, 256 * math.ceil(8 * dim / 3 / 256), vocab, codes, CLASSES)
 
 
 def reward(settings: Measured, device: torch.device | str) -> Reward:
