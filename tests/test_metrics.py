@@ -271,6 +271,21 @@ def test_too_few_images_are_refused() -> None:
         metrics.score(cloud(50, 0), cloud(3, 1))
 
 
+def test_a_class_that_nobody_believes_in_adds_nothing() -> None:
+    """Its probability is 0 in float64 too, once logits lie 800 apart."""
+    one = cloud(60, 0)
+    sure = torch.full_like(one.logits, -2000.0)
+    sure[torch.arange(60), torch.arange(60) % 2] = 0.0
+    found = metrics.score(dataclasses.replace(one, logits=sure), one, ["inception_score"])
+    assert found["inception_score"] == pytest.approx(2)
+
+
+def test_features_that_are_not_finite_are_named() -> None:
+    one = cloud(60, 0)
+    with pytest.raises(ValueError, match=r"generated features \(pooled\) are not finite"):
+        metrics.score(dataclasses.replace(one, pooled=one.pooled * float("nan")), cloud(50, 1), ["fid"])
+
+
 def test_features_of_different_networks_are_refused() -> None:
     with pytest.raises(ValueError, match="different networks"):
         metrics.score(cloud(50, 0, dim=12), cloud(50, 1, dim=8))

@@ -39,10 +39,13 @@ def known(reference: Features, classes: int) -> list[str]:
 
 
 def score(generated: Features, reference: Features, names: Iterable[str] = ()) -> dict[str, float]:
-    """The named metrics (none: all that make sense) of one set against another. Raises ValueError where a set is too small for them."""
+    """The named metrics (none: all that make sense) of one set against another. Raises ValueError where a set is too small for
+    them, and for features that are not finite."""
     for what, features in (("generated", generated), ("reference", reference)):
         if len(features) < MIN_IMAGES:
             raise ValueError(f"{len(features)} {what} images are too few: precision and recall need at least {MIN_IMAGES}")
+        if strange := [name for name, rows in features.tensors().items() if not rows.isfinite().all()]:
+            raise ValueError(f"{what} features ({', '.join(strange)}) are not finite; the weights they come of are damaged")
     if generated.pooled.shape[1] != reference.pooled.shape[1]:
         raise ValueError(
             f"features of {generated.pooled.shape[1]} and {reference.pooled.shape[1]} dimensions come from different networks; "

@@ -212,7 +212,8 @@ def _inception_score(logits: Tensor) -> float:
     for part in logits.split(ISC_CHUNK):
         log_p = part.double().log_softmax(dim=1)
         p = log_p.exp()
-        scores.append((p * (log_p - p.mean(dim=0).log())).sum(dim=1).mean().exp().item())
+        divergence = torch.where(p == 0, 0, p * (log_p - p.mean(dim=0).log()))  # a class that nobody believes in adds nothing
+        scores.append(divergence.sum(dim=1).mean().exp().item())
     return float(np.mean(scores))
 
 
