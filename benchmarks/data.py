@@ -33,7 +33,8 @@ from PIL import Image
 
 from vapi import data, images, sources
 from vapi.config import SubsetConfig
-from vapi.subset import listing, subset
+from vapi.listing import listing
+from vapi.subset import subset
 
 CLASSES, CORES, SIZE = 1000, 16, 384
 IMAGENET, PICKED = 1_281_167, 12_800

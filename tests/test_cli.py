@@ -55,7 +55,7 @@ def test_words_become_flags() -> None:
         ("evaluate", ["--temperatures", "0.9"], "evaluate.temperatures", [0.9]),
         ("register", ["--strict"], "register.strict", True),
         ("register", ["--register.strict", "false"], "register.strict", False),
-        ("register", ["--name", "007"], "register.name", "007"),
+        ("register", ["--model-name", "007"], "register.model_name", "007"),
     ],
 )
 def test_a_flag_wins_over_the_file(stage: str, words: list[str], name: str, value: object) -> None:

@@ -126,7 +126,7 @@ class Project:
         return digest
 
     def register(self, uri: str = "", **rules: Any) -> bool:
-        rules = RegisterConfig(name="vapi-test", **rules)
+        rules = RegisterConfig(model_name="vapi-test", **rules)
         settings = Config(model=self.model, register=rules, track=config.TrackConfig(uri=uri or self.uri))
         artifacts = self.folder / "artifacts"
         with track.start("register", settings) as run:
@@ -211,7 +211,7 @@ cli.main(["register"])
 
 def test_killed_between_version_and_aliases_the_same_command_makes_no_second_version(project: Project) -> None:
     project.tuned(1)
-    settings = Config(model=project.model, register=RegisterConfig(name="vapi-test"), track=config.TrackConfig(uri=project.uri))
+    settings = Config(model=project.model, register=RegisterConfig(model_name="vapi-test"), track=config.TrackConfig(uri=project.uri))
     (project.folder / "params.yaml").write_text(config.dump(settings))
     ran = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
     assert ran.returncode == -signal.SIGKILL, ran.stderr

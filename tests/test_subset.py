@@ -22,7 +22,8 @@ from PIL import Image
 
 from vapi import data, images, quality, sources
 from vapi.config import SubsetConfig
-from vapi.subset import subset, write_listing
+from vapi.listing import write_listing
+from vapi.subset import subset
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +237,7 @@ def test_listing_tells_of_every_change(tmp_path: Path, monkeypatch: pytest.Monke
     assert listed() == first  # small: contents count
     (source / "class-0" / "0.png").write_bytes(png(999))
     assert listed() != first
-    monkeypatch.setattr("vapi.subset.HASHED_BELOW", 10)
+    monkeypatch.setattr("vapi.listing.HASHED_BELOW", 10)
     first = listed()
     assert set(first[0]) == {"name", "bytes", "changed"}
     os.utime(source / "class-0" / "0.png", (2, 2))

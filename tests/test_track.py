@@ -90,6 +90,7 @@ def test_a_stage_arrives_with_everything_it_logged(project: Path) -> None:
     assert (child.info.status, parent.info.status) == ("FINISHED", "FINISHED")
     assert child.data.params["tune.lr"] == parent.data.params["tune.lr"] == "2e-06"
     assert "subset.source" in parent.data.params and "subset.source" not in child.data.params
+    assert "evaluate.samples" not in parent.data.params, "the stages to come log theirs"
     history = client(project).get_metric_history(child.info.run_id, "tune/reward")
     assert [(m.step, m.value) for m in history] == [(step, step / 2) for step in range(20)]
     assert parent.data.metrics == {"tuned/fid": 9.5}

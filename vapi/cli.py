@@ -192,7 +192,7 @@ def run_stage(stage: str, settings: Config, folders: dict[str, Path]) -> Any:
         return function(**sections, **folders)
     from vapi import track
 
-    with track.start(stage, settings) as run:
+    with track.start(stage, settings, folders) as run:
         return function(**sections, **folders, run=run)
 
 
@@ -282,9 +282,9 @@ def _recipe_diff(name: str = "") -> int:
 
 def _listing(words: list[str], flags: Flags) -> int:
     settings, _ = configure("subset", flags)
-    from vapi import subset
+    from vapi import listing
 
-    subset.write_listing(settings.subset, ARTIFACTS / "listing.json")
+    listing.write_listing(settings.subset, ARTIFACTS / "listing.json")
     return 0
 
 

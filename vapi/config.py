@@ -17,6 +17,7 @@ import functools
 import math
 import os
 import re
+import sys
 import tempfile
 import typing
 from dataclasses import dataclass, field
@@ -303,7 +304,7 @@ class EvaluateConfig:
 class RegisterConfig:
     """What a tuned model must show before it enters the registry."""
 
-    name: str = "vapi-digits"
+    model_name: str = "vapi-digits"
     """Name of the registered model."""
     min_fid_drop: float = 0.05
     """FID must fall by at least this share of the base's."""
@@ -317,7 +318,8 @@ class RegisterConfig:
     def __post_init__(self) -> None:
         _require(0 < self.min_fid_drop < 1, f"register.min_fid_drop is {self.min_fid_drop}; it is a share above 0 and below 1")
         _require(all(a >= 0 for a in self.allowances.values()), f"register.allowances is {self.allowances}; they must not be negative")
-        _require(bool(re.fullmatch(r"[\w.-]+", self.name)), f"register.name is {self.name!r}; use letters, digits, - _ .")
+        good = bool(re.fullmatch(r"[\w.-]+", self.model_name))
+        _require(good, f"register.model_name is {self.model_name!r}; use letters, digits, - _ .")
 
 
 @dataclass(frozen=True)
@@ -381,6 +383,21 @@ STAGES = {
     "register": Stage("Register the tuned model if it passes the gates.", ("model", "register"), ("tune", "evaluate")),
 }
 ARTIFACTS = Path("artifacts")
+
+
+def sections_so_far(stage: str) -> tuple[str, ...]:
+    """The sections that a stage's result follows from: its own and those of the stages before it."""
+    until = list(STAGES)[: list(STAGES).index(stage) + 1]
+    return tuple(dict.fromkeys(section for name in until for section in STAGES[name].sections))
+
+
+FILES = {
+    "model": ("generator", "tokenizer"),
+    "subset": ("source",),
+    "tune": ("perceptual", "perceptual_weights"),
+    "evaluate": ("reference", "validation", "extractor", "extractor_weights", "dinov2"),
+}
+"""Fields that name a file, a folder or a pattern of files (or hold a word in place of one, or nothing)."""
 
 
 @dataclass(frozen=True)
@@ -483,11 +500,15 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     raise ValueError(f"{where} is {value!r}; it must be {'an' if kind is int else 'a'} {kind.__name__}{hint}")
 
 
-def build(kind: type, values: Any, where: str = "") -> Any:
+COMPLETE = "vapi recipe digits --write"
+"""The command that writes a complete ``params.yaml``."""
+
+
+def build(kind: type, values: Any, where: str = "", complete: str = COMPLETE) -> Any:
     """Make the dataclass ``kind`` from plain values, every field given and none unknown.
 
     Raises ValueError that names the field and the nearest known one. There are no silent defaults:
-    a stale file fails loudly (``vapi recipe NAME --write`` makes a complete one).
+    a stale file fails loudly (the command ``complete`` makes a complete one).
     """
     label = where or "the config"
     if not isinstance(values, dict):
@@ -498,10 +519,10 @@ def build(kind: type, values: Any, where: str = "") -> Any:
             raise ValueError(f"{label} has no field {str(name)!r}; {nearest(str(name), types)}")
     missing = [name for name in types if name not in values]
     if missing:
-        raise ValueError(f"{label} lacks {', '.join(missing)}; add it, or write a complete file with: vapi recipe digits --write")
+        raise ValueError(f"{label} lacks {', '.join(missing)}; add it, or write a complete file with: {complete}")
     prefix = f"{where}." if where else ""
     made = {
-        name: build(t, values[name], prefix + name)
+        name: build(t, values[name], prefix + name, complete)
         if isinstance(t, type) and dataclasses.is_dataclass(t)
         else _convert(values[name], t, prefix + name)
         for name, t in types.items()
@@ -530,7 +551,7 @@ def load_values(path: Path = PARAMS) -> Any:
     try:
         return read_yaml(Path(path).read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} is not here; run inside the project, or make one with: vapi recipe digits --write") from None
+        raise ValueError(f"{path} is not here; run inside the project, or make one with: {COMPLETE}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -571,12 +592,12 @@ def scalar(value: Any) -> str:
 
 def field_docs(kind: type) -> dict[str, str]:
     """The string under each field of a config dataclass, by field name."""
-    return _documentation()[kind.__name__]
+    return _documentation(str(sys.modules[kind.__module__].__file__))[kind.__name__]
 
 
 @functools.cache
-def _documentation() -> dict[str, dict[str, str]]:
-    """Every class of this file with the strings under its fields."""
+def _documentation(file: str) -> dict[str, dict[str, str]]:
+    """Every class of a file with the strings under its fields."""
     import ast
 
     def documented(body: list[ast.stmt]) -> dict[str, str]:
@@ -587,7 +608,7 @@ def _documentation() -> dict[str, dict[str, str]]:
                     docs[name] = doc
         return docs
 
-    return {node.name: documented(node.body) for node in ast.parse(Path(__file__).read_text()).body if isinstance(node, ast.ClassDef)}
+    return {node.name: documented(node.body) for node in ast.parse(Path(file).read_text()).body if isinstance(node, ast.ClassDef)}
 
 
 def write_text(path: Path, text: str) -> None:

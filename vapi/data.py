@@ -69,8 +69,9 @@ def project_root() -> Path:
 
 
 def state_dir(*parts: str) -> Path:
-    """A folder under ``.vapi`` of the project, made if need be. Git ignores it and DVC does not know it."""
-    folder = project_root().joinpath(".vapi", *parts)
+    """A folder under ``.vapi`` of the project, or under ``VAPI_STATE`` (a cluster's volume), made if need be. Git ignores it and
+    DVC does not know it."""
+    folder = Path(os.environ.get("VAPI_STATE") or project_root() / ".vapi").joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

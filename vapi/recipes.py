@@ -56,8 +56,8 @@ _LLAMAGEN_384 = {
     # Inception does not know the model's classes; the paper's models gain precision and lose up to 14 % of recall
     "register.allowances": {"kid": 0.0, "inception_score": 0.0, "precision": 0.05, "recall": 0.2},
 }
-_XL = {"model.generator": "data/llamagen/c2i_XL_384.pt", "register.name": "llamagen-xl-c2i", "evaluate.guided": 2.0}
-_XXL = {"model.generator": "data/llamagen/c2i_XXL_384.pt", "register.name": "llamagen-xxl-c2i", "evaluate.guided": 1.75}
+_XL = {"model.generator": "data/llamagen/c2i_XL_384.pt", "register.model_name": "llamagen-xl-c2i", "evaluate.guided": 2.0}
+_XXL = {"model.generator": "data/llamagen/c2i_XXL_384.pt", "register.model_name": "llamagen-xxl-c2i", "evaluate.guided": 1.75}
 _OFFICIAL = {"tune.policy_dropout": "official"}
 _XL_PAPER = (
     "the paper, table 2, without guidance: FID 15.55 to 9.23, IS 79.16 to 111.59; guidance 2.0: FID 2.79 to 2.94; 20 minutes on 8 A100"

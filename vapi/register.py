@@ -52,10 +52,10 @@ def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate:
     _require_measured(model, evaluate)
     with data.output_folder(out, "register") as folder, data.locked(data.state_dir("locks") / "register.lock"):
         server = run.server() if judge(register, results, None).challenger else None
-        registry = Registry(server, register.name) if server else None
+        registry = Registry(server, register.model_name) if server else None
         verdict = judge(register, results, registry.champion(but=digest) if registry else None)
         made = registry.publish(model, tune, results, digest, verdict) if registry and verdict.challenger else {}
-        data.write_json(folder / "registration.json", {"name": register.name, "weights": digest, **verdict.plain(), **made})
+        data.write_json(folder / "registration.json", {"name": register.model_name, "weights": digest, **verdict.plain(), **made})
         inputs = {"tune": data.file_digest(tune), "evaluate": data.file_digest(evaluate)}
         data.describe(folder, "register", {"model": model, "register": register}, inputs, time.perf_counter() - begin)
     run.metrics({"register/challenger": verdict.challenger, "register/champion": bool(made) and verdict.champion})
@@ -66,7 +66,7 @@ def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate:
 
 def _outcome(register: RegisterConfig, verdict: Verdict, made: dict[str, Any], server: Server | None) -> str:
     if made:
-        return f"registered: {register.name} version {made['version']} as {' and '.join(made['aliases'])} in {made['registry']}"
+        return f"registered: {register.model_name} version {made['version']} as {' and '.join(made['aliases'])} in {made['registry']}"
     if verdict.challenger:
         return (
             "not registered: the gates are passed, but tracking is off (track.uri), and the registry is part of MLflow; "
@@ -205,7 +205,7 @@ def judge(register: RegisterConfig, results: dict[str, Any], champion: Champion 
             note = (
                 f"version {champion.version} was measured by another protocol ({differs}): nothing can be said against it. Evaluate as "
                 "it was evaluated, or take its alias away, which compares with the base: in Python, "
-                f"mlflow.MlflowClient().delete_registered_model_alias({register.name!r}, 'champion')"
+                f"mlflow.MlflowClient().delete_registered_model_alias({register.model_name!r}, 'champion')"
             )
     found = {
         "challenger": gates(register, results.get("base", {}), results.get("tuned", {})),

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import itertools
-import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -28,15 +26,11 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from vapi import data, images, quality, sources
+from vapi import data, images, listing, quality, sources
 from vapi.config import SubsetConfig, write_text
 from vapi.run import NO_RUN, Run
 from vapi.sources import Entry, Source
 
-HASHED_BELOW = 256 * 2**20
-"""A source of fewer bytes is listed with the hash of each file, a larger one with the time of its last change."""
-STATS = 500
-"""Files whose size and time a thread asks for at one go."""
 SAMPLES = 48
 """Images on the quality page."""
 
@@ -51,7 +45,7 @@ def subset(subset: SubsetConfig, out: Path, run: Run = NO_RUN) -> None:
     with data.output_folder(out, "subset") as folder:
         with sources.still_there(subset):
             source = sources.open_source(subset)
-            digest = hashlib.sha256(listing(source).encode()).hexdigest()
+            digest = hashlib.sha256(listing.listing(source).encode()).hexdigest()
             queues = _queues(source.entries(), subset)
         with (folder / "spool").open("w+b") as spool:
             picked = _Picker(source, subset, spool).pick(queues)
@@ -283,45 +277,3 @@ def _samples(folder: Path, config: SubsetConfig) -> list[tuple[str, np.ndarray]]
         words = picked.captions[i] or (f"class {picked.labels[i]}" if config.classes else picked.keys[i])
         samples.append((words, images.center_crop(image, min(96, *image.size))))
     return samples
-
-
-# --- what the source consists of ---------------------------------------------------------------
-
-
-def listing(source: Source) -> str:
-    """The files of a source as JSON, a line each: name, bytes, and sha256, or for a large source (hashing 150 GB
-    takes longer than tuning) the time of the last change in nanoseconds."""
-    lines: list[str] = []
-    total = 0
-    with tqdm(desc="listing", unit="file", delay=1, disable=None) as bar:
-        for some, size in data.parallel(_described, _chunks(source.files(), STATS), sources.LISTERS):
-            lines += some
-            total += size
-            bar.update(len(some))
-    if total < HASHED_BELOW:
-        lines = [_line(name, path.stat().st_size, sha256=data.file_digest(path)) for name, path in source.files()]
-    return "[\n" + ",\n".join(lines) + "\n]\n"
-
-
-def _described(files: Sequence[tuple[str, Path]]) -> tuple[list[str], int]:
-    """Lines of some files, and their bytes together."""
-    stats = [path.stat() for _, path in files]
-    lines = [_line(name, stat.st_size, changed=stat.st_mtime_ns) for (name, _), stat in zip(files, stats, strict=True)]
-    return lines, sum(stat.st_size for stat in stats)
-
-
-def _line(name: str, size: int, **mark: str | int) -> str:
-    return json.dumps({"name": name, "bytes": size, **mark}, ensure_ascii=False)
-
-
-def _chunks(files: Iterable[tuple[str, Path]], size: int) -> Iterator[list[tuple[str, Path]]]:
-    left = iter(files)
-    while some := list(itertools.islice(left, size)):
-        yield some
-
-
-def write_listing(subset: SubsetConfig, out: Path) -> None:
-    """Write what DVC depends on in place of the source: ``artifacts/listing.json``."""
-    with sources.still_there(subset):
-        text = listing(sources.open_source(subset))
-    write_text(Path(out), text)

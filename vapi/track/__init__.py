@@ -29,7 +29,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,22 +48,26 @@ __all__ = ["connect", "data_digest", "execution", "resend", "start", "tracking_u
 
 log = logging.getLogger("vapi.track")
 
+GIVEN = "VAPI_RUN"
+"""Environment: what whoever starts a stage knows better than the stage, as JSON. ``execution`` (the pipeline run it belongs to),
+``data`` and ``git`` (where there is no clone to read them from), and more ``tags``."""
+
 PATIENCE = 30.0  # seconds a finished stage waits for a server that answers
 GRACE = 6.0  # seconds a finished stage waits for a server that has not answered yet
 BACKOFF = 30.0  # seconds before an unreachable server is tried again
 
 
 @contextlib.contextmanager
-def start(stage: str, config: Config, artifacts: Path = ARTIFACTS) -> Iterator[Run]:
+def start(stage: str, config: Config, folders: Mapping[str, Path] | None = None) -> Iterator[Run]:
     """Track one stage. Never raises or waits long because of an unreachable server.
 
-    ``artifacts`` is the folder in which the stages' folders lie; it tells which earlier run made the
-    inputs of a stage whose predecessors were skipped.
+    ``folders`` are the stage's inputs by name, and its ``out``, where they do not lie in artifacts/; they tell
+    which earlier run made the inputs of a stage whose predecessors were skipped.
     """
     if config.track.uri == "off" or os.environ.get("RANK", "0") != "0":
         yield NO_RUN
         return
-    run = _JournalRun(stage, config, artifacts)
+    run = _JournalRun(stage, config, folders or {})
     try:
         yield run
     except Exception:
@@ -78,11 +82,11 @@ def start(stage: str, config: Config, artifacts: Path = ARTIFACTS) -> Iterator[R
 class _JournalRun(Run):
     """A run that writes its journal, with a process beside it that sends it."""
 
-    def __init__(self, stage: str, config: Config, artifacts: Path) -> None:
-        header = _header(stage, config, artifacts)
+    def __init__(self, stage: str, config: Config, folders: Mapping[str, Path]) -> None:
+        header = _header(stage, config, folders)
         self.stage, self.uri = stage, header["uri"]
         self.lineage = {"execution": header["execution"], "data": header["tags"]["data"], "git": header["tags"]["git"]}
-        self.output, self.begin = artifacts / stage / "config.json", time.time()
+        self.output, self.begin = folders.get("out", ARTIFACTS / stage) / "config.json", time.time()
         self.folder, self.lock = claim(header)
         self.journal = open(self.folder / "journal.jsonl", "a")  # noqa: SIM115  (closed in close())
         self._write("start", **header)
@@ -178,23 +182,25 @@ class _JournalRun(Run):
 # --- what identifies a run ---------------------------------------------------------------------
 
 
-def _header(stage: str, config: Config, artifacts: Path) -> dict[str, Any]:
-    root = data.project_root()
-    flat = {name: str(value) for name, value in configs.flat(config).items() if not name.startswith("track.")}
+def _header(stage: str, config: Config, folders: Mapping[str, Path]) -> dict[str, Any]:
+    root, given = data.project_root(), json.loads(os.environ.get(GIVEN, "{}"))
+    known = configs.sections_so_far(stage)  # on a cluster a stage knows no later ones, which may differ for the same result
+    flat = {name: str(value) for name, value in configs.flat(config).items() if name.partition(".")[0] in known}
     tags = {name: os.environ[name] for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV") if os.environ.get(name)}
-    earlier = list(STAGES)[: list(STAGES).index(stage)]
+    tags |= {"data": given.get("data") or data_digest(config), "git": given.get("git") or _git(), **given.get("tags", {})}
+    earlier = {name: folders.get(name, ARTIFACTS / name) / "config.json" for name in list(STAGES)[: list(STAGES).index(stage)]}
     return {
         "journal": uuid.uuid4().hex,
         "stage": stage,
-        "execution": execution(config),
+        "execution": given.get("execution") or execution(config),
         "uri": tracking_uri(config, root),
         "root": str(root),
         "experiment": config.track.experiment,
         "attach": os.environ.get("MLFLOW_RUN_ID", ""),
         "params": flat,
         "sections": STAGES[stage].sections,
-        "tags": {"data": data_digest(config), "git": _git(), "mlflow.source.name": f"vapi {stage}", "mlflow.source.type": "LOCAL", **tags},
-        "upstream": [f"{s}:{data.file_digest(p)}" for s in earlier if (p := artifacts / s / "config.json").is_file()],
+        "tags": {"mlflow.source.name": f"vapi {stage}", "mlflow.source.type": "LOCAL", **tags},
+        "upstream": [f"{name}:{data.file_digest(path)}" for name, path in earlier.items() if path.is_file()],
     }
 
 
