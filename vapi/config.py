@@ -29,13 +29,13 @@ import yaml
 PARAMS = Path("params.yaml")
 
 
-def _require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
 
 
 def _require_seed(name: str, seed: int) -> None:
-    _require(0 <= seed < 2**32, f"{name} holds {seed}; a seed lies in 0 .. 4294967295")
+    require(0 <= seed < 2**32, f"{name} holds {seed}; a seed lies in 0 .. 4294967295")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ModelConfig:
     """Arithmetic of the forward passes; weights and optimizer state stay float32. bfloat16's advantages: benchmarks/reward_precision.py."""
 
     def __post_init__(self) -> None:
-        _require(self.image_size >= 8, f"model.image_size is {self.image_size}; it must be at least 8 pixels")
+        require(self.image_size >= 8, f"model.image_size is {self.image_size}; it must be at least 8 pixels")
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class SubsetConfig:
     """Images in one Parquet shard of the output."""
 
     def __post_init__(self) -> None:
-        _require(self.images >= 0, f"subset.images is {self.images}; give a number of images, or 0 for all")
-        _require(self.classes >= 0, f"subset.classes is {self.classes}; give a number of classes, or 0 for none")
-        _require(0 <= self.max_unreadable <= 1, f"subset.max_unreadable is {self.max_unreadable}; it is a share from 0 to 1")
-        _require(self.max_imbalance >= 1 or self.max_imbalance == 0, f"subset.max_imbalance is {self.max_imbalance}; 1 is balanced, 0 any")
+        require(self.images >= 0, f"subset.images is {self.images}; give a number of images, or 0 for all")
+        require(self.classes >= 0, f"subset.classes is {self.classes}; give a number of classes, or 0 for none")
+        require(0 <= self.max_unreadable <= 1, f"subset.max_unreadable is {self.max_unreadable}; it is a share from 0 to 1")
+        require(self.max_imbalance >= 1 or self.max_imbalance == 0, f"subset.max_imbalance is {self.max_imbalance}; 1 is balanced, 0 any")
         _require_seed("subset.seed", self.seed)
-        _require(self.images_per_shard > 0, f"subset.images_per_shard is {self.images_per_shard}; it must be positive")
+        require(self.images_per_shard > 0, f"subset.images_per_shard is {self.images_per_shard}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class TokensConfig:
     """Validation fails when a smaller share of the codebook occurs in the subset; 0 accepts any."""
 
     def __post_init__(self) -> None:
-        _require(self.images_per_batch > 0, f"tokens.images_per_batch is {self.images_per_batch}; it must be positive")
-        _require(self.workers >= 0, f"tokens.workers is {self.workers}; give a number of threads, or 0 for one per core")
+        require(self.images_per_batch > 0, f"tokens.images_per_batch is {self.images_per_batch}; it must be positive")
+        require(self.workers >= 0, f"tokens.workers is {self.workers}; give a number of threads, or 0 for one per core")
 
 
 @dataclass(frozen=True)
@@ -184,32 +184,32 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "images_per_step", "images_per_forward", "images_per_reward", "holdout_images"):
-            _require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1")
-        _require(
+            require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1")
+        require(
             self.group_size >= (2 if self.policy_weight else 1),
             f"tune.group_size is {self.group_size}; an advantage needs at least 2 draws to compare",
         )
-        _require(self.lr > 0, f"tune.lr is {self.lr}; it must be positive")
-        _require(self.temperature > 0, f"tune.temperature is {self.temperature}; it must be positive")
+        require(self.lr > 0, f"tune.lr is {self.lr}; it must be positive")
+        require(self.temperature > 0, f"tune.temperature is {self.temperature}; it must be positive")
         for name in ("max_grad_norm", "weight_decay", "ratio_clip"):
-            _require(getattr(self, name) >= 0, f"tune.{name} is {getattr(self, name)}; it must not be negative")
+            require(getattr(self, name) >= 0, f"tune.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"tune.{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        _require(self.advantage_clip > 0, f"tune.advantage_clip is {self.advantage_clip}; it must be positive")
-        _require(all(w >= 0 for w in self.rewards.values()), f"tune.rewards is {self.rewards}; weights must not be negative")
+            require(0 <= getattr(self, name) < 1, f"tune.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        require(self.advantage_clip > 0, f"tune.advantage_clip is {self.advantage_clip}; it must be positive")
+        require(all(w >= 0 for w in self.rewards.values()), f"tune.rewards is {self.rewards}; weights must not be negative")
         _require_seed("tune.seed", self.seed)
-        _require(0 <= self.context_noise <= 1, f"tune.context_noise is {self.context_noise}; it is a probability")
-        _require(
+        require(0 <= self.context_noise <= 1, f"tune.context_noise is {self.context_noise}; it is a probability")
+        require(
             self.policy_weight > 0 or self.prior_weight > 0,
             "tune.policy_weight and tune.prior_weight are both 0; there is nothing to optimise",
         )
-        _require(
+        require(
             self.policy_weight > 0 or self.prior == "ce",
             "tune.policy_weight is 0 and tune.prior is kl; the base would be held to itself, there is nothing to optimise",
         )
-        _require(self.policy_weight >= 0 and self.prior_weight >= 0, "tune.policy_weight and tune.prior_weight must not be negative")
+        require(self.policy_weight >= 0 and self.prior_weight >= 0, "tune.policy_weight and tune.prior_weight must not be negative")
         for name in ("holdout_every", "sheet_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1 step")
+            require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1 step")
 
 
 _ADM_256_50K = {
@@ -275,29 +275,29 @@ class EvaluateConfig:
     """The same bits again on the same card and software: deterministic kernels, at some cost. A CPU needs no such thing."""
 
     def __post_init__(self) -> None:
-        _require(self.samples >= 2, f"evaluate.samples is {self.samples}; at least 2 are needed")
-        _require(len(self.seeds) >= 1, "evaluate.seeds is empty; give at least one seed")
-        _require(self.temperature > 0, f"evaluate.temperature is {self.temperature}; it must be positive")
-        _require(self.top_k >= 0, f"evaluate.top_k is {self.top_k}; give a number of codes, or 0 for all")
+        require(self.samples >= 2, f"evaluate.samples is {self.samples}; at least 2 are needed")
+        require(len(self.seeds) >= 1, "evaluate.seeds is empty; give at least one seed")
+        require(self.temperature > 0, f"evaluate.temperature is {self.temperature}; it must be positive")
+        require(self.top_k >= 0, f"evaluate.top_k is {self.top_k}; give a number of codes, or 0 for all")
         for seed in self.seeds:
             _require_seed("evaluate.seeds", seed)
-        _require(len(set(self.seeds)) == len(self.seeds), f"evaluate.seeds is {self.seeds}; a seed counts once")
-        _require(0 < self.top_p <= 1, f"evaluate.top_p is {self.top_p}; it must lie in (0, 1]")
-        _require(self.guidance >= 1, f"evaluate.guidance is {self.guidance}; 1.0 is none, more is stronger")
-        _require(self.guided >= 1, f"evaluate.guided is {self.guided}; 1.0 leaves it out, more is stronger guidance")
+        require(len(set(self.seeds)) == len(self.seeds), f"evaluate.seeds is {self.seeds}; a seed counts once")
+        require(0 < self.top_p <= 1, f"evaluate.top_p is {self.top_p}; it must lie in (0, 1]")
+        require(self.guidance >= 1, f"evaluate.guidance is {self.guidance}; 1.0 is none, more is stronger")
+        require(self.guided >= 1, f"evaluate.guided is {self.guided}; 1.0 leaves it out, more is stronger guidance")
         for name, value in PROTOCOLS.get(self.protocol, {}).items():
             found = getattr(self, name)
-            _require(found == value, f"evaluate.protocol {self.protocol} means evaluate.{name} {value}, and it is {found}; or say own")
+            require(found == value, f"evaluate.protocol {self.protocol} means evaluate.{name} {value}, and it is {found}; or say own")
         published = self.protocol == "own" or self.reference.endswith(".npz")
-        _require(published, f"evaluate.protocol {self.protocol} compares with a published .npz; evaluate.reference is {self.reference}")
-        _require(all(t > 0 for t in self.temperatures), "evaluate.temperatures must all be positive")
-        _require(all(g >= 1 for g in self.guidances), "evaluate.guidances must all be at least 1.0")
-        _require(self.sweep_samples >= 2, f"evaluate.sweep_samples is {self.sweep_samples}; at least 2 are needed")
-        _require(bool(self.temperatures and self.guidances), "evaluate.temperatures and evaluate.guidances each need at least one value")
-        _require(self.resize >= 0, f"evaluate.resize is {self.resize}; give a side in pixels, or 0 to leave samples as they are")
-        _require(self.sheet_images >= 1, f"evaluate.sheet_images is {self.sheet_images}; it must be at least 1")
-        _require(self.images_per_batch >= 0, f"evaluate.images_per_batch is {self.images_per_batch}; 0 takes what memory allows")
-        _require(self.guidance_power > 0, f"evaluate.guidance_power is {self.guidance_power}; it must be positive")
+        require(published, f"evaluate.protocol {self.protocol} compares with a published .npz; evaluate.reference is {self.reference}")
+        require(all(t > 0 for t in self.temperatures), "evaluate.temperatures must all be positive")
+        require(all(g >= 1 for g in self.guidances), "evaluate.guidances must all be at least 1.0")
+        require(self.sweep_samples >= 2, f"evaluate.sweep_samples is {self.sweep_samples}; at least 2 are needed")
+        require(bool(self.temperatures and self.guidances), "evaluate.temperatures and evaluate.guidances each need at least one value")
+        require(self.resize >= 0, f"evaluate.resize is {self.resize}; give a side in pixels, or 0 to leave samples as they are")
+        require(self.sheet_images >= 1, f"evaluate.sheet_images is {self.sheet_images}; it must be at least 1")
+        require(self.images_per_batch >= 0, f"evaluate.images_per_batch is {self.images_per_batch}; 0 takes what memory allows")
+        require(self.guidance_power > 0, f"evaluate.guidance_power is {self.guidance_power}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -316,10 +316,10 @@ class RegisterConfig:
     """Exit with code 1 when the model is not promoted."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.min_fid_drop < 1, f"register.min_fid_drop is {self.min_fid_drop}; it is a share above 0 and below 1")
-        _require(all(a >= 0 for a in self.allowances.values()), f"register.allowances is {self.allowances}; they must not be negative")
+        require(0 < self.min_fid_drop < 1, f"register.min_fid_drop is {self.min_fid_drop}; it is a share above 0 and below 1")
+        require(all(a >= 0 for a in self.allowances.values()), f"register.allowances is {self.allowances}; they must not be negative")
         good = bool(re.fullmatch(r"[\w.-]+", self.model_name))
-        _require(good, f"register.model_name is {self.model_name!r}; use letters, digits, - _ .")
+        require(good, f"register.model_name is {self.model_name!r}; use letters, digits, - _ .")
 
 
 @dataclass(frozen=True)
@@ -346,8 +346,8 @@ class BenchConfig:
     """A file that the result is appended to as one line of JSON."""
 
     def __post_init__(self) -> None:
-        _require(self.rounds >= 1, f"bench.rounds is {self.rounds}; it must be at least 1")
-        _require(self.dimensions >= 1, f"bench.dimensions is {self.dimensions}; it must be at least 1")
+        require(self.rounds >= 1, f"bench.rounds is {self.rounds}; it must be at least 1")
+        require(self.dimensions >= 1, f"bench.dimensions is {self.dimensions}; it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,238 @@
+"""Where ``data/`` comes from: the image, a mounted folder, a URI, or a DVC repository at a revision.
+
+A recipe names its files relative to a clone (``data/digits/train.parquet``). A step works in a folder in which these names
+lead to the same bytes, so that a configuration, and what a run is called after it, are the same on a laptop and on a
+cluster. What has to be fetched is fetched once for everybody who shares a volume, and only what a stage reads.
+
+Left out: secrets. Whoever opens a private bucket or repository takes them from the environment (pods.secrets).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import vapi
+from vapi import data
+from vapi.config import FILES, Config
+
+IMAGE = Path(vapi.__file__).resolve().parents[1]
+"""The clone, or the folder of the image, that the package lies in; it holds the embedded data."""
+WORDS = ("", "vgg", "inception")
+"""What such a field may hold in place of a file's name."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The form's fields data_uri and data_revision."""
+
+    uri: str = ""
+    revision: str = ""
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.uri).password:
+            raise ValueError("data_uri holds a password, and everybody sees the parameters of a run; put it into a secret (pods.secrets)")
+        if self.revision and not self.uri:
+            raise ValueError("data_revision is given without data_uri; name the DVC repository that the revision belongs to")
+        if self.is_repository and not self.revision:
+            raise ValueError(f"data_uri {self.uri} is a git repository; give data_revision, a commit or a tag of it")
+
+    @property
+    def is_repository(self) -> bool:
+        """Whether the data are a DVC repository's."""
+        return bool(self.revision) or self.uri.endswith(".git") or self.uri.startswith(("git+", "git@", "ssh:"))
+
+    @property
+    def folder(self) -> Path | None:
+        """Where ``data/`` lies already, if it does: in the image, or mounted."""
+        if not self.uri:
+            return IMAGE
+        if self.is_repository or not self.uri.startswith(("/", "file://")):
+            return None
+        return Path(self.uri.removeprefix("file://"))
+
+
+def files(settings: Config, sections: Iterable[str]) -> dict[str, str]:
+    """What some sections name: files, folders or patterns of files by field (``model.generator``), words left out."""
+    named = {f"{section}.{field}": getattr(getattr(settings, section), field) for section in sections for field in FILES.get(section, ())}
+    return {field: name for field, name in named.items() if name not in WORDS}
+
+
+def root(origin: Origin, names: Iterable[str], state: Path) -> Path:
+    """The folder in which relative ``names`` lead to the data, after fetching what is not there yet into ``state``.
+
+    A name that the origin does not know is left to whoever reads it: it may be a hub's. Raises ValueError when the
+    origin cannot be reached, or lacks the data altogether.
+    """
+    if origin.folder is not None:
+        if not origin.folder.is_dir():
+            raise ValueError(f"data_uri is {origin.uri}, and there is no such folder; mount the volume it lies on, or name another")
+        return origin.folder
+    names = sorted({name for name in names if not Path(name).is_absolute()})
+    with data.locked(state / "origin.lock"):
+        return _repository(origin, names, state) if origin.is_repository else _fetched(origin.uri, names, state)
+
+
+def resolve(origin: Origin, state: Path) -> Origin:
+    """The same with a commit in place of a tag or branch, which may move while a run goes on."""
+    if not origin.is_repository or COMMIT.fullmatch(origin.revision):
+        return origin
+    with data.locked(state / "origin.lock"):
+        return Origin(origin.uri, _cloned(origin, state)[1])
+
+
+# --- a DVC repository --------------------------------------------------------------------------
+
+
+def _repository(origin: Origin, names: list[str], state: Path) -> Path:
+    """A checkout with the wanted of its DVC-tracked files in place."""
+    from dvc.exceptions import DvcException, NoOutputOrStageError
+    from dvc.repo import Repo
+
+    folder, _ = _cloned(origin, state)
+    with contextlib.closing(Repo(str(folder))) as repo:
+        for name in names:
+            if _found(folder / name):
+                continue
+            try:
+                repo.pull(targets=[str(folder / _plain(name))])
+            except NoOutputOrStageError:
+                pass  # git's own, or none of the repository's
+            except DvcException as error:
+                raise ValueError(f"data_uri {origin.uri}: DVC cannot fetch {name} ({error}); is its remote reachable from here?") from error
+    return folder
+
+
+def _plain(name: str) -> str:
+    """A pattern's folder, since DVC fetches no patterns."""
+    return name if glob.escape(name) == name else str(Path(name).parent)
+
+
+def _cloned(origin: Origin, state: Path) -> tuple[Path, str]:
+    """The checkout of a revision, and its commit."""
+    from dvc.scm import CloneError, clone
+    from scmrepo.exceptions import SCMError
+
+    def place(commit: str) -> Path:
+        return state / "repositories" / _short(f"{origin.uri}@{commit}")
+
+    if COMMIT.fullmatch(origin.revision) and place(origin.revision).is_dir():
+        return place(origin.revision), origin.revision
+    partial = state / "repositories" / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.closing(clone(origin.uri.removeprefix("git+"), str(partial))) as git:
+            commit = _commit(git, origin.revision)
+            git.checkout(commit, detach=True)
+    except CloneError as error:
+        raise ValueError(f"data_uri {origin.uri} cannot be cloned: {error.__cause__ or error}") from error
+    except SCMError as error:
+        raise ValueError(f"data_revision {origin.revision!r} is not in {origin.uri}: {error}; has it been pushed?") from error
+    if place(commit).exists():
+        shutil.rmtree(partial)
+    else:
+        partial.rename(place(commit))
+    return place(commit), commit
+
+
+def _commit(git: Any, revision: str) -> str:
+    from scmrepo.exceptions import RevError
+
+    try:
+        return str(git.resolve_rev(revision))
+    except RevError:
+        return str(git.resolve_rev(f"origin/{revision}"))  # a branch that is not checked out
+
+
+# --- a URI -------------------------------------------------------------------------------------
+
+
+def _fetched(uri: str, names: list[str], state: Path) -> Path:
+    """A folder with copies of the wanted files; one that changed at its origin is fetched again."""
+    folder = state / "fetched" / _short(uri)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _opened(uri) as (system, base):
+        for name in names:
+            for path in system.glob(f"{base}/{name}") if _plain(name) != name else [f"{base}/{name}"]:
+                if system.exists(path):
+                    _fetch(system, path, folder / path.removeprefix(f"{base}/"))
+    if not any(folder.iterdir()):
+        raise ValueError(f"data_uri {uri} holds none of {', '.join(names)}; a recipe's names are relative to it")
+    return folder
+
+
+@contextlib.contextmanager
+def _opened(uri: str) -> Iterator[tuple[Any, str]]:
+    """The file system behind a URI and the path in it. What a network has to say becomes a ValueError."""
+    import fsspec
+
+    try:
+        system, base = fsspec.core.url_to_fs(uri.rstrip("/"))
+        yield system, base
+    except ImportError as error:
+        raise ValueError(f"data_uri {uri}: this image cannot speak {urlsplit(uri).scheme}:// ({error})") from error
+    except OSError as error:
+        raise ValueError(f"data_uri {uri} cannot be read: {error}") from error
+    except Exception as error:  # (each protocol has errors of its own)
+        if isinstance(error, ValueError):
+            raise ValueError(f"data_uri is {uri}: {error}") from error
+        raise ValueError(f"data_uri {uri} cannot be read: {type(error).__name__} {error}") from error
+
+
+def _fetch(system: Any, path: str, target: Path) -> None:
+    """One file or folder, unless its copy is of the same version."""
+    mark, version = target.with_name(f".{target.name}.version"), str(system.ukey(path))
+    if target.exists() and mark.is_file() and mark.read_text() == version:
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    for old in (partial, target):
+        shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    system.get(path, str(partial), recursive=True)
+    partial.rename(target)
+    mark.write_text(version)
+
+
+# --- what is there -----------------------------------------------------------------------------
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _found(path: Path) -> list[Path]:
+    """The file or folder, or what a pattern leads to."""
+    return [path] if path.exists() else sorted(Path(found) for found in glob.glob(str(path)))
+
+
+def digests(settings: Config, sections: Iterable[str]) -> dict[str, str]:
+    """sha256 of what is named and here, by field; what lies elsewhere (on a hub) has none. Reads every byte."""
+    return {
+        field: hashlib.sha256("".join(map(data.file_digest, found)).encode()).hexdigest()
+        for field, name in files(settings, sections).items()
+        if (found := _found(Path(name)))
+    }
+
+
+def mark(name: str) -> str:
+    """What changes when a file, folder or pattern of files does: a file's sha256 (remembered), names, sizes and times in a folder."""
+    marks = [data.known_digest(path) if path.is_file() else _stats(path) for path in _found(Path(name))]
+    return _short("\n".join(marks)) if marks else name
+
+
+def _stats(folder: Path) -> str:
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        stat = path.stat()
+        lines.append(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}")
+    return _short("\n".join(lines))
