@@ -458,7 +458,7 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
+def convert(value: Any, kind: Any, where: str) -> Any:
     """``value`` as the declared type, or ValueError. Numbers survive every road: Kubeflow turns an
     int inside a dict into a double, and a shell or DVC may hand over a number as text."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -469,11 +469,11 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if origin is list:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} is {value!r}; it must be a list")
-        return [_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
+        return [convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{where} is {value!r}; it must be a mapping of names to values")
-        return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
+        return {str(k): convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if kind is bool:
         if isinstance(value, bool):
             return value
@@ -524,7 +524,7 @@ def build(kind: type, values: Any, where: str = "", complete: str = COMPLETE) ->
     made = {
         name: build(t, values[name], prefix + name, complete)
         if isinstance(t, type) and dataclasses.is_dataclass(t)
-        else _convert(values[name], t, prefix + name)
+        else convert(values[name], t, prefix + name)
         for name, t in types.items()
     }
     return kind(**made)
@@ -565,8 +565,8 @@ def load(path: Path = PARAMS) -> Config:
         raise ValueError(f"{path}: {error}") from None
 
 
-def dump(config: Config, comments: bool = True) -> str:
-    """``params.yaml`` text: every field spelled out, its documentation as a comment above it."""
+def dump(config: Any, comments: bool = True) -> str:
+    """``params.yaml`` text (of any dataclass of sections): every field spelled out, its documentation as a comment above it."""
     lines: list[str] = []
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)

@@ -23,6 +23,7 @@ class Recipe:
     doc: str
     expect: str
     changes: dict[str, Any] = field(default_factory=dict)
+    gpu: bool = False  # whether it wants GPUs, and on a cluster a volume for its data; the others are content with a CPU
 
 
 # The paper's class-conditional runs (table 7, section 4.1; what it leaves open as in its released scripts): 100 steps on
@@ -85,21 +86,25 @@ RECIPES = {
         "LlamaGen-XL at 384 on 1 % of ImageNet: the paper's run with one forward per image, no dropout in the update.",
         f"{_XL_PAPER} (with dropout: see the -official recipe). Not run here",
         _LLAMAGEN_384 | _XL,
+        gpu=True,
     ),
     "llamagen-xl-c2i-official": Recipe(
         "The same as released: dropout and class drop in the update, a forward for every draw (several times slower).",
         f"{_XL_PAPER}. Not run here",
         _LLAMAGEN_384 | _XL | _OFFICIAL,
+        gpu=True,
     ),
     "llamagen-xxl-c2i": Recipe(
         "LlamaGen-XXL at 384 on 1 % of ImageNet: the paper's run with one forward per image, no dropout in the update.",
         f"{_XXL_PAPER} (with dropout: see the -official recipe). Not run here",
         _LLAMAGEN_384 | _XXL,
+        gpu=True,
     ),
     "llamagen-xxl-c2i-official": Recipe(
         "The same as released: dropout and class drop in the update, a forward for every draw (several times slower).",
         f"{_XXL_PAPER}. Not run here",
         _LLAMAGEN_384 | _XXL | _OFFICIAL,
+        gpu=True,
     ),
 }
 

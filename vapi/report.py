@@ -419,10 +419,15 @@ def page(results: Results, curves: Sequence[Scores], sheets: Sheets, provenance:
     if charts:
         sections.append(f"<section><h2>While tuning</h2>{charts}</section>")
     sections += [_more_sheets(results, sheets, columns), _details(results, provenance)]
+    return document(first, sections)
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A whole page of ours around some HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{_e(first)}</title><style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(sections) + "\n</main></body></html>\n"
+        f"<title>{_e(title)}</title><style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(sections) + "\n</main></body></html>\n"
     )
 
 
@@ -430,7 +435,8 @@ def _e(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-def _figure(picture: str, title: str, note: str = "", kind: str = "") -> str:
+def figure(picture: str, title: str, note: str = "", kind: str = "") -> str:
+    """A sheet in a frame, under its title."""
     small = f"<span>{_e(note)}</span>" if note else ""
     return f'<figure class="sheet {_e(kind)}"><figcaption><b>{_e(title)}</b>{small}</figcaption>{picture}</figure>'
 
@@ -438,7 +444,7 @@ def _figure(picture: str, title: str, note: str = "", kind: str = "") -> str:
 def _before_after(results: Results, sheets: Sheets, columns: int) -> str:
     half = max(1, columns // 2) if len(sheets["base"]["plain"]) > columns else columns
     figures = [
-        _figure(_picture(sheets[name]["plain"], half, f"samples of the {name} model"), title, f"FID {_fid(results[name]['fid'])}", name)
+        figure(_picture(sheets[name]["plain"], half, f"samples of the {name} model"), title, f"FID {_fid(results[name]['fid'])}", name)
         for name, title in (("base", "Before: base"), ("tuned", "After: tuned"))
     ]
     sampler = results["protocol"]["sampler"]
@@ -508,7 +514,7 @@ def _charts(results: Results) -> str:
 
 def _more_sheets(results: Results, sheets: Sheets, columns: int) -> str:
     best = [
-        _figure(
+        figure(
             _picture(sheets[name]["best"], columns, f"samples of the {name} model at its best setting"),
             f"{name.capitalize()} at its best",
             f"{_setting(results[f'{name}_best'])} · FID {_fid(results[f'{name}_best']['fid'])}",
@@ -517,7 +523,7 @@ def _more_sheets(results: Results, sheets: Sheets, columns: int) -> str:
         for name in ("base", "tuned")
     ]
     anchors = [
-        _figure(_picture(sheets["anchors"][key], columns, title), title, f"FID {_fid(results['anchors'][key]['fid'])}")
+        figure(_picture(sheets["anchors"][key], columns, title), title, f"FID {_fid(results['anchors'][key]['fid'])}")
         for key, title in (("real", "Real images"), ("reconstruction", "Their reconstructions"))
     ]
     return (
@@ -528,17 +534,17 @@ def _more_sheets(results: Results, sheets: Sheets, columns: int) -> str:
 
 def _details(results: Results, provenance: Scores) -> str:
     return (
-        f'<section class="two"><div><h2>Protocol</h2>{_facts(results["protocol"])}</div>'
-        f"<div><h2>Provenance</h2>{_facts(provenance)}</div></section>"
+        f'<section class="two"><div><h2>Protocol</h2>{facts(results["protocol"])}</div>'
+        f"<div><h2>Provenance</h2>{facts(provenance)}</div></section>"
     )
 
 
-def _facts(values: Scores) -> str:
+def facts(values: Scores) -> str:
     """Nested plain values as a definition list; long digests are shortened, whole in their title."""
     items = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            shown = _facts(value)
+            shown = facts(value)
         elif isinstance(value, str) and len(value) >= 40 and all(c in "0123456789abcdef" for c in value):
             shown = f'<code title="{_e(value)}">{_e(value[:12])}</code>'
         else:

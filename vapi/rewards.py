@@ -164,7 +164,8 @@ class Reward:
                 raise ValueError(f"no reward is called {name!r}; {nearest(name, known)}")
         if not any(weights.values()):
             raise ValueError(f"every reward has weight 0 in {dict(weights)}; there is nothing to optimise")
-        self.weights = {name: weight for name, weight in weights.items() if weight}
+        # in one order, whatever order a configuration has been through: a sum of floats hangs on it
+        self.weights = {name: weight for name, weight in sorted(weights.items()) if weight}
         self.functions = {name: known[name] or load_lpips(perceptual, perceptual_weights, device) for name in self.weights}
 
     @property

@@ -19,6 +19,9 @@ STEPS = ("preflight", *STAGES)
 GPU_STEPS = tuple(name for name, stage in STAGES.items() if stage.parallel)
 """Those that run on the GPU node, where a recipe wants one."""
 
+CERTIFICATES = "/etc/vapi-certificates"
+"""Where pods.ca_bundle is mounted."""
+
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
 NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 MOVING = ("latest", "main", "master", "dev", "nightly", "stable", "edge")
@@ -92,6 +95,8 @@ class GpuConfig:
         default_factory=lambda: [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     )
     """Taints of the node that are fine; the form's field cluster_tolerations."""
+    autoscaled: bool = False
+    """Whether such nodes are made on demand: then it is no failure if none is there yet."""
     cpu: str = "64"
     """Cores."""
     memory: str = "512Gi"

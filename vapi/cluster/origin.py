@@ -101,7 +101,7 @@ def _repository(origin: Origin, names: list[str], state: Path) -> Path:
     folder, _ = _cloned(origin, state)
     with contextlib.closing(Repo(str(folder))) as repo:
         for name in names:
-            if _found(folder / name):
+            if matches(folder / name):
                 continue
             try:
                 repo.pull(targets=[str(folder / _plain(name))])
@@ -210,9 +210,9 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _found(path: Path) -> list[Path]:
+def matches(path: Path) -> list[Path]:
     """The file or folder, or what a pattern leads to."""
-    return [path] if path.exists() else sorted(Path(found) for found in glob.glob(str(path)))
+    return [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
 
 
 def digests(settings: Config, sections: Iterable[str]) -> dict[str, str]:
@@ -220,13 +220,13 @@ def digests(settings: Config, sections: Iterable[str]) -> dict[str, str]:
     return {
         field: hashlib.sha256("".join(map(data.file_digest, found)).encode()).hexdigest()
         for field, name in files(settings, sections).items()
-        if (found := _found(Path(name)))
+        if (found := matches(Path(name)))
     }
 
 
 def mark(name: str) -> str:
     """What changes when a file, folder or pattern of files does: a file's sha256 (remembered), names, sizes and times in a folder."""
-    marks = [data.known_digest(path) if path.is_file() else _stats(path) for path in _found(Path(name))]
+    marks = [data.known_digest(path) if path.is_file() else _stats(path) for path in matches(Path(name))]
     return _short("\n".join(marks)) if marks else name
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 WRAPPERS = ("model", "module", "state_dict", "ema")  # in this order: LlamaGen's DDP, DeepSpeed, others; averages if nothing else
 WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts of names that training adds
+NO_HUB = "{} is no local file; to take it from the hub: pip install huggingface_hub"
 ARGUMENT = "args."  # metadata of this name is an argument of the script that made the checkpoint
 
 
@@ -40,19 +41,44 @@ def locate(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    parts = str(name).split("/")
-    if path.is_absolute() or len(parts) < 3 or Path(parts[0]).exists():  # a path that leads nowhere, and no hub id
-        raise ValueError(
-            f"{name} is not here" + ("; the bundled weights come with: dvc pull data.dvc" if "data/models/" in str(name) else "")
-        )
+    parts = _hub_parts(name)
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise ValueError(f"{name} is no local file; to take it from the hub: pip install huggingface_hub") from None
+        raise ValueError(NO_HUB.format(name)) from None
     try:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except Exception as error:
         raise ValueError(f"{name} is no local file, and the hub did not give it: {error}") from error
+
+
+def _hub_parts(name: str | Path) -> list[str]:
+    """``org/name/file`` in its parts. Raises ValueError for a path that leads nowhere and is no hub id."""
+    parts = str(name).split("/")
+    if Path(name).is_absolute() or len(parts) < 3 or Path(parts[0]).exists():
+        raise ValueError(
+            f"{name} is not here" + ("; the bundled weights come with: dvc pull data.dvc" if "data/models/" in str(name) else "")
+        )
+    return parts
+
+
+def size(name: str | Path) -> int:
+    """Bytes of a local file, or of one on the hub, which is not fetched for it. Raises ValueError if it cannot be reached."""
+    path = Path(name)
+    if path.is_file():
+        return path.stat().st_size
+    organisation, repository, *rest = _hub_parts(name)
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+        cached = try_to_load_from_cache(f"{organisation}/{repository}", "/".join(rest))
+        if isinstance(cached, str):
+            return Path(cached).stat().st_size
+        return int(get_hf_file_metadata(hf_hub_url(f"{organisation}/{repository}", "/".join(rest)), timeout=10).size or 0)
+    except ImportError:
+        raise ValueError(NO_HUB.format(name)) from None
+    except Exception as error:
+        raise ValueError(f"{name} is no local file, and the hub does not show it: {error}") from error
 
 
 def read(name: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

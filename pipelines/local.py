@@ -1,0 +1,78 @@
+"""A compiled package run here, without a cluster, by kfp's local runner.
+
+The same file that a cluster gets, each box as a process of its own. What only a cluster has is passed over: volumes, GPUs,
+secrets, timeouts. A folder takes the volume's place where a package mounts one.
+
+The run has a session of its own, and signals are handed to all of it: kfp leaves a box running when it is killed itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kfp import components, local
+
+from pipelines import values as given
+from vapi import data
+from vapi.cluster import origin
+
+ROOT = Path("artifacts") / "kubeflow"
+REWRITTEN = "python3"
+"""kfp's local runner puts the interpreter's path in place of this word, inside any value."""
+
+
+def run(package: Path, values: Mapping[str, Any], root: Path = ROOT) -> dict[str, Any]:
+    """Run a package with some of the form's fields changed. Artifacts are written below ``root``; returns the outputs.
+
+    Raises ValueError for a field that the form does not have or that holds something else, RuntimeError when a box fails.
+    """
+    pipeline = components.load_component_from_file(str(package))
+    arguments = {**here(pipeline, root), **given.checked(pipeline, values)}
+    for name, value in {"--root": str(root.resolve()), **arguments}.items():
+        if REWRITTEN in str(value):
+            raise ValueError(f"{name} is {value!r}; kfp's local runner cannot have {REWRITTEN!r} in a value")
+    os.environ.setdefault("KFP_RUN_ID", str(uuid.uuid4()))
+    os.environ.setdefault("VAPI_STATE", str(data.state_dir()))
+    warnings.filterwarnings("ignore", module="kfp")  # about GPUs and limits, which are passed over; and its own spelling
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root.resolve()))
+    return dict(pipeline(**arguments).outputs)
+
+
+def here(pipeline: Any, root: Path) -> dict[str, Any]:
+    """Fields that mean another place here: the clone's data and MLflow, and a folder for the volume."""
+    from vapi import track
+    from vapi.config import Config
+
+    fields: dict[str, Any] = {"track_uri": track.tracking_uri(Config(), origin.IMAGE)}
+    if "cluster_work_dir" in pipeline.component_spec.inputs:
+        work_dir = root.resolve() / "volume"
+        work_dir.mkdir(parents=True, exist_ok=True)
+        fields |= {"cluster_work_dir": str(work_dir), "data_uri": ""}
+    return fields
+
+
+def supervise(words: list[str]) -> int:
+    """Run ``python -m pipelines WORDS`` in a session of its own; its exit code. Signals go to every process of it."""
+    environment = {**os.environ, SUPERVISED: "1"}
+    child = subprocess.Popen([sys.executable, "-m", "pipelines", *words], env=environment, start_new_session=True)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        if child.poll() is None:
+            os.killpg(child.pid, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, hand_on)
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+SUPERVISED = "VAPI_SUPERVISED"

@@ -1,0 +1,103 @@
+"""The graph: six boxes in a row, from a filled form to a version in the registry.
+
+    preflight -> subset -> tokens -> tune -> evaluate -> register
+
+No box hides others (loops, exit handlers and conditions would: Kubeflow shows those collapsed), and the gate before the
+registry is inside ``register``. The form's fields are those of preflight's signature, with a recipe's values in them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from kfp import dsl
+
+from components.evaluate.component import evaluate
+from components.preflight.component import preflight
+from components.register.component import register
+from components.subset.component import subset
+from components.tokens.component import tokens
+from components.trainjob.component import trainjob
+from components.tune.component import tune
+from pipelines.resources import environment, place
+from pipelines.values import KINDS
+from vapi import config, recipes
+from vapi.cluster import form as forms
+from vapi.cluster.config import ClusterConfig
+
+GIVEN = ("recipe", "cluster")
+"""Inputs of preflight that are the package's own, and no fields of the form."""
+VOLUME = ("cluster_volume", "cluster_work_dir")
+
+
+def graph(form: Mapping[str, Any], recipe: str, cluster: ClusterConfig, nodes: bool) -> None:
+    """The boxes and what flows between them. ``nodes``: tune runs on several nodes, in a TrainJob."""
+    base, gpu, work_dir = recipes.recipe(recipe), recipes.RECIPES[recipe].gpu, form["cluster_work_dir"]
+
+    checked = preflight(recipe=config.plain(base), cluster=config.plain(cluster), **form)
+    plans = checked.outputs
+
+    picked = subset(plan=plans["subset"], work_dir=work_dir)
+    encoded = tokens(plan=plans["tokens"], work_dir=work_dir, subset=picked.outputs["subset"])
+    data = {"subset": picked.outputs["subset"], "tokens": encoded.outputs["tokens"]}
+    if nodes:
+        facts = {"cluster": config.plain(cluster), "environment": environment(cluster)}
+        fields = {name: form[name] for name in ("tune_gpus", "tune_nodes", *(name for name in form if name.startswith("cluster_")))}
+        fields.pop("cluster_work_dir")
+        tuned = trainjob(plan=plans["tune"], work_dir=work_dir, **data, **facts, **fields)
+    else:
+        tuned = tune(plan=plans["tune"], work_dir=work_dir, **data)
+    measured = evaluate(plan=plans["evaluate"], work_dir=work_dir, model=tuned.outputs["model"])
+    made = {"model": tuned.outputs["model"], "evaluation": measured.outputs["evaluation"]}
+    registered = register(plan=plans["register"], work_dir=work_dir, **made)
+
+    boxes = {"preflight": checked, "subset": picked, "tokens": encoded, "tune": tuned, "evaluate": measured, "register": registered}
+    for step, task in boxes.items():
+        place(task, step, form, cluster, gpu=gpu, pod_gpus=not (nodes and step == "tune"))
+
+
+def fields(gpu: bool, nodes: bool) -> dict[str, type]:
+    """The form's fields and their types. Without a volume there are none about it, and for one node none about nodes."""
+    absent = {*GIVEN, *(() if gpu else VOLUME), *(() if nodes else ("tune_nodes",))}
+    return {name: KINDS[spec.type] for name, spec in preflight.component_spec.inputs.items() if name not in absent}
+
+
+def defaults(recipe: str, cluster: ClusterConfig, nodes: bool = False) -> dict[str, Any]:
+    """What the form shows at first."""
+    base, gpu = recipes.recipe(recipe), recipes.RECIPES[recipe].gpu
+    return {name: kind(forms.default(name, base, cluster, gpu)) for name, kind in fields(gpu, nodes).items()}
+
+
+def build(recipe: str, cluster: ClusterConfig, nodes: bool = False) -> Any:
+    """The pipeline of a recipe, ready to be compiled: its signature is the form.
+
+    Raises ValueError for a recipe that is not known, or that has no use for several nodes.
+    """
+    row = recipes.RECIPES[recipe] if recipes.recipe(recipe) else None
+    assert row is not None
+    if nodes and not row.gpu:
+        raise ValueError(f"the recipe {recipe} needs no GPU, and so no second node")
+    kinds, values = fields(row.gpu, nodes), defaults(recipe, cluster, nodes)
+    constants = {name: forms.default(name, recipes.recipe(recipe), cluster, row.gpu) for name in VOLUME} | {"tune_nodes": 1}
+
+    def flow(*given: Any) -> None:
+        graph({**constants, **dict(zip(values, given, strict=True))}, recipe, cluster, nodes)
+
+    flow.__name__ = name_of(recipe, nodes)
+    flow.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=values[name], annotation=kind)
+            for name, kind in kinds.items()
+        ]
+    )
+    lines = [f"    {name}: {forms.doc(name)}" for name in values]
+    flow.__doc__ = "\n".join([f"{row.doc} Expect {row.expect}.", "", "Args:", *lines])
+    limit = dsl.PipelineConfig(active_deadline_seconds=cluster.limits.run)
+    return dsl.pipeline(name=name_of(recipe, nodes), description=f"{row.doc} Expect {row.expect}.", pipeline_config=limit)(flow)
+
+
+def name_of(recipe: str, nodes: bool = False) -> str:
+    """What the package, and the pipeline in Kubeflow, are called."""
+    return f"{recipe}-trainjob" if nodes else recipe

@@ -1,0 +1,264 @@
+"""The first step of a run: find in seconds what would go wrong in hours, and make a plan for each stage.
+
+    form, recipe -> configuration -> checks -> a plan for each stage
+
+What the form says must make a configuration, in words of its fields; then everything that the run will need is looked
+at: data and weights, volume, nodes, secrets, MLflow. One thing that failed stops the run, with all that failed named.
+What could not be looked at is a warning. ``python -m pipelines check`` asks the same from outside (``about_cluster``), and
+adds what only it can see: the Kubeflow server, the registry of images.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vapi import config, data
+from vapi.cluster import api, check, form, origin, pages, step
+from vapi.cluster.api import Demand, Kubernetes
+from vapi.cluster.check import Check, failed, ok, warning
+from vapi.cluster.config import GPU_STEPS, ClusterConfig, require_pinned
+from vapi.cluster.origin import Origin
+from vapi.config import STAGES, Config
+
+MLFLOW_SECONDS = 5
+
+IMAGE_BYTES = 150_000
+"""Of an image in a subset: ImageNet's have 110,000 on average."""
+FEATURE_BYTES = 20_000
+"""That evaluation keeps of a sample: Inception's features, spatial ones included."""
+
+
+def preflight(recipe: Mapping[str, Any], cluster: Mapping[str, Any], form: Mapping[str, Any], report: str) -> dict[str, step.Plan]:
+    """The step. Writes the checks as Markdown to ``report`` and returns the stages' plans.
+
+    Raises SystemExit(2) after printing every check if one of them failed.
+    """
+    facts = config.build(ClusterConfig, dict(cluster))
+    with step.in_words(), step.workplace(form["cluster_work_dir"]) as state:
+        os.environ["VAPI_STATE"] = str(state)
+        try:
+            settings, source = resolved(recipe, form)
+            checks = [ok("form", f"a configuration of {len(config.flat(settings))} fields")]
+            checks += about_here(settings, source, form, state)
+        except ValueError as error:
+            checks = [failed("form", str(error))]
+        else:
+            kubernetes = api.here()
+            outside = ok("cluster", "this is no pod of a cluster: nodes, volume and secrets were not looked at")
+            checks += about_cluster(kubernetes, settings, facts, form) if kubernetes else [outside]
+        rows = [[row.field, row.status, row.found] for row in checks]
+        config.write_text(Path(report), pages.markdown_table("Preflight", ("field", "", "found"), rows))
+        print(check.table(checks), flush=True)
+        if wrong := check.verdict(checks):
+            raise ValueError(wrong)
+        return plans(settings, origin.resolve(source, state), form)
+
+
+def resolved(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Config, Origin]:
+    """What a filled form asks for. Raises ValueError that names its field."""
+    settings = form.resolve(recipe, values)
+    require_pinned(values["cluster_image"], "cluster_image")
+    for name in (f"{stage}_gpus" for stage in GPU_STEPS):
+        if values[name] < 0:
+            raise ValueError(f"{name} is {values[name]}; give a number of GPUs, or 0 for a CPU")
+    processes = max(1, values["tune_gpus"]) * values["tune_nodes"]
+    for name in ("images_per_step", "holdout_images"):
+        if (images := getattr(settings.tune, name)) < processes:
+            raise ValueError(f"tune_gpus x tune_nodes are {processes}, and share tune_{name} {images}; use fewer GPUs or more images")
+    if values["tune_nodes"] > 1 and not values["cluster_work_dir"]:
+        raise ValueError("tune_nodes needs a volume that all nodes share; use a package that mounts one")
+    return settings, Origin(values["data_uri"], values["data_revision"])
+
+
+# --- what the pod itself can see ---------------------------------------------------------------
+
+
+def about_here(settings: Config, source: Origin, values: Mapping[str, Any], state: Path) -> list[Check]:
+    """Data and weights, the mounted volume, MLflow. Leaves the process in the folder that the data's names are relative to."""
+    wanted = origin.files(settings, STAGES["evaluate"].sections + STAGES["tune"].sections + STAGES["subset"].sections)
+    try:
+        os.chdir(origin.root(source, wanted.values(), state))
+    except ValueError as error:
+        return [failed("data_uri", str(error))]
+    checks = [ok("data_uri", _described(source)), *_files(wanted), *_networks(settings)]
+    if values["cluster_work_dir"]:
+        checks += _room(Path(values["cluster_work_dir"]), bytes_needed(settings))
+    return [*checks, mlflow(settings.track.uri or os.environ.get("MLFLOW_TRACKING_URI", ""))]
+
+
+def _described(source: Origin) -> str:
+    if source.is_repository:
+        return f"{source.uri} at {source.revision}"
+    return source.uri or "the image's own data"
+
+
+def _files(wanted: Mapping[str, str]) -> Iterator[Check]:
+    for dotted, name in wanted.items():
+        with _field(dotted.replace(".", "_", 1)) as (field, found):
+            if dotted.startswith("model."):
+                from vapi.models import weights  # with torch
+
+                found.append(ok(field, f"{name}, {weights.size(name):,} bytes"))
+            elif here := origin.matches(Path(name)):
+                found.append(ok(field, name + (f", {len(here)} files" if len(here) > 1 else "")))
+            else:
+                found.append(failed(field, f"{name} is not in {Path.cwd()}; put it there, or name what is"))
+        yield from found
+
+
+def _networks(settings: Config) -> Iterator[Check]:
+    """Published weights that a configuration calls by a word."""
+    if settings.tune.perceptual == "vgg" and "lpips" in settings.tune.rewards:
+        with _field("tune.perceptual") as (field, found):
+            from vapi import rewards
+
+            found.append(ok(field, str(rewards.network_files("vgg", settings.tune.perceptual_weights)["vgg"])))
+        yield from found
+    if settings.evaluate.extractor == "inception":
+        with _field("evaluate.extractor") as (field, found):
+            from vapi.metrics import features
+
+            path = features.inception_path(settings.evaluate.extractor_weights)
+            features.require_inception(path)
+            found.append(ok(field, str(path)))
+        yield from found
+
+
+@contextlib.contextmanager
+def _field(field: str) -> Iterator[tuple[str, list[Check]]]:
+    """Collects what is found about a field; a ValueError is what failed."""
+    found: list[Check] = []
+    try:
+        yield field, found
+    except ValueError as error:
+        found.append(failed(field, str(error)))
+
+
+def _room(work_dir: Path, needed: int) -> Iterator[Check]:
+    """Whether the volume can be written to, and has the room."""
+    try:
+        with tempfile.TemporaryFile(dir=work_dir) as file:
+            file.write(b"vapi")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        yield failed(
+            "cluster_volume", f"{work_dir} cannot be written to by user {os.getuid()} ({error.strerror}); change its owner or mode"
+        )
+        return
+    free = shutil.disk_usage(work_dir).free
+    words = f"{free / 1e9:,.0f} GB are free in {work_dir}, and a run needs about {needed / 1e9:,.0f} GB"
+    yield ok("cluster_volume", words) if free >= needed else failed("cluster_volume", f"{words}; make room (.vapi/resume, artifacts)")
+
+
+def bytes_needed(settings: Config) -> int:
+    """About what a run writes to the volume: checkpoints (the old one and the new), the result, the subset, features."""
+    from vapi.models import weights
+
+    try:
+        generator = weights.size(settings.model.generator)
+    except ValueError:  # said elsewhere
+        generator = 0
+    looks = settings.evaluate
+    sweep = len(looks.temperatures) * len(looks.guidances) * looks.sweep_samples
+    drawn = 2 * (sweep + 4 * looks.samples * len(looks.seeds))
+    return 8 * generator + IMAGE_BYTES * settings.subset.images + FEATURE_BYTES * drawn
+
+
+def mlflow(uri: str, inside: bool = True) -> Check:
+    """Whether the tracking server answers, and lets us in. ``inside``: whether we stand where the run will."""
+    if uri in ("", "off"):
+        words = "there is no MLflow: numbers stay in the artifacts, and nothing can be registered"
+        return warning("track_uri", words + ("" if uri else "; set mlflow.uri in cluster.yaml"))
+    if not uri.startswith(("http://", "https://")):
+        return ok("track_uri", uri)
+    worse = failed if inside else warning
+    request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1", headers=_login())
+    try:
+        with urllib.request.urlopen(request, timeout=MLFLOW_SECONDS):
+            return ok("track_uri", f"{uri} answers")
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            words = "wants a login: give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD through pods.secrets"
+            return worse("track_uri", f"{uri} {words}" if inside else f"{uri} answers, and wants a login that is not at hand here")
+        if error.code == 403:
+            return worse("track_uri", f"{uri} refuses (403); is this name among the server's --allowed-hosts, and may the user read?")
+        return worse("track_uri", f"{uri} answers HTTP {error.code}")
+    except OSError as error:
+        where = "" if inside else " from here, which may be no matter: preflight looks from inside"
+        return worse("track_uri", f"{uri} cannot be reached{where} ({getattr(error, 'reason', error)}); start it, or set track_uri to off")
+
+
+def _login() -> dict[str, str]:
+    user, password = os.environ.get("MLFLOW_TRACKING_USERNAME", ""), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN", ""):
+        return {"Authorization": f"Bearer {token}"}
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()} if user else {}
+
+
+# --- what the cluster says ---------------------------------------------------------------------
+
+
+def about_cluster(kubernetes: Kubernetes, settings: Config, cluster: ClusterConfig, values: Mapping[str, Any]) -> list[Check]:
+    """Nodes, quota, volume, secrets, config maps, service account, and the trainer where several nodes are asked for."""
+    wants = demands(cluster, values)
+    pods, several = cluster.pods, len({want.gpus > 0 for want in wants}) > 1 or values["tune_nodes"] > 1
+    asked: list[Callable[[], list[Check]]] = [
+        lambda: api.nodes(kubernetes, cluster, wants, values["cluster_node_selector"], values["cluster_tolerations"]),
+        lambda: api.quota(kubernetes, cluster.gpu.resource, max(want.gpus * want.nodes for want in wants)),
+        lambda: api.secrets(kubernetes, pods.secrets),
+        lambda: api.config_maps(kubernetes, pods.config_maps | ({pods.ca_bundle: {"ca.crt": ""}} if pods.ca_bundle else {})),
+    ]
+    if values["cluster_volume"]:
+        asked.append(lambda: api.volume(kubernetes, values["cluster_volume"], bytes_needed(settings), several))
+    if cluster.image.pull_secret:
+        asked.append(lambda: api.pull_secret(kubernetes, cluster.image.pull_secret))
+    if pods.service_account:
+        asked.append(lambda: api.service_account(kubernetes, pods.service_account))
+    if values["tune_nodes"] > 1:
+        asked.append(lambda: api.trainer(kubernetes, cluster.trainer.runtime))
+    return [found for ask in asked for found in ask()]
+
+
+def demands(cluster: ClusterConfig, values: Mapping[str, Any]) -> list[Demand]:
+    """What each step that may run on a GPU asks of its node."""
+    found = []
+    for name in GPU_STEPS:
+        gpus = values[f"{name}_gpus"]
+        size = cluster.gpu if gpus and values["cluster_volume"] else cluster.cpu  # as the package was compiled
+        found.append(Demand(f"{name}_gpus", gpus, size.cpu, size.memory, values["tune_nodes"] if name == "tune" else 1))
+    return found
+
+
+# --- plans -------------------------------------------------------------------------------------
+
+
+def plans(settings: Config, source: Origin, values: Mapping[str, Any]) -> dict[str, step.Plan]:
+    """Each stage's plan: the sections that its result follows from, the data, the code.
+
+    Without a volume Kubeflow's cache may take a step from an earlier run, so the files' digests are part of the plan;
+    with one, a step looks at the files itself, and is never cached.
+    """
+    from vapi import track
+
+    everything = config.plain(settings)
+    digests = {} if values["cluster_work_dir"] else origin.digests(settings, config.FILES)
+    made = {}
+    for stage in STAGES:
+        sections = config.sections_so_far(stage)
+        made[stage] = {
+            "config": {name: everything[name] for name in (*sections, "track")},
+            "data": {"uri": source.uri, "revision": source.revision, "digest": track.data_digest(settings)},
+            "files": {field: digest for field, digest in digests.items() if field.partition(".")[0] in sections},
+            "code": data.code_version(),
+        }
+    return made

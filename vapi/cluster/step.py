@@ -1,0 +1,262 @@
+"""A stage as a step of a pipeline: the command that a terminal would type, in the right place, on the right data.
+
+A step gets its plan from ``preflight`` and folders of earlier steps from Kubeflow. Without a volume everything travels
+as artifacts, and what the stage keeps for itself (resume state, token cache) dies with the pod. With one, a stage writes
+
+    <work dir>/artifacts/<stage>/<key>/      what it made; key: hash of configuration, data and code
+    <work dir>/.vapi/                        what outlives it
+
+and the artifact holds the small files beside a descriptor (path, sha256) of the large ones. The key knows nothing of
+the run, so a retry or a cloned run continues what was begun, and finds what is finished.
+
+The stage runs as a process of its own, with a session of its own: SIGTERM for the step is handed to it once, and it is
+waited for. If the step is killed, the kernel kills it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from vapi import config, data
+from vapi.cluster import origin
+from vapi.cluster.origin import Origin
+from vapi.config import STAGES, Config
+
+Plan = dict[str, Any]
+"""What preflight resolved for a stage, as plain values: ``config`` (the sections that its result follows from), ``data`` (uri,
+revision, digest), ``files`` (sha256 of the files that the sections name, without a volume) and ``code`` (version, commit, source).
+It is the step's whole input beside artifacts, so Kubeflow's cache sees what changes the result, and nothing else."""
+
+DESCRIPTOR = "descriptor.json"
+SMALL = 4 << 20
+"""Bytes up to which a file travels as an artifact although there is a volume."""
+DEED = "register"
+"""The stage that changes something elsewhere: it is done every time, and what it writes is small."""
+NOT_HERE = "mount the volume that it was written to, or run the step that makes it again"
+
+
+def run(stage: str, plan: Plan, work_dir: str, out: str, launch: Callable[[Command], int] | None = None, **inputs: str) -> Path:
+    """Run a stage and fill the artifact ``out``. ``inputs``: artifacts of earlier steps, by stage. ``launch`` runs the
+    command elsewhere than here. Returns the folder that the stage wrote.
+
+    Raises SystemExit with the stage's own code when it fails, and 2 when it cannot begin; the log says why.
+    """
+    settings = settings_of(plan)
+    with in_words(), workplace(work_dir) as state:
+        os.environ["VAPI_STATE"] = str(state)
+        named = origin.files(settings, STAGES[stage].sections)
+        os.chdir(origin.root(Origin(plan["data"]["uri"], plan["data"]["revision"]), named.values(), state))
+        _require_same(settings, stage, plan)
+        folders = {name: opened(Path(path)) for name, path in inputs.items()}
+        if not work_dir or stage == DEED:
+            _make(stage, settings, plan, folders, Path(out), launch or here)
+            return Path(out)
+        target = Path(work_dir) / "artifacts" / stage / _key(stage, settings, inputs)
+        with data.locked(target.with_suffix(".lock")):
+            if (target / "config.json").is_file():
+                print(f"{target} holds this result already", flush=True)
+            else:
+                target.with_suffix(".json").unlink(missing_ok=True)
+                _make(stage, settings, plan, folders, target, launch or here)
+            _describe(stage, target, Path(out))
+        return target
+
+
+def settings_of(plan: Plan) -> Config:
+    """The configuration that a plan carries; sections that are nothing to the stage have their defaults."""
+    values = {**config.plain(Config()), **plan["config"]}
+    if not (values["track"]["uri"] or os.environ.get("MLFLOW_TRACKING_URI")):
+        values["track"] = {**values["track"], "uri": "off"}  # the database of a clone would be lost with the pod
+    return config.build(Config, values)
+
+
+@contextlib.contextmanager
+def in_words() -> Iterator[None]:
+    """A mistake that its message names ends the step with that message, as it ends a command, and not with a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def workplace(work_dir: str) -> Iterator[Path]:
+    """The folder for what outlives a stage: on the volume, where the environment says, or for as long as the pod lives."""
+    given = os.environ.get("VAPI_STATE")
+    if work_dir:
+        if not Path(work_dir).is_dir():
+            raise ValueError(f"cluster_work_dir is {work_dir}, which is not here; is the volume mounted there?")
+        os.environ.setdefault("TORCH_HOME", f"{work_dir}/torch")
+        os.environ.setdefault("HF_HOME", f"{work_dir}/huggingface")
+        yield Path(work_dir) / ".vapi"
+    elif given:
+        yield Path(given)
+    else:
+        with tempfile.TemporaryDirectory(prefix="vapi-") as folder:
+            yield Path(folder)
+
+
+def _require_same(settings: Config, stage: str, plan: Plan) -> None:
+    """Raises ValueError if the data are not those that preflight saw: the cache would believe otherwise."""
+    if not plan["files"]:
+        return
+    for field, digest in origin.digests(settings, STAGES[stage].sections).items():
+        if plan["files"].get(field) != digest:
+            raise ValueError(f"{field} has changed since preflight looked at it; start the run again")
+
+
+# --- the stage's own process -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """A stage as a command line, with the environment it needs beside the present one."""
+
+    stage: str
+    folders: Mapping[str, Path]
+    settings: Config
+    environment: Mapping[str, str]
+
+    def words(self, params: Path) -> list[str]:
+        """What to type after the interpreter, given where the configuration is written."""
+        folders = [word for name, path in self.folders.items() for word in (f"--{name}", str(path))]
+        return ["-m", "vapi", self.stage, "--params", str(params), *folders]
+
+
+def _make(stage: str, settings: Config, plan: Plan, folders: Mapping[str, Path], out: Path, launch: Callable[[Command], int]) -> None:
+    code = launch(Command(stage, {**folders, "out": out}, settings, {"VAPI_RUN": json.dumps(_known(plan))}))
+    if code:
+        print(f"vapi {stage} ended with code {code}; its words are above", file=sys.stderr, flush=True)
+        raise SystemExit(code)
+
+
+def _known(plan: Plan) -> dict[str, Any]:
+    """What the tracker cannot see from inside a pod."""
+    run = os.environ.get("KFP_RUN_ID", "")  # from the pod's label, since a parameter would be part of the cache's key
+    tags = {"kubeflow.run": run, "data.uri": plan["data"]["uri"], "data.revision": plan["data"]["revision"]}
+    return {
+        "execution": run,
+        "data": plan["data"]["digest"],
+        "git": plan["data"]["revision"] or plan["code"]["commit"] or "none",
+        "tags": {name: value for name, value in tags.items() if value},
+    }
+
+
+def here(command: Command) -> int:
+    """Run a stage on this machine; its exit code."""
+    with tempfile.TemporaryDirectory(prefix="vapi-") as folder:
+        params = Path(folder) / "params.yaml"
+        config.write_text(params, config.dump(command.settings, comments=False))
+        environment = {**os.environ, **command.environment, "VAPI_STARTED_BY": str(os.getpid())}
+        # the data may lie in a checkout of this very project, and its code must not run in place of ours
+        environment |= {
+            "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(origin.IMAGE), os.environ.get("PYTHONPATH")])),
+        }
+        child = subprocess.Popen([sys.executable, *command.words(params)], env=environment, start_new_session=True)
+        with _handing_on(child):
+            code = child.wait()
+        return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def _handing_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C for this process go to the stage, which writes a checkpoint and ends."""
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        if child.poll() is None:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- artifacts and the volume ------------------------------------------------------------------
+
+
+def _key(stage: str, settings: Config, inputs: Mapping[str, str]) -> str:
+    """Names a result after what it follows from."""
+    sections = STAGES[stage].sections
+    marks = {field: origin.mark(name) for field, name in origin.files(settings, sections).items()}
+    if stage == "subset":
+        marks["subset.source"] = _listed(settings)
+    made = {name: _descriptor(Path(path))["sha256"] for name, path in inputs.items()}
+    values = {name: config.plain(getattr(settings, name)) for name in sections}
+    depends = [stage, values, marks, made, data.code_version()["source"]]
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _listed(settings: Config) -> str:
+    from vapi import listing, sources  # with pandas' and torchvision's weight, which no other step needs
+
+    with sources.still_there(settings.subset):
+        return hashlib.sha256(listing.listing(sources.open_source(settings.subset)).encode()).hexdigest()
+
+
+def _describe(stage: str, target: Path, out: Path) -> None:
+    """Fill the artifact: a descriptor of the folder on the volume, and copies of the small files in it."""
+    note = target.with_suffix(".json")  # the digest of gigabytes is computed once
+    found = {path.relative_to(target).as_posix(): path for path in sorted(target.rglob("*")) if path.is_file()}
+    if not note.is_file():
+        sizes = {name: path.stat().st_size for name, path in found.items()}
+        data.write_json(note, {"stage": stage, "path": str(target), "sha256": data.file_digest(target), "bytes": sizes})
+    for name, path in found.items():
+        if path.stat().st_size <= SMALL:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / name)
+    shutil.copyfile(note, out / DESCRIPTOR)
+
+
+def _descriptor(artifact: Path) -> dict[str, Any]:
+    if not (artifact / DESCRIPTOR).is_file():
+        raise ValueError(f"{artifact} holds no {DESCRIPTOR}, although there is a volume; it comes from a run without one")
+    return data.read_json(artifact / DESCRIPTOR)
+
+
+def opened(artifact: Path) -> Path:
+    """The folder that a stage wrote: the artifact itself, or what its descriptor leads to.
+
+    Raises ValueError when that is not here, or not whole.
+    """
+    if not (artifact / DESCRIPTOR).is_file():
+        if not artifact.is_dir():
+            raise ValueError(f"{artifact} is not here; run the step that makes it again")
+        return artifact
+    described = _descriptor(artifact)
+    folder = Path(described["path"])
+    for name, size in described["bytes"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise ValueError(f"{path} is not here, or not whole; {NOT_HERE}")
+    return folder
+
+
+# --- what the run's graph shows ----------------------------------------------------------------
+
+
+def show(page: Path, target: str) -> None:
+    """Put a page that a stage wrote where Kubeflow looks for it."""
+    write(page.read_text(), target)
+
+
+def write(text: str, target: str) -> None:
+    """Put the text of a page where Kubeflow looks for it."""
+    config.write_text(Path(target), text)
