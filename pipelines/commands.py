@@ -17,7 +17,7 @@ from typing import Any
 from kfp import components
 
 import pipelines
-from pipelines import local, manifests, packages, registry, source, values
+from pipelines import local, manifests, packages, readmes, registry, source, values
 from pipelines import server as kubeflow
 from vapi import config, recipes
 from vapi.cluster import api, check, preflight
@@ -163,7 +163,7 @@ def _compile(arguments: argparse.Namespace) -> int:
     cluster = packages.load_cluster(arguments.cluster)
     texts = {arguments.out / f"{name}.yaml": packages.text(name, cluster) for name in arguments.packages or packages.published()}
     if not arguments.packages:
-        texts |= _manifests_of(cluster)
+        texts |= _manifests_of(cluster) | readmes.files(ROOT / "components")
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     if arguments.check:
         for path in stale:

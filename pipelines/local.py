@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -60,19 +61,21 @@ def here(pipeline: Any, root: Path) -> dict[str, Any]:
     return fields
 
 
+SUPERVISED = "VAPI_SUPERVISED"
+"""Environment: somebody hands signals on to this process."""
+
+
 def supervise(words: list[str]) -> int:
     """Run ``python -m pipelines WORDS`` in a session of its own; its exit code. Signals go to every process of it."""
-    environment = {**os.environ, SUPERVISED: "1"}
-    child = subprocess.Popen([sys.executable, "-m", "pipelines", *words], env=environment, start_new_session=True)
+    with tempfile.TemporaryDirectory(prefix="vapi-") as folder:  # kfp leaves something behind for every box
+        environment = {**os.environ, SUPERVISED: "1", "TMPDIR": folder}
+        child = subprocess.Popen([sys.executable, "-m", "pipelines", *words], env=environment, start_new_session=True)
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        if child.poll() is None:
-            os.killpg(child.pid, number)
+        def hand_on(number: int, frame: FrameType | None) -> None:
+            if child.poll() is None:
+                os.killpg(child.pid, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, hand_on)
-    code = child.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, hand_on)
+        code = child.wait()
     return code if code >= 0 else 128 - code
-
-
-SUPERVISED = "VAPI_SUPERVISED"

@@ -473,7 +473,8 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{where} is {value!r}; it must be a mapping of names to values")
-        return {str(k): convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
+        # in one order, since Kubeflow keeps none: the same configuration must be the same bytes
+        return {str(k): convert(v, args[1], f"{where}.{k}") for k, v in sorted(value.items(), key=lambda item: str(item[0]))}
     if kind is bool:
         if isinstance(value, bool):
             return value

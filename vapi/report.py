@@ -574,6 +574,8 @@ h2{margin:0 0 14px;font-size:19px;letter-spacing:-.01em;font-weight:650}
 @media (max-width:760px){.pair,.two,.three{grid-template-columns:1fr}}
 figure{margin:0;padding:18px;background:var(--card);border:1px solid var(--rule);border-radius:10px}
 figure.sheet{padding:0;overflow:hidden}
+figure.sheet+figure.sheet{margin-top:20px}
+.pair figure.sheet+figure.sheet{margin-top:0}
 figure.tuned{border-color:var(--tuned)}
 figcaption{display:flex;justify-content:space-between;gap:12px;padding:10px 14px;font-size:14.5px}
 figcaption span{color:var(--soft);font-variant-numeric:tabular-nums}

@@ -34,7 +34,7 @@ def tokens(folder: Path) -> str:
     summary, made = data.read_json(folder / "summary.json"), data.read_json(folder / "provenance.json")
     rows = {
         "images": f"{summary['images']:,}",
-        "encoded in this run": f"{made['encoded']:,} (the others were in the cache)",
+        "encoded in this run": f"{made['encoded']:,}; the token cache had {summary['images'] - made['encoded']:,}",
         "codes per image": f"{summary['codes']}",
         "codebook": f"{summary['vocab']:,} codes, {summary['codebook_usage']:.1%} of them in use, perplexity {summary['perplexity']:.0f}",
         "reconstruction": f"{summary['psnr']:.1f} dB, {summary['psnr_lowest']:.1f} dB at worst, of {summary['psnr_images']} images",
@@ -58,7 +58,7 @@ def tuning(folder: Path) -> str:
     """HTML: reward, cross-entropy and entropy over the steps, and the sample sheets from the first to the last."""
     summary, made = data.read_json(folder / "summary.json"), data.read_json(folder / "config.json")
     first, last = summary["holdout"]["first"], summary["holdout"]["last"]
-    title = f"{summary['steps']} steps: held-out reward {first['holdout/reward']:.4g} → {last['holdout/reward']:.4g}"
+    title = f"{summary['steps']} steps: held-out reward {first['holdout/reward']:.4g} → {last['holdout/reward']:.4g}".replace("-", "−")
     lead = f"Cross-entropy on the true codes {first['holdout/ce']:.4g} → {last['holdout/ce']:.4g} nats, "
     lead += f"entropy {first['holdout/entropy']:.4g} → {last['holdout/entropy']:.4g}; "
     lead += f"{summary['images_seen']:,} images seen, {summary['parameters']:,} parameters."
