@@ -145,7 +145,7 @@ def _checks(asked: Asked, arguments: argparse.Namespace) -> list[Check]:
     cluster = packages.load_cluster(arguments.cluster)
     recipe, _ = packages.recipe_of(asked.name) if asked.name in packages.published() else (asked.name, False)
     settings, _ = preflight.resolved(config.plain(recipes.recipe(recipe)), asked.form)
-    found = [check.ok("form", f"a configuration of {len(config.flat(settings))} fields")]
+    found = preflight.about_form(settings)
     found += kubeflow.check(kubeflow.Login(arguments.endpoint, arguments.namespace))
     found.append(registry.check(asked.form["cluster_image"], cluster.image.pull_secret))
     found.append(preflight.mlflow(settings.track.uri, inside=False))

@@ -83,7 +83,9 @@ def serving(stub: Stub) -> Iterator[Stub]:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             try:
                 path = urllib.parse.unquote(split.path)
-                status, made = stub.answer(Request(self.command, path, query, dict(self.headers), body))
+                status, made = stub.answer(
+                    Request(self.command, path, query, {name.title(): value for name, value in self.headers.items()}, body)
+                )
             except ConnectionAbortedError:
                 self.close_connection = True
                 return

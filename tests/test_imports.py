@@ -15,7 +15,8 @@ from imports import MODULES, ROOT, imported, libraries, ours, reached
 from vapi.config import STAGES
 
 STAGE_MODULES = {f"vapi.{stage}" for stage in STAGES}
-OPTIONAL = {"huggingface_hub", "transformers", "triton"}  # weights named by a hub id, DINOv2 (what is missing is said); comes with torch
+# weights named by a hub id, DINOv2 (what is missing is said); comes with torch; asked by a cluster's steps alone
+OPTIONAL = {"huggingface_hub", "transformers", "triton", "kubernetes", "urllib3"}
 ENTRY_POINTS = {"vapi.cli", "vapi.__main__"}
 
 
@@ -51,10 +52,17 @@ def test_models_and_metrics_do_not_know_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("library", "owner"),
-    [("mlflow", "vapi.track.sender"), ("kubernetes", "vapi.cluster"), ("kfp", ""), ("great_expectations", "vapi.quality")],
+    [("mlflow", "vapi.track.sender"), ("kubernetes", "vapi.cluster.api"), ("kfp", ""), ("great_expectations", "vapi.quality")],
 )
 def test_a_service_has_one_importer(library: str, owner: str) -> None:
     assert {module for module in MODULES if library in libraries(module)} <= {owner}
+
+
+def test_the_cluster_can_be_deleted() -> None:
+    """What only a cluster needs is known to nobody else."""
+    assert not [
+        module for module in set(MODULES) - set(under("vapi.cluster")) if any(name in under("vapi.cluster") for name in ours(module))
+    ]
 
 
 def test_mlflow_is_imported_only_when_it_is_used() -> None:
@@ -84,7 +92,7 @@ def test_every_library_is_declared() -> None:
     needed = {_canonical(name) for library in used for name in distributions[library]}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {_canonical(requirement) for requirement in project["dependencies"]}
-    assert needed - {"mlflow-skinny", "mlflow-tracing"} == declared - {"dvc", "lpips"}, "of these two the command and the weights are used"
+    assert needed - {"mlflow-skinny", "mlflow-tracing"} == declared - {"lpips"}, "of this one the weights are used"
 
 
 def _canonical(requirement: str) -> str:

@@ -119,8 +119,7 @@ def _plain(name: str) -> str:
 
 def _cloned(origin: Origin, state: Path) -> tuple[Path, str]:
     """The checkout of a revision, and its commit."""
-    from dvc.scm import CloneError, clone
-    from scmrepo.exceptions import SCMError
+    from dvc.scm import CloneError, SCMError, clone, map_scm_exception
 
     def place(commit: str) -> Path:
         return state / "repositories" / _short(f"{origin.uri}@{commit}")
@@ -131,7 +130,7 @@ def _cloned(origin: Origin, state: Path) -> tuple[Path, str]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with contextlib.closing(clone(origin.uri.removeprefix("git+"), str(partial))) as git:
+        with map_scm_exception(), contextlib.closing(clone(origin.uri.removeprefix("git+"), str(partial))) as git:
             commit = _commit(git, origin.revision)
             git.checkout(commit, detach=True)
     except CloneError as error:
@@ -146,12 +145,12 @@ def _cloned(origin: Origin, state: Path) -> tuple[Path, str]:
 
 
 def _commit(git: Any, revision: str) -> str:
-    from scmrepo.exceptions import RevError
+    from dvc.scm import RevError, resolve_rev
 
     try:
-        return str(git.resolve_rev(revision))
+        return str(resolve_rev(git, revision))
     except RevError:
-        return str(git.resolve_rev(f"origin/{revision}"))  # a branch that is not checked out
+        return str(resolve_rev(git, f"origin/{revision}"))  # a branch that is not checked out
 
 
 # --- a URI -------------------------------------------------------------------------------------

@@ -47,8 +47,7 @@ def preflight(recipe: Mapping[str, Any], cluster: Mapping[str, Any], form: Mappi
         os.environ["VAPI_STATE"] = str(state)
         try:
             settings, source = resolved(recipe, form)
-            checks = [ok("form", f"a configuration of {len(config.flat(settings))} fields")]
-            checks += about_here(settings, source, form, state)
+            checks = about_form(settings) + about_here(settings, source, form, state)
         except ValueError as error:
             checks = [failed("form", str(error))]
         else:
@@ -77,6 +76,14 @@ def resolved(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Conf
     if values["tune_nodes"] > 1 and not values["cluster_work_dir"]:
         raise ValueError("tune_nodes needs a volume that all nodes share; use a package that mounts one")
     return settings, Origin(values["data_uri"], values["data_revision"])
+
+
+def about_form(settings: Config) -> list[Check]:
+    """What the form asks for, and what of it may not be meant."""
+    checks = [ok("form", f"a configuration of {len(config.flat(settings))} fields")]
+    if settings.subset.images == 0:
+        checks.append(warning("subset_images", "0 takes every image of the source"))
+    return checks
 
 
 # --- what the pod itself can see ---------------------------------------------------------------

@@ -180,8 +180,7 @@ def submit(kubernetes: Kubernetes, job: dict[str, Any]) -> None:
     present = find(kubernetes, name)
     if present is not None and state(present)[0] in ("Complete", "Failed"):
         delete(kubernetes, name)
-        while find(kubernetes, name) is not None:
-            time.sleep(POLL_SECONDS)
+        _await_absence(kubernetes, name)
         present = None
     if present is not None:
         print(f"TrainJob {name} is at work already; it is followed on", flush=True)
@@ -216,12 +215,22 @@ def delete(kubernetes: Kubernetes, name: str) -> None:
     print(f"TrainJob {name} deleted", flush=True)
 
 
+def _await_absence(kubernetes: Kubernetes, name: str) -> None:
+    """Its pods have their grace, and a job that is still there keeps its name."""
+    deadline = time.monotonic() + GRACE + PATIENCE
+    while find(kubernetes, name) is not None:
+        if time.monotonic() > deadline:
+            raise ValueError(f"TrainJob {name} was deleted and does not go; look at its finalizers: kubectl describe trainjob {name}")
+        time.sleep(POLL_SECONDS)
+
+
 @contextlib.contextmanager
 def _cancelled(undo: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM deletes the job and ends the step."""
+    """SIGTERM deletes the job and ends the step; if it cannot be deleted now, its lifeline ends it."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        undo()
+        with contextlib.suppress(ApiException, HTTPError):
+            undo()
         raise SystemExit(CANCELLED)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
