@@ -138,7 +138,10 @@ def test_sigterm_saves_and_ends_everything(root: Path, tmp_path: Path) -> None:
     made = world.settings(recipes.recipe("llamagen-xl-c2i"), tune_steps=200, tune_checkpoint_every=1000)
     words = command("llamagen-xl-c2i", made, root, tmp_path / "kubeflow")
     with subprocess.Popen(words, cwd=ROOT, env=world.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        _wait_for(tmp_path / "kubeflow/volume/.vapi/resume/tune", "metrics.jsonl", child)
+        numbers = _wait_for(tmp_path / "kubeflow/volume/.vapi/resume/tune", "metrics.jsonl", child)
+        while numbers.read_text().count("\n") < 2:  # it trains
+            assert child.poll() is None
+            time.sleep(0.1)
         child.send_signal(signal.SIGTERM)
         out, _ = child.communicate(timeout=60)
     assert child.returncode != 0
