@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,31 @@ def test_a_server_that_accepts_and_never_answers_does_not_hold_up_a_run(clone: P
         with track.start("tune", settings(uri=f"http://127.0.0.1:{silent.getsockname()[1]}")) as run:
             run.metrics({"tune/reward": 1.0}, 1)
         assert time.monotonic() - begin < 10
+    assert len(track.waiting()) == 1
+
+
+class Slow(BaseHTTPRequestHandler):
+    """A server that is there, and takes its time to refuse a login."""
+
+    def do_GET(self) -> None:
+        if self.path != "/health":
+            time.sleep(1)
+        self.send_response(200 if self.path == "/health" else 401)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def test_a_server_that_answers_is_waited_for(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(track, "GRACE", 0.5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with (
+            track.start("register", settings(uri=f"http://127.0.0.1:{server.server_port}")) as run,
+            pytest.raises(ValueError, match="error code 401"),  # its own word, not that none came
+        ):
+            run.server()
+        server.shutdown()
     assert len(track.waiting()) == 1
 
 

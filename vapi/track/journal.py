@@ -25,7 +25,7 @@ class State:
     run: str = ""
     parent: str = ""
     error: str = ""
-    reached: bool = False  # the server has taken something from this sender
+    reached: bool = False  # the server has answered this sender
     done: bool = False
 
     @classmethod

@@ -167,6 +167,9 @@ class _Sender:
             if why := _unreachable(self.header["uri"]):
                 raise ConnectionError(why)
             self.state.error = ""
+            if self.header["uri"].startswith("http"):  # it has just answered, which a run may know before mlflow is imported
+                self.state.reached = True
+                self.state.write(self.folder)
             self.client = connect(self.header["uri"])
 
     def _try(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
