@@ -382,9 +382,11 @@ def test_a_second_process_is_refused_and_sigterm_writes_a_checkpoint(
     tune = config(steps=200, checkpoint_every=1000, holdout_every=100, sheet_every=100)
     process = child(inputs, tune, tmp_path / "out")
     reached(tmp_path, 5, process)
+    process.send_signal(signal.SIGSTOP)  # or it may be through before we have looked
     with pytest.raises(ValueError, match="another process is at work"):
         stage.tune(**inputs, tune=tune, out=tmp_path / "elsewhere")
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     _, words = process.communicate()
     assert process.returncode == stage.INTERRUPTED == 75 and "the same command continues" in words
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from vapi import config, data
 from vapi.cluster import origin
@@ -164,13 +164,26 @@ def here(command: Command) -> int:
         environment = {**os.environ, **command.environment, "VAPI_STARTED_BY": str(os.getpid())}
         # the data may lie in a checkout of this very project, and its code must not run in place of ours
         environment |= {
+            "PYTHONUNBUFFERED": "1",
             "PYTHONSAFEPATH": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(origin.IMAGE), os.environ.get("PYTHONPATH")])),
         }
-        child = subprocess.Popen([sys.executable, *command.words(params)], env=environment, start_new_session=True)
+        words = [sys.executable, *command.words(params)]
+        child = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         with _handing_on(child):
+            _relay(child.stdout)
             code = child.wait()
         return code if code >= 0 else 128 - code
+
+
+def _relay(words: IO[bytes] | None) -> None:
+    """Print what the stage says as it says it. When whoever listened is gone, the stage must not notice: it still has a
+    checkpoint to write."""
+    assert words is not None
+    for line in words:
+        with contextlib.suppress(OSError):
+            sys.stdout.write(line.decode(errors="replace"))
+            sys.stdout.flush()
 
 
 @contextlib.contextmanager
