@@ -17,11 +17,11 @@ from typing import Any
 from kfp import components
 
 import pipelines
-from pipelines import local, manifests, packages, readmes, registry, source, values
+from pipelines import fields, local, manifests, packages, pipeline, readmes, registry, worktree
 from pipelines import server as kubeflow
-from vapi import config, recipes
-from vapi.cluster import api, check, preflight
-from vapi.cluster.check import Check
+from vapi import config
+from vapi.cluster import api, checks, preflight
+from vapi.cluster.checks import Check
 from vapi.cluster.config import ClusterConfig
 
 ROOT = packages.HERE.parent
@@ -58,12 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs from what would be written")
     one = command("cluster", "Print a complete cluster.yaml with its documentation, with the values that are set.", _cluster)
     one.add_argument("--write", action="store_true", help="write it")
-    command("check", "Look at everything a run needs, before it asks for eight GPUs.", _package, _fields, _cluster, _login)
+    command("check", "Look at everything a run needs, before it asks for eight GPUs.", _package, _fields, _login)
     one = command("run-local", "Run a compiled package here, without a cluster.", _package, _fields)
     one.add_argument("--root", type=Path, default=local.ROOT, help="folder for artifacts (%(default)s)")
-    one = command("submit", "Upload a package's version and start a run.", _package, _fields, _cluster, _login, _start)
+    one = command("submit", "Upload a package's version and start a run.", _package, _fields, _login, _start)
     one.add_argument("--wait", action="store_true", help="follow the run; the exit code is the run's")
-    command("schedule", "Start a run again and again.", _package, _fields, _cluster, _login, _start).add_argument(
+    command("schedule", "Start a run again and again.", _package, _fields, _login, _start).add_argument(
         "--cron", required=True, help="when: six fields, seconds first: '0 0 2 * * *' is every night at two"
     )
     one = command("manifests", "Print what the cluster's owner applies once: volume and permissions.", _cluster)
@@ -90,7 +90,7 @@ def _cluster(parser: argparse.ArgumentParser) -> None:
 
 def _login(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", default="", help="Kubeflow Pipelines, as http://...; else KF_PIPELINES_ENDPOINT")
-    parser.add_argument("--namespace", default="", help="the profile that the run belongs to; else the kubeconfig's")
+    parser.add_argument("--namespace", default="", help="the profile that the run belongs to, in a Kubeflow that has profiles")
     parser.add_argument("--context", default="", help="of the kubeconfig; else its present one")
 
 
@@ -104,56 +104,64 @@ def _start(parser: argparse.ArgumentParser) -> None:
 
 
 class Asked:
-    """A package, and a filled form for it."""
+    """A package, and a filled form for it. Raises ValueError for a form that makes no configuration."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        name = arguments.package or (source.closest(ROOT) if arguments.from_dvc else "")
+        name = arguments.package or (worktree.closest(ROOT) if arguments.from_dvc else "")
         if not name:
             raise ValueError(f"which package? {', '.join(packages.published())}, or with --from-dvc the one of params.yaml")
         self.path = _compiled(name)
-        self.name = self.path.stem
+        constants = packages.constants(self.path)
         self.pipeline = components.load_component_from_file(str(self.path))
-        given = values.parse(arguments.p)
-        taken = source.values(ROOT, self.name, arguments.dirty) if arguments.from_dvc else {}
+        self.recipe, self.trainjob = constants["recipe"], constants["trainjob"]
+        self.cluster: ClusterConfig = config.build(ClusterConfig, constants["cluster"])
+        self.volume = bool(constants["work_dir"])
+        given = fields.checked(self.pipeline, fields.parse(arguments.p))
+        taken = worktree.values(ROOT, self.pipeline, self.recipe, arguments.dirty) if arguments.from_dvc else {}
         if "data_uri" in given:
             taken.pop("data_revision", None)
-        self.values = values.checked(self.pipeline, {**taken, **given})
+        both = {"overrides": {**taken.get("overrides", {}), **given.get("overrides", {})}}
+        self.values = {**taken, **given, **(both if both["overrides"] else {})}
+        self.settings, _ = preflight.resolved(self.recipe, self.form, self.volume, self.trainjob)
+
+    @property
+    def name(self) -> str:
+        """The package's."""
+        return self.path.stem
 
     @property
     def form(self) -> dict[str, Any]:
-        """Every field, those without a value of ours as the package fills them, and what preflight gets beside them."""
+        """Every field, those without a value of ours as the package fills them, and those that its form lacks."""
         shown = {name: spec.default for name, spec in self.pipeline.component_spec.inputs.items()}
-        absent = {"cluster_volume": "", "cluster_work_dir": "", "tune_nodes": 1}
-        return {**absent, **values.checked(self.pipeline, shown), **self.values}
+        return {**pipeline.ABSENT, **fields.checked(self.pipeline, shown), **self.values}
 
 
 def _compiled(name: str) -> Path:
-    """The file of a package: one that is named, or one of ours, which is compiled if it is of another recipe."""
+    """The file of a package: one that is named, or one of ours."""
     if name.endswith(".yaml"):
         if not Path(name).is_file():
             raise ValueError(f"{name} is not here")
         return Path(name)
     path = packages.COMPILED / f"{name}.yaml"
-    if path.is_file():
-        return path
-    packages.recipe_of(name)
-    raise ValueError(f"{path} is not here; make it: python -m pipelines compile {name}")
+    if not path.is_file():
+        packages.recipe_of(name)
+        raise ValueError(f"{path} is not here; make it: python -m pipelines compile {name}")
+    return path
 
 
 def _checks(asked: Asked, arguments: argparse.Namespace) -> list[Check]:
-    """Everything that can be seen from outside. Raises ValueError for a form that makes no configuration."""
-    cluster = packages.load_cluster(arguments.cluster)
-    recipe, _ = packages.recipe_of(asked.name) if asked.name in packages.published() else (asked.name, False)
-    settings, _ = preflight.resolved(config.plain(recipes.recipe(recipe)), asked.form)
-    found = preflight.about_form(settings)
+    """Everything that can be seen from outside, for what the package holds."""
+    found = preflight.about_form(asked.settings)
     found += kubeflow.check(kubeflow.Login(arguments.endpoint, arguments.namespace))
-    found.append(registry.check(asked.form["cluster_image"], cluster.image.pull_secret))
-    found.append(preflight.mlflow(settings.track.uri, inside=False))
+    found.append(registry.check(asked.form["cluster_image"], asked.cluster.image.pull_secret))
+    found.append(preflight.mlflow(asked.settings.track.uri, inside=False))
+    if asked.name in packages.published() and asked.path.read_text() != packages.text(asked.name, packages.load_cluster()):
+        found.append(checks.warning("package", f"{asked.path.name} is not what cluster.yaml and the code would make now; compile it anew"))
     try:
         kubernetes = api.named(arguments.context, arguments.namespace)
     except ValueError as error:
-        return [*found, check.warning("cluster", f"{error}; nodes, volume and secrets were not looked at")]
-    return found + preflight.about_cluster(kubernetes, settings, cluster, asked.form)
+        return [*found, checks.warning("cluster", f"{error}; nodes, volume and secrets were not looked at")]
+    return found + preflight.about_cluster(kubernetes, asked.settings, asked.cluster, asked.form, asked.trainjob)
 
 
 # --- commands ----------------------------------------------------------------------------------
@@ -205,8 +213,8 @@ def _manifests(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     found = _checks(Asked(arguments), arguments)
-    print(check.table(found))
-    return 2 if check.verdict(found) else 0
+    print(checks.table(found))
+    return 2 if checks.verdict(found) else 0
 
 
 def _run_local(arguments: argparse.Namespace) -> int:
@@ -224,15 +232,15 @@ def _run_local(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _ready(arguments: argparse.Namespace) -> tuple[Asked, ClusterConfig, kubeflow.Server]:
+def _ready(arguments: argparse.Namespace) -> tuple[Asked, kubeflow.Server]:
     """What is to be started, after looking. Raises ValueError with what failed."""
-    asked, cluster = Asked(arguments), packages.load_cluster(arguments.cluster)
+    asked = Asked(arguments)
     if not arguments.no_check:
         found = _checks(asked, arguments)
-        print(check.table(found), flush=True)
-        if wrong := check.verdict(found):
+        print(checks.table(found), flush=True)
+        if wrong := checks.verdict(found):
             raise ValueError(f"{wrong} (nothing was started; --no-check starts all the same)")
-    return asked, cluster, kubeflow.Server(kubeflow.Login(arguments.endpoint, arguments.namespace))
+    return asked, kubeflow.Server(kubeflow.Login(arguments.endpoint, arguments.namespace))
 
 
 def _name(arguments: argparse.Namespace, asked: Asked) -> str:
@@ -240,9 +248,9 @@ def _name(arguments: argparse.Namespace, asked: Asked) -> str:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    asked, cluster, server = _ready(arguments)
+    asked, server = _ready(arguments)
     name = _name(arguments, asked)
-    run = server.start(asked.path, name, arguments.experiment, asked.values, cluster.pods.service_account)
+    run = server.start(asked.path, name, arguments.experiment, asked.values, asked.cluster.pods.service_account)
     print(f"{name}: {server.link(run)}", flush=True)
     return server.follow(run) if arguments.wait else 0
 
@@ -250,9 +258,9 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _schedule(arguments: argparse.Namespace) -> int:
     if len(arguments.cron.split()) != 6 or not re.fullmatch(r"[\d\s*/,\-?LW#A-Za-z]+", arguments.cron):
         raise ValueError(f"--cron is {arguments.cron!r}; it has six fields, seconds first: '0 0 2 * * *' is every night at two")
-    asked, cluster, server = _ready(arguments)
+    asked, server = _ready(arguments)
     name = _name(arguments, asked)
-    made = server.repeat(asked.path, name, arguments.experiment, asked.values, arguments.cron, cluster.pods.service_account)
+    made = server.repeat(asked.path, name, arguments.experiment, asked.values, arguments.cron, asked.cluster.pods.service_account)
     print(f"{name}: recurring run {made}, {arguments.cron}")
     return 0
 

@@ -9,7 +9,6 @@ The run has a session of its own, and signals are handed to all of it: kfp leave
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,13 +16,12 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from kfp import components, local
 
-from pipelines import values as given
-from vapi import data
+from pipelines import fields
+from vapi import data, signals
 from vapi.cluster import origin
 
 ROOT = Path("artifacts") / "kubeflow"
@@ -37,7 +35,7 @@ def run(package: Path, values: Mapping[str, Any], root: Path = ROOT) -> dict[str
     Raises ValueError for a field that the form does not have or that holds something else, RuntimeError when a box fails.
     """
     pipeline = components.load_component_from_file(str(package))
-    arguments = {**here(pipeline, root), **given.checked(pipeline, values)}
+    arguments = {**here(pipeline, root), **fields.checked(pipeline, values)}
     for name, value in {"--root": str(root.resolve()), **arguments}.items():
         if REWRITTEN in str(value):
             raise ValueError(f"{name} is {value!r}; kfp's local runner cannot have {REWRITTEN!r} in a value")
@@ -53,12 +51,13 @@ def here(pipeline: Any, root: Path) -> dict[str, Any]:
     from vapi import track
     from vapi.config import Config
 
-    fields: dict[str, Any] = {"track_uri": track.tracking_uri(Config(), origin.IMAGE)}
-    if "cluster_work_dir" in pipeline.component_spec.inputs:
-        work_dir = root.resolve() / "volume"
-        work_dir.mkdir(parents=True, exist_ok=True)
-        fields |= {"cluster_work_dir": str(work_dir), "data_uri": ""}
-    return fields
+    found: dict[str, Any] = {"track_uri": track.tracking_uri(Config(), origin.IMAGE)}
+    if "cluster_volume" in pipeline.component_spec.inputs:
+        volume = root.resolve() / "volume"
+        volume.mkdir(parents=True, exist_ok=True)
+        os.environ["VAPI_WORK_DIR"] = str(volume)
+        found["data_uri"] = ""
+    return found
 
 
 SUPERVISED = "VAPI_SUPERVISED"
@@ -71,11 +70,9 @@ def supervise(words: list[str]) -> int:
         environment = {**os.environ, SUPERVISED: "1", "TMPDIR": folder}
         child = subprocess.Popen([sys.executable, "-m", "pipelines", *words], env=environment, start_new_session=True)
 
-        def hand_on(number: int, frame: FrameType | None) -> None:
+        def send(number: int) -> None:
             if child.poll() is None:
                 os.killpg(child.pid, number)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, hand_on)
-        code = child.wait()
-    return code if code >= 0 else 128 - code
+        with signals.handed_on(send):
+            return signals.exit_code(child.wait())

@@ -10,7 +10,9 @@ import re
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
+import yaml
 from kfp import compiler
 
 from pipelines import pipeline
@@ -64,11 +66,14 @@ def text(name: str, cluster: ClusterConfig) -> str:
     return made
 
 
-def write(name: str, cluster: ClusterConfig, folder: Path = COMPILED) -> Path:
-    """Compile a package into a folder."""
-    path = folder / f"{name}.yaml"
-    config.write_text(path, text(name, cluster))
-    return path
+def constants(package: Path) -> dict[str, Any]:
+    """What a compiled file tells preflight beside the form: recipe, cluster, work_dir, trainjob."""
+    try:
+        spec = next(iter(yaml.safe_load_all(package.read_text())))
+        given = spec["root"]["dag"]["tasks"]["preflight"]["inputs"]["parameters"]
+        return {name: given[name]["runtimeValue"]["constant"] for name in pipeline.GIVEN}
+    except (yaml.YAMLError, KeyError, TypeError, StopIteration) as error:
+        raise ValueError(f"{package} is no package that python -m pipelines compile made") from error
 
 
 def cluster_text(cluster: ClusterConfig) -> str:

@@ -21,22 +21,24 @@ from components.subset.component import subset
 from components.tokens.component import tokens
 from components.trainjob.component import trainjob
 from components.tune.component import tune
+from pipelines.fields import KINDS
 from pipelines.resources import environment, place
-from pipelines.values import KINDS
 from vapi import config, recipes
 from vapi.cluster import form as forms
 from vapi.cluster.config import ClusterConfig
 
-GIVEN = ("recipe", "cluster")
+GIVEN = ("recipe", "cluster", "work_dir", "trainjob")
 """Inputs of preflight that are the package's own, and no fields of the form."""
-VOLUME = ("cluster_volume", "cluster_work_dir")
+ABSENT: dict[str, Any] = {"cluster_volume": "", "tune_nodes": 1}
+"""Fields that not every form has, and what they are then."""
 
 
 def graph(form: Mapping[str, Any], recipe: str, cluster: ClusterConfig, nodes: bool) -> None:
     """The boxes and what flows between them. ``nodes``: tune runs on several nodes, in a TrainJob."""
-    base, gpu, work_dir = recipes.recipe(recipe), recipes.RECIPES[recipe].gpu, form["cluster_work_dir"]
+    base, gpu = recipes.recipe(recipe), recipes.RECIPES[recipe].gpu
+    work_dir = cluster.volume.path if gpu else ""
 
-    checked = preflight(recipe=config.plain(base), cluster=config.plain(cluster), **form)
+    checked = preflight(recipe=config.plain(base), cluster=config.plain(cluster), work_dir=work_dir, trainjob=nodes, **form)
     plans = checked.outputs
 
     picked = subset(plan=plans["subset"], work_dir=work_dir)
@@ -45,7 +47,6 @@ def graph(form: Mapping[str, Any], recipe: str, cluster: ClusterConfig, nodes: b
     if nodes:
         facts = {"cluster": config.plain(cluster), "environment": environment(cluster)}
         fields = {name: form[name] for name in ("tune_gpus", "tune_nodes", *(name for name in form if name.startswith("cluster_")))}
-        fields.pop("cluster_work_dir")
         tuned = trainjob(plan=plans["tune"], work_dir=work_dir, **data, **facts, **fields)
     else:
         tuned = tune(plan=plans["tune"], work_dir=work_dir, **data)
@@ -60,7 +61,7 @@ def graph(form: Mapping[str, Any], recipe: str, cluster: ClusterConfig, nodes: b
 
 def fields(gpu: bool, nodes: bool) -> dict[str, type]:
     """The form's fields and their types. Without a volume there are none about it, and for one node none about nodes."""
-    absent = {*GIVEN, *(() if gpu else VOLUME), *(() if nodes else ("tune_nodes",))}
+    absent = {*GIVEN, *(() if gpu else ("cluster_volume",)), *(() if nodes else ("tune_nodes",))}
     return {name: KINDS[spec.type] for name, spec in preflight.component_spec.inputs.items() if name not in absent}
 
 
@@ -75,15 +76,14 @@ def build(recipe: str, cluster: ClusterConfig, nodes: bool = False) -> Any:
 
     Raises ValueError for a recipe that is not known, or that has no use for several nodes.
     """
-    row = recipes.RECIPES[recipe] if recipes.recipe(recipe) else None
-    assert row is not None
+    recipes.recipe(recipe)
+    row = recipes.RECIPES[recipe]
     if nodes and not row.gpu:
         raise ValueError(f"the recipe {recipe} needs no GPU, and so no second node")
     kinds, values = fields(row.gpu, nodes), defaults(recipe, cluster, nodes)
-    constants = {name: forms.default(name, recipes.recipe(recipe), cluster, row.gpu) for name in VOLUME} | {"tune_nodes": 1}
 
     def flow(*given: Any) -> None:
-        graph({**constants, **dict(zip(values, given, strict=True))}, recipe, cluster, nodes)
+        graph({**ABSENT, **dict(zip(values, given, strict=True))}, recipe, cluster, nodes)
 
     flow.__name__ = name_of(recipe, nodes)
     flow.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -15,15 +15,14 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from vapi.cluster.check import Check, failed, ok, warning
-from vapi.cluster.config import require_pinned
+from vapi.cluster.checks import Check, failed, ok, warning
+from vapi.cluster.config import ImageConfig, require_pinned
 
 SECONDS = 10
 ACCEPT = ", ".join(
     f"application/vnd.{kind}+json"
     for kind in ("oci.image.index.v1", "oci.image.manifest.v1", "docker.distribution.manifest.list.v2", "docker.distribution.manifest.v2")
 )
-PLACEHOLDER = "registry.example.com"
 
 
 def split(image: str) -> tuple[str, str, str]:
@@ -46,7 +45,7 @@ def check(image: str, pull_secret: str = "") -> Check:
     except ValueError as error:
         return failed(field, str(error).removeprefix(f"{field} is "))
     registry, repository, reference = split(image)
-    if registry == PLACEHOLDER:
+    if registry == split(ImageConfig().name)[0]:
         return failed(field, f"{image} is the placeholder that packages come with; build the image, push it, and name it in cluster.yaml")
     # as container engines do: a registry on this machine is spoken to without TLS
     scheme = "http" if re.match(r"(localhost|127\.0\.0\.1)(:|$)", registry) else "https"

@@ -37,35 +37,38 @@ def place(task: PipelineTask, step: str, form: Mapping[str, Any], cluster: Clust
         kubernetes.mount_pvc(task, pvc_name=form["cluster_volume"], mount_path=cluster.volume.path)
     # what preflight finds is of the moment; what lies on a volume is found again there, and a cached step writes nothing
     task.set_caching_options(not gpu and step not in ("preflight", "register"))
-    _bound(task, step, cluster)
-    _inform(task, cluster)
+    _bound(task, step, cluster, pod_gpus)
+    _inform(task, cluster, optional=step == "preflight")
 
 
-def _bound(task: PipelineTask, step: str, cluster: ClusterConfig) -> None:
-    """Time and attempts. Preflight has one: what it finds does not pass by itself."""
+def _bound(task: PipelineTask, step: str, cluster: ClusterConfig, pod_gpus: bool) -> None:
+    """Time and attempts. Preflight has one: what it finds does not pass by itself. A box that waits for a TrainJob waits for its
+    nodes too; the job has the time limit."""
     limits = cluster.limits
-    kubernetes.set_timeout(task, limits.timeouts[step])
+    kubernetes.set_timeout(task, limits.timeouts[step] if pod_gpus else limits.run)
     if limits.retries and step != "preflight":
-        task.set_retry(num_retries=limits.retries, backoff_duration=f"{limits.retry_seconds}s", backoff_factor=2.0)
+        # the last argument bounds all attempts together, from the first one's start: kfp's own default is an hour
+        backoff = {"backoff_duration": f"{limits.retry_seconds}s", "backoff_max_duration": f"{limits.run}s"}
+        task.set_retry(num_retries=limits.retries, backoff_factor=2.0, **backoff)
 
 
-def _inform(task: PipelineTask, cluster: ClusterConfig) -> None:
-    """What every pod bears and knows."""
+def _inform(task: PipelineTask, cluster: ClusterConfig, optional: bool) -> None:
+    """What every pod bears and knows. ``optional``: the pod starts without what is missing, in order to say so."""
     pods = cluster.pods
     kubernetes.use_field_path_as_env(task, RUN_ID, "metadata.labels['pipeline/runid']")
     kubernetes.set_image_pull_policy(task, cluster.image.pull_policy)
     if cluster.image.pull_secret:
         kubernetes.set_image_pull_secrets(task, [cluster.image.pull_secret])
     for name, keys in pods.secrets.items():
-        kubernetes.use_secret_as_env(task, name, dict(keys))
+        kubernetes.use_secret_as_env(task, name, dict(keys), optional=optional)
     for name, keys in pods.config_maps.items():
-        kubernetes.use_config_map_as_env(task, name, dict(keys))
+        kubernetes.use_config_map_as_env(task, name, dict(keys), optional=optional)
     for name, value in pods.labels.items():
         kubernetes.add_pod_label(task, name, value)
     for name, value in pods.annotations.items():
         kubernetes.add_pod_annotation(task, name, value)
     if pods.ca_bundle:
-        kubernetes.use_config_map_as_volume(task, pods.ca_bundle, CERTIFICATES)
+        kubernetes.use_config_map_as_volume(task, pods.ca_bundle, CERTIFICATES, optional=optional)
     for name, value in environment(cluster).items():
         task.set_env_variable(name, value)
 

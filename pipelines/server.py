@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import yaml
 from urllib3.exceptions import HTTPError
 
 import vapi
-from vapi.cluster.check import Check, failed, ok, warning
+from vapi.cluster.checks import Check, failed, ok, warning
 
 SECONDS = 30
 """That a call may take; kfp's client itself waits for ever."""
@@ -107,8 +108,16 @@ def _http(host: str, status: int, reason: str) -> str:
     return f"{host} {words.get(status, f'answers HTTP {status}: {reason}')}" + (f" (HTTP {status})" if status in words else "")
 
 
+class Refusal(ValueError):
+    """What a server said in place of an answer, with its HTTP status (0: it said nothing)."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Server:
-    """A Kubeflow that was reached. Every method raises ValueError with what the server said."""
+    """A Kubeflow that was reached. Every method raises ``Refusal`` with what the server said."""
 
     def __init__(self, login: Login) -> None:
         self.login, self.host = login, login.host
@@ -123,34 +132,43 @@ class Server:
                 ssl_ca_cert=os.environ.get("SSL_CERT_FILE") or None,
             )
             _hurry(self.client)
+            self.pipelines = kfp_server_api.PipelineServiceApi(self.client._pipelines_api.api_client)
 
     @contextlib.contextmanager
     def _in_words(self, what: str = "") -> Iterator[None]:
         try:
-            yield
+            with contextlib.redirect_stdout(io.StringIO()):  # kfp prints links of its own
+                yield
         except kfp_server_api.ApiException as error:
-            detail = _detail(error.body)
-            raise ValueError(f"{what}{_http(self.host, error.status, str(error.reason))}{detail}") from error
+            raise Refusal(f"{what}{_http(self.host, error.status, str(error.reason))}{_detail(error.body)}", error.status) from error
         except (HTTPError, TimeoutError) as error:
-            raise ValueError(f"{what}{self.host} cannot be reached: {str(error).splitlines()[0]}") from error
+            raise Refusal(f"{what}{self.host} cannot be reached: {str(error).splitlines()[0]}", 0) from error
 
     def upload(self, package: Path) -> tuple[str, str]:
         """The package's pipeline and version, made if they are not there; their ids."""
         name, version = _name(package), version_of(package)
         with self._in_words("upload: "):
-            pipeline = self.client.get_pipeline_id(name)
-            if pipeline is None:
-                try:
-                    pipeline = self.client.upload_pipeline(str(package), name, namespace=self.login.namespace or None).pipeline_id
-                except kfp_server_api.ApiException as error:
-                    if error.status != 409:  # somebody was faster
-                        raise
-                    pipeline = self.client.get_pipeline_id(name)
+            pipeline = self._pipeline(name) or self._made(name)
             known = {one.display_name: one.pipeline_version_id for one in self._versions(pipeline)}
             if version not in known:
                 made = self.client.upload_pipeline_version(str(package), version, pipeline_id=pipeline)
                 known[version] = made.pipeline_version_id
             return pipeline, known[version]
+
+    def _pipeline(self, name: str) -> str | None:
+        """The id of the pipeline of that name in our namespace (kfp's own look-up knows of none)."""
+        wanted = {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]}
+        found = self.pipelines.pipeline_service_list_pipelines(namespace=self.login.namespace, filter=json.dumps(wanted)).pipelines
+        return found[0].pipeline_id if found else None
+
+    def _made(self, name: str) -> str:
+        body = kfp_server_api.V2beta1Pipeline(display_name=name, namespace=self.login.namespace or None)
+        try:
+            return str(self.pipelines.pipeline_service_create_pipeline(body).pipeline_id)
+        except kfp_server_api.ApiException as error:
+            if error.status != 409:  # somebody was faster
+                raise
+            return str(self._pipeline(name))
 
     def _versions(self, pipeline: str) -> Iterator[Any]:
         token = ""
@@ -197,9 +215,9 @@ class Server:
                 with self._in_words():
                     found = self.client.get_run(run)
                 answered = time.monotonic()
-            except ValueError as error:
-                if time.monotonic() - answered > PATIENCE or "HTTP 40" in str(error):
-                    raise
+            except Refusal as error:
+                if time.monotonic() - answered > PATIENCE or 400 <= error.status < 500:
+                    raise ValueError(f"{error}; the run goes on: {self.link(run)}") from error
                 time.sleep(POLL_SECONDS)
                 continue
             for task, state in _tasks(found).items():

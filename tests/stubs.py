@@ -181,15 +181,20 @@ class Kubernetes(Stub):
         self.route("POST", jobs)(self._create)
         self.route("GET", f"{jobs}/([^/]+)")(lambda request, ns, name: self._one(self.jobs, name))
         self.route("DELETE", f"{jobs}/([^/]+)")(self._delete)
-        self.route("GET", f"{core}/pods")(lambda request, ns: (200, {"items": self.pods}))
+        self.route("GET", f"{core}/pods")(self._list_pods)
         self.route("GET", f"{core}/pods/([^/]+)/log")(lambda request, ns, name: (200, iter(self.logs.get(name, []))))
 
     def _one(self, named: dict[str, Any], name: str) -> Answer:
         return (200, named[name]) if name in named else (404, {"kind": "Status", "code": 404, "message": f"{name} not found"})
 
+    def _list_pods(self, request: Request, namespace: str) -> Answer:
+        wanted = dict(pair.split("=") for pair in request.query.get("labelSelector", "").split(",") if pair)
+        return 200, {"items": [pod for pod in self.pods if wanted.items() <= pod["metadata"].get("labels", {}).items()]}
+
     def _review(self, request: Request) -> Answer:
         wants = request.json["spec"]["resourceAttributes"]
-        return 201, {"spec": request.json["spec"], "status": {"allowed": f"{wants['verb']} {wants['resource']}" not in self.forbidden}}
+        asked = f"{wants['verb']} {wants['resource']}" + (f"/{wants['subresource']}" if wants.get("subresource") else "")
+        return 201, {"spec": request.json["spec"], "status": {"allowed": asked not in self.forbidden}}
 
     def _create(self, request: Request, namespace: str) -> Answer:
         job = request.json
@@ -257,7 +262,7 @@ class Kubeflow(Stub):
     def __init__(self, version: str = "2.17.3") -> None:
         super().__init__()
         self.version = version
-        self.pipelines: dict[str, str] = {}
+        self.pipelines: dict[tuple[str, str], str] = {}  # by namespace and name
         self.versions: dict[str, list[dict[str, Any]]] = {}
         self.experiments: dict[str, str] = {}
         self.runs: dict[str, dict[str, Any]] = {}
@@ -267,7 +272,7 @@ class Kubeflow(Stub):
         api = "/apis/v2beta1"
         self.route("GET", f"{api}/healthz")(lambda request: (200, {"tag_name": self.version, "multi_user": False}))
         self.route("GET", f"{api}/pipelines")(self._list)
-        self.route("POST", f"{api}/pipelines/upload")(self._upload)
+        self.route("POST", f"{api}/pipelines")(self._create)
         self.route("POST", f"{api}/pipelines/upload_version")(self._upload_version)
         self.route("GET", f"{api}/pipelines/([^/]+)/versions")(
             lambda request, which: (200, {"pipeline_versions": self.versions.get(which, []), "next_page_token": ""})
@@ -280,19 +285,22 @@ class Kubeflow(Stub):
 
     def _list(self, request: Request) -> Answer:
         wanted = re.search(r'stringValue": "([^"]+)"', request.query.get("filter", ""))
-        found = [{"pipeline_id": i, "display_name": n} for n, i in self.pipelines.items() if not wanted or n == wanted[1]]
+        space = request.query.get("namespace", "")
+        found = [
+            {"pipeline_id": i, "display_name": n} for (s, n), i in self.pipelines.items() if s == space and (not wanted or n == wanted[1])
+        ]
         return 200, {"pipelines": found}
 
-    def _upload(self, request: Request) -> Answer:
-        assert b"pipelineInfo" in request.body
-        name = request.query["name"]
-        if name in self.pipelines:
+    def _create(self, request: Request) -> Answer:
+        key = (request.json.get("namespace", ""), request.json["display_name"])
+        if key in self.pipelines:
             return 409, {"message": "exists"}
-        self.pipelines[name] = f"p-{name}"
-        self.versions[f"p-{name}"] = [{"pipeline_version_id": f"v-{name}", "display_name": name, "pipeline_id": f"p-{name}"}]
-        return 200, {"pipeline_id": f"p-{name}", "display_name": name}
+        made = self.pipelines[key] = f"p-{'-'.join(filter(None, key))}"
+        self.versions[made] = []
+        return 200, {"pipeline_id": made, "display_name": key[1]}
 
     def _upload_version(self, request: Request) -> Answer:
+        assert b"pipelineInfo" in request.body
         made = {
             "pipeline_version_id": f"v-{request.query['name']}",
             "display_name": request.query["name"],

@@ -84,6 +84,47 @@ def test_only_what_is_read_is_fetched(repository: tuple[Path, list[str]], tmp_pa
     assert (root / NAMES[0]).is_file(), "a pattern's folder is fetched"
 
 
+def test_part_of_a_folder_is_not_taken_for_all_of_it(tmp_path: Path) -> None:
+    """DVC tracks a folder as one thing. A step wants one file of it, another a pattern, a third the whole."""
+    folder = tmp_path / "repository"
+    (folder / "data/digits").mkdir(parents=True)
+    for name in ("a.parquet", "b.parquet", "notes.txt"):
+        (folder / "data/digits" / name).write_text(name)
+    run(folder, "git", "init", "-q", "-b", "main")
+    run(folder, "dvc", "init", "-q")
+    run(folder, "dvc", "remote", "add", "--default", "store", str(tmp_path / "store"))
+    run(folder, "dvc", "add", "-q", "data/digits")
+    run(folder, "dvc", "push", "-q")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "one")
+    source = Origin(str(folder), run(folder, "git", "rev-parse", "HEAD"))
+    state = tmp_path / "state"
+
+    def there(name: str) -> list[str]:
+        return sorted(path.name for path in (origin.root(source, [name], state) / "data/digits").glob("*"))
+
+    assert there("data/digits/a.parquet") == ["a.parquet"]
+    assert "b.parquet" in there("data/digits/*.parquet")
+    assert there("data/digits") == ["a.parquet", "b.parquet", "notes.txt"]
+    assert origin.bytes_of(source, ["data/digits", "data/digits/*.parquet", "data/none"], state) == {
+        "data/digits": 27, "data/digits/*.parquet": 18,
+    }  # fmt: skip
+
+
+def test_origins_are_waited_for_one_by_one(repository: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Who fetches from one keeps nobody from another, and only one fetches from it."""
+    folder, commits = repository
+    source = Origin(str(folder), commits[0])
+    with origin._held(source, tmp_path):
+        assert origin.root(Origin(f"local://{folder}"), ["notes.txt"], tmp_path)
+        thread = threading.Thread(target=origin.root, args=(source, [], tmp_path))
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 def test_a_tag_becomes_the_commit_it_means_now(repository: tuple[Path, list[str]], tmp_path: Path) -> None:
     folder, commits = repository
     assert origin.resolve(Origin(str(folder), "v1"), tmp_path) == Origin(str(folder), commits[0])
@@ -101,7 +142,9 @@ def test_a_commit_is_cloned_once(repository: tuple[Path, list[str]], tmp_path: P
 @pytest.mark.parametrize(
     ("uri", "revision", "words"),
     [
-        ("https://me:hunter2@host/a.git", "main", "data_uri holds a password"),
+        ("https://me:hunter2@host/a.git", "main", "data_uri holds a login or a signature"),
+        ("https://hunter2@host/a.git", "main", "data_uri holds a login or a signature"),
+        ("https://host/a?sig=hunter2", "", "data_uri holds a login or a signature"),
         ("https://host/a.git", "", "give data_revision"),
         ("git@host:a.git", "", "give data_revision"),
         ("", "main", "data_revision is given without data_uri"),
@@ -158,20 +201,48 @@ def test_a_uri_is_copied_file_by_file(web: tuple[str, Path], tmp_path: Path) -> 
     assert [(root / name).read_text() for name in NAMES] == NAMES and not (root / "data/none.npz").exists()
 
 
-def test_a_file_that_changed_is_fetched_again(tmp_path: Path) -> None:
-    """On this machine's disk, by another name: fsspec tells versions apart by size and time there, by ETag elsewhere."""
-    folder = tmp_path / "source"
-    (folder / "data").mkdir(parents=True)
+def test_a_file_that_changed_is_fetched_again_and_others_are_not(web: tuple[str, Path], tmp_path: Path) -> None:
+    uri, folder = web
+    root = origin.root(Origin(uri), NAMES, tmp_path / "state")
+    (root / NAMES[0]).write_text("ours")  # unchanged at its origin, it is not fetched again
+    (folder / NAMES[1]).write_text("changed")
+    os.utime(folder / NAMES[1], (10**9, 10**9))
+    assert origin.root(Origin(uri), NAMES, tmp_path / "state") == root
+    assert [(root / name).read_text() for name in NAMES] == ["ours", "changed"]
+
+
+def test_a_folder_is_fetched_file_by_file(tmp_path: Path) -> None:
+    folder, state = tmp_path / "source", tmp_path / "state"
+    (folder / "data/deep").mkdir(parents=True)
     (folder / "data/a").write_text("one")
-    uri = f"local://{folder}"
-    root = origin.root(Origin(uri), ["data/a"], tmp_path / "state")
-    assert (root / "data/a").read_text() == "one"
-    (root / "data/a").write_text("ours")  # unchanged at its origin, it is not fetched again
-    assert (origin.root(Origin(uri), ["data/a"], tmp_path / "state") / "data/a").read_text() == "ours"
+    (folder / "data/deep/b").write_text("b")
+    root = origin.root(Origin(f"local://{folder}"), ["data"], state)
+    assert (root / "data/deep/b").read_text() == "b"
+    (root / "data/deep/b").write_text("ours")
     (folder / "data/a").write_text("three")
-    assert (origin.root(Origin(uri), ["data/a"], tmp_path / "state") / "data/a").read_text() == "three"
-    (folder / "data/b").write_text("b")
-    assert (origin.root(Origin(uri), ["data/*"], tmp_path / "state") / "data/b").read_text() == "b"
+    (folder / "data/deep/c").write_text("c")
+    origin.root(Origin(f"local://{folder}"), ["data"], state)
+    assert [(root / f"data/{name}").read_text() for name in ("a", "deep/b", "deep/c")] == ["three", "ours", "c"]
+    assert origin.bytes_of(Origin(f"local://{folder}"), ["data", "data/d*/*", "none"], state) == {"data": 7, "data/d*/*": 2}
+
+
+def test_an_origin_that_does_not_tell_versions_apart_is_always_read() -> None:
+    assert origin._version({"size": 3, "name": "x"}) == ""
+    assert origin._version({"size": 3, "ETag": "a"}) != origin._version({"size": 3, "ETag": "b"})
+
+
+@pytest.mark.parametrize("name", ["../artifacts", "data/../../x", "../../../etc/passwd"])
+def test_a_name_that_leads_out_of_the_data_is_refused(repository: tuple[Path, list[str]], tmp_path: Path, name: str) -> None:
+    """It is a field that anybody fills in, and next to what is fetched lie the results of others."""
+    (tmp_path / "state/fetched").mkdir(parents=True)
+    kept = tmp_path / "state/artifacts"
+    kept.mkdir()
+    for source in (Origin(f"local://{tmp_path}"), Origin(str(repository[0]), repository[1][0])):
+        with pytest.raises(ValueError, match="leads out of the data"):
+            origin.root(source, [name], tmp_path / "state")
+        with pytest.raises(ValueError, match="leads out of the data"):
+            origin.bytes_of(source, [name], tmp_path / "state")
+    assert kept.is_dir()
 
 
 def test_a_uri_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from vapi.config import STAGES
 
 COMPONENTS = readmes.COMPONENTS
 NAMES = packages.published()
-GPU = [name for name in NAMES if name != "digits"]
 
 
 @cache
@@ -129,7 +128,8 @@ def test_each_box_asks_for_what_cluster_yaml_says(name: str) -> None:
         mounts = {mount["mountPath"]: mount for mount in kubernetes["emptyDirMounts"]}
         assert mounts["/dev/shm"]["medium"] == "Memory" and mounts["/dev/shm"]["sizeLimit"] == size.shared_memory
         assert mounts["/tmp"]["sizeLimit"] == size.scratch
-        assert kubernetes["activeDeadlineSeconds"] == str(cluster.limits.timeouts[step])
+        limit = cluster.limits.run if box == "trainjob" else cluster.limits.timeouts[step]  # it waits for its nodes too
+        assert kubernetes["activeDeadlineSeconds"] == str(limit)
         assert kubernetes["fieldPathAsEnv"] == [{"name": resources.RUN_ID, "fieldPath": "metadata.labels['pipeline/runid']"}]
         assert one["image"] == "{{$.inputs.parameters['pipelinechannel--cluster_image']}}"
         assert ("accelerator" in asks) == on_gpus
@@ -188,7 +188,8 @@ def test_every_fact_of_cluster_yaml_gets_into_a_package(tmp_path: Path) -> None:
     spec, platform = yaml.safe_load_all(packages.text("llamagen-xl-c2i", cluster))
     shown = {name: declared["defaultValue"] for name, declared in spec["root"]["inputDefinitions"]["parameters"].items()}
     assert shown["cluster_image"] == "registry.example.com/mine:9.9.9" and shown["cluster_volume"] == "mine"
-    assert shown["cluster_work_dir"] == shown["data_uri"] == "/mnt/mine" and shown["tune_gpus"] == 4
+    given = spec["root"]["dag"]["tasks"]["preflight"]["inputs"]["parameters"]
+    assert given["work_dir"]["runtimeValue"]["constant"] == shown["data_uri"] == "/mnt/mine" and shown["tune_gpus"] == 4
     assert shown["cluster_node_selector"] == {"a": "b"} and shown["cluster_tolerations"] == []
     box = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-tune"]
     assert box["imagePullPolicy"] == "Always" and box["imagePullSecret"][0]["secretName"] == "pull-me"
@@ -206,6 +207,11 @@ def test_every_fact_of_cluster_yaml_gets_into_a_package(tmp_path: Path) -> None:
     assert container["resources"]["accelerator"]["resourceType"] == "amd.com/gpu"
     task = spec["root"]["dag"]["tasks"]["tune"]["retryPolicy"]
     assert (task["maxRetryCount"], task["backoffDuration"]) == (7, "70s")
+    assert task["backoffMaxDuration"] == "77s", "it bounds all attempts together, so a shorter one than the run's would end a retry"
+    optional = {
+        box: one["secretAsEnv"][0]["optional"] for box, one in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].items()
+    }
+    assert optional.pop("exec-preflight") and not any(optional.values()), "preflight starts without a secret, in order to say so"
     assert platform["platforms"]["kubernetes"]["pipelineConfig"]["activeDeadlineSeconds"] == 77
 
 
@@ -219,8 +225,17 @@ def test_every_fact_of_cluster_yaml_gets_into_a_package(tmp_path: Path) -> None:
         ("  per_node: 8", "  per_node: 0", "gpu.per_node is 0"),
         ("  per_node: 8", "  per_nodes: 8", "gpu has no field 'per_nodes'; did you mean 'per_node'?"),
         ("  per_node: 8\n", "", "gpu lacks per_node; add it, or write a complete file with: python -m pipelines cluster --write"),
+        ("  name: registry.example.com/vapi:0.1.0", "  name: ghcr.io/a/b:LATEST", "image.name is 'ghcr.io/a/b:LATEST'"),
         ("  path: /mnt/vapi", "  path: mnt", "volume.path is 'mnt'"),
-        ("  claim: vapi", "  claim: My_Claim", "volume.claim is 'My_Claim'; names in Kubernetes"),
+        ("  path: /mnt/vapi", "  path: /tmp/vapi", "volume.path is '/tmp/vapi'; give a folder that nobody else has"),
+        ("  claim: vapi", "  claim: My_Claim", "volume.claim is 'My_Claim'; Kubeflow mounts"),
+        ("  claim: vapi", "  claim: my.claim", "volume.claim is 'my.claim'; Kubeflow mounts"),
+        ("  claim: vapi", "  claim: ''", "volume.claim is empty"),
+        ("  shared_memory: 64Gi", "  shared_memory: 512Gi", "gpu.shared_memory 512Gi is a part of gpu.memory 512Gi, and must be less"),
+        ("{key: nvidia.com/gpu, ", "{kee: nvidia.com/gpu, ", "gpu.tolerations holds"),
+        ("  labels: {}", "  labels: {Bad Key!: x}", "pods.labels has 'Bad Key!'"),
+        ("  env: {}", "  env: {A B: x}", "pods names the variable 'A B'"),
+        ("  ca_bundle: ''", "  ca_bundle: kube-root-ca.crt", "pods.ca_bundle is 'kube-root-ca.crt'; Kubeflow mounts"),
         ("  secrets: {}", "  secrets: {login: {}}", "pods.secrets.login names no key"),
         ("  pull_policy: IfNotPresent", "  pull_policy: Sometimes", "image.pull_policy is 'Sometimes'; it must be one of"),
         ("tune: 86400", "tunes: 86400", "limits.timeouts names"),

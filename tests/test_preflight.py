@@ -14,7 +14,7 @@ import world
 
 from pipelines import pipeline
 from vapi import config, recipes
-from vapi.cluster import api, check, preflight
+from vapi.cluster import api, checks, preflight
 from vapi.cluster.config import ClusterConfig, ImageConfig, PodsConfig
 from vapi.config import Config
 
@@ -29,11 +29,11 @@ def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[stub
         yield stub
 
 
-def ask(stub: stubs.Kubernetes, cluster: ClusterConfig | None = None, nodes: bool = False, **changes: Any) -> dict[str, check.Check]:
+def ask(stub: stubs.Kubernetes, cluster: ClusterConfig | None = None, nodes: bool = False, **changes: Any) -> dict[str, checks.Check]:
     """What the cluster says to the package of the paper's run, with some fields changed; by field, the worst of each."""
     cluster = cluster or ClusterConfig()
-    values = {"tune_nodes": 1, **pipeline.defaults(PACKAGE, cluster, nodes), **changes}
-    found = preflight.about_cluster(api.named(), recipes.recipe(PACKAGE), cluster, values)
+    values = {**pipeline.ABSENT, **pipeline.defaults(PACKAGE, cluster, nodes), **changes}
+    found = preflight.about_cluster(api.named(), recipes.recipe(PACKAGE), cluster, values, nodes)
     order = ("ok", "warning", "failed")
     return {one.field: one for one in sorted(found, key=lambda one: order.index(one.status))}
 
@@ -85,7 +85,7 @@ SECRETS = dataclasses.replace(
         (None, {"cluster_tolerations": [{"operator": "Exists"}]}, "tune_gpus", "ok", "2 of 2 nodes"),
         (None, {"cluster_tolerations": [{"operator": "Exists", "effect": "NoExecute"}]}, "cluster_tolerations", "failed", "tainted"),
         (None, {"cluster_tolerations": [{"key": "nvidia.com/gpu"}]}, "tune_gpus", "ok", "2 of 2"),
-        (None, {"tune_gpus": 0, "tokens_gpus": 0, "evaluate_gpus": 0}, "tune_gpus", "ok", "1 of 1 nodes can hold 2 cpu"),
+        (None, {"tune_gpus": 0, "tokens_gpus": 0, "evaluate_gpus": 0}, "tune_gpus", "ok", "2 of 2 nodes can hold 64 cpu, 512Gi memory"),
         (None, {"cluster_volume": "mine"}, "cluster_volume", "failed", "mine does not exist in team; make it"),
         (with_claim(size="10Gi"), {}, "cluster_volume", "failed", "vapi has 11 GB, and a run needs about"),
         (with_claim(phase="Lost"), {}, "cluster_volume", "failed", "vapi has lost its volume"),
@@ -124,7 +124,7 @@ def test_a_server_that_is_not_there_is_said_for_each_question(kubernetes: stubs.
 def test_nodes_made_on_demand_may_be_absent(kubernetes: stubs.Kubernetes) -> None:
     kubernetes.nodes = [stubs.node("cpu", gpus=0)]
     cluster = dataclasses.replace(ClusterConfig(), gpu=dataclasses.replace(ClusterConfig().gpu, autoscaled=True))
-    assert ask(kubernetes, cluster)["tune_gpus"].status == "warning"
+    assert ask(kubernetes, cluster)["cluster_node_selector"].status == "warning"
     assert ask(kubernetes)["cluster_node_selector"].status == "failed"
 
 
@@ -153,12 +153,15 @@ def test_pull_secret_and_service_account_must_be_there(kubernetes: stubs.Kuberne
 def test_several_nodes_need_the_trainer_and_permission(kubernetes: stubs.Kubernetes) -> None:
     assert ask(kubernetes, nodes=True)["trainer.runtime"].status == "ok"
     assert "3 nodes are asked for, and 2 can hold" in ask(kubernetes, nodes=True, tune_nodes=3)["tune_nodes"].found
+    kubernetes.forbidden.add("get pods/log")
+    assert ask(kubernetes, nodes=True)["pods.service_account"].status == "warning"
     kubernetes.forbidden.add("create trainjobs")
     assert "may not create TrainJobs; apply pipelines/manifests/rbac.yaml" in ask(kubernetes, nodes=True)["pods.service_account"].found
     kubernetes.runtimes.clear()
     assert "is Kubeflow Trainer v2 installed" in ask(kubernetes, nodes=True)["trainer.runtime"].found
-    kubernetes.claims["vapi"] = stubs.claim(mode="ReadWriteOnce")
-    assert "can be mounted on one node only" in ask(kubernetes, nodes=True)["cluster_volume"].found
+    for mode in ("ReadWriteOnce", "ReadWriteOncePod"):
+        kubernetes.claims["vapi"] = stubs.claim(mode=mode)
+        assert "a TrainJob needs ReadWriteMany" in ask(kubernetes, nodes=True)["cluster_volume"].found
 
 
 def test_without_a_kubeconfig_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +179,11 @@ def test_without_a_kubeconfig_it_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ({"tune_gpus": -1}, "tune_gpus is -1; give a number of GPUs"),
         ({"tune_gpus": 200}, "tune_gpus x tune_nodes are 200, and share tune_images_per_step 128"),
-        ({"tune_nodes": 2, "cluster_work_dir": ""}, "tune_nodes needs a volume"),
+        ({"cluster_volume": ""}, "cluster_volume is empty, and this package keeps its data on one"),
+        ({"cluster_volume": "my.claim"}, "cluster_volume is 'my.claim'; Kubeflow mounts what has small letters"),
+        ({"cluster_tolerations": ["nvidia"]}, "cluster_tolerations holds 'nvidia'; a toleration is a mapping"),
+        ({"cluster_tolerations": [{"kee": "x"}]}, "a toleration is a mapping with some of key, operator"),
+        ({"data_uri": "https://token@host/a.git", "data_revision": "main"}, "data_uri holds a login or a signature"),
         ({"cluster_image": "vapi:latest"}, "cluster_image is 'vapi:latest'; name it by digest"),
         ({"tune_lr": -1.0}, "tune_lr is -1.0; it must be positive"),
         ({"evaluate_samples": 10}, "evaluate_protocol adm-256-50k means evaluate_samples 50000, and it is 10; or say own"),
@@ -184,9 +191,9 @@ def test_without_a_kubeconfig_it_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_a_form_that_cannot_be_is_refused_before_anything_is_asked(changes: dict[str, Any], words: str) -> None:
-    values = {"tune_nodes": 1, **pipeline.defaults(PACKAGE, ClusterConfig()), **changes}
+    values = {**pipeline.ABSENT, **pipeline.defaults(PACKAGE, ClusterConfig()), **changes}
     with pytest.raises(ValueError, match=r".") as error:
-        preflight.resolved(config.plain(recipes.recipe(PACKAGE)), values)
+        preflight.resolved(config.plain(recipes.recipe(PACKAGE)), values, volume=True)
     assert words in str(error.value)
 
 
@@ -195,20 +202,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world.write(tmp_path_factory.mktemp("world"))
 
 
-def step(root: Path, out: Path, work_dir: str = "", also: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+def step(
+    root: Path, out: Path, work_dir: str = "", also: dict[str, Any] | None = None, cluster: ClusterConfig | None = None, **changes: Any
+) -> dict[str, Any]:
     """The step as Kubeflow runs it, on the tiny world; the plans. ``also``: more overrides."""
     recipe = recipes.recipe("digits")
-    values = pipeline.defaults("digits", ClusterConfig()) | {"tune_nodes": 1, "cluster_volume": "", "cluster_work_dir": work_dir}
+    values = {**pipeline.ABSENT, **pipeline.defaults("digits", ClusterConfig()), "cluster_volume": "vapi" if work_dir else ""}
     values |= world.fields(values, world.settings(recipe), recipe) | {"data_uri": str(root), **changes}
     values["overrides"] = {**values["overrides"], **(also or {})}
-    return preflight.preflight(config.plain(recipe), config.plain(ClusterConfig()), values, str(out / "checks.md"))
+    facts = config.plain(cluster or ClusterConfig())
+    return preflight.preflight(config.plain(recipe), facts, work_dir, False, values, str(out / "checks.md"))
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pod's process: variables and folder are its own."""
     monkeypatch.setenv("VAPI_STATE", str(tmp_path / "state"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "VAPI_WORK_DIR", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -236,6 +247,10 @@ def test_a_plan_holds_what_the_stage_s_result_follows_from(root: Path, here: Pat
         ({"subset_source": "data/digits/*.tar"}, "subset_source: data/digits/*.tar is not in"),
         ({"data_uri": "/nowhere"}, "data_uri: data_uri is /nowhere, and there is no such folder"),
         ({"track_uri": "http://127.0.0.1:9"}, "track_uri: http://127.0.0.1:9 cannot be reached"),
+        ({"track_uri": "mlflow"}, "track_uri: 'mlflow' is no address"),
+        ({"tune_rewards": {"lpip": 1.0}}, "tune_rewards: no reward is called 'lpip'; did you mean 'lpips'?"),
+        ({"evaluate_reference": "data/models/generator.safetensors"}, "evaluate_reference: "),
+        ({"subset_source": "../elsewhere", "data_uri": "http://127.0.0.1:9"}, "'../elsewhere' leads out of the data"),
         ({"also": {"tune.lr": 1.0}}, "overrides names tune.lr, which has a field of its own"),
         ({"also": {"tune.perceptual": "vgg", "tune.perceptual_weights": "/none"}}, "tune.perceptual: the lpips reward with perceptual vgg"),
         ({"also": {"evaluate.extractor": "inception", "evaluate.extractor_weights": "/none"}}, "evaluate.extractor is inception, but"),
@@ -256,7 +271,7 @@ def test_a_volume_that_cannot_be_written_or_is_too_small_is_named(
 ) -> None:
     with pytest.raises(SystemExit):
         step(root, here, work_dir=str(here / "none"))
-    assert "cluster_work_dir is" in capsys.readouterr().err
+    assert "is the volume mounted there?" in capsys.readouterr().err
     volume = here / "volume"
     volume.mkdir()
     assert not step(root, here, work_dir=str(volume))["tune"]["files"], "with a volume each step looks at the files itself"
@@ -264,6 +279,30 @@ def test_a_volume_that_cannot_be_written_or_is_too_small_is_named(
     with pytest.raises(SystemExit):
         step(root, here, work_dir=str(volume))
     assert "and a run needs about" in capsys.readouterr().err
+
+
+def test_a_pod_says_what_it_was_not_given(
+    root: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A secret that is missing does not keep this pod from starting, so that it can say so; no permission is needed for it."""
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")  # a pod, without a token
+    monkeypatch.setenv("A", "user")
+    with pytest.raises(SystemExit):
+        step(root, here, cluster=SECRETS)
+    err = capsys.readouterr().err
+    assert "login gives no B; is it there, with the key password?" in err and "login gives no A" not in err
+    assert "site gives no C" in err and "trust gives no /etc/vapi-certificates/ca.crt" in err
+    assert step(root, here)
+    assert "this pod has no token for Kubernetes" in (here / "checks.md").read_text()
+
+
+def test_with_a_volume_nothing_is_fetched_to_look_at_it(root: Path, here: Path) -> None:
+    volume = here / "volume"
+    volume.mkdir()
+    step(root, here, work_dir=str(volume), data_uri=f"local://{root}")
+    assert not list((volume / ".vapi").rglob("*.parquet")) and not list((volume / ".vapi").rglob("*.safetensors"))
+    assert "| subset_source | ok | data/digits/train.parquet," in (here / "checks.md").read_text()
+    assert "bytes, still to be fetched" in (here / "checks.md").read_text()
 
 
 @pytest.mark.parametrize(

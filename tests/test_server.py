@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import stubs
 from imports import ROOT
+from kfp import components
 
-from pipelines import commands, packages, registry, server, source
+from pipelines import commands, packages, pipeline, registry, server, worktree
 from vapi import config, recipes
 
 
@@ -60,9 +61,9 @@ def test_a_package_is_uploaded_once_and_run_each_time(kubeflow: stubs.Kubeflow, 
     for _ in range(2):
         code, out, _ = submit(capsys, kubeflow, "-p", "tune_lr=2e-6", "-p", "evaluate_seeds=[0, 1]", "-p", "tune_steps=7")
         assert code == 0 and f"{kubeflow.url}/#/runs/details/r-" in out
-    assert len(kubeflow.asked("POST .*/upload$")) == len(kubeflow.asked("POST .*/upload_version$")) == 1
+    assert len(kubeflow.asked("POST .*/pipelines$")) == len(kubeflow.asked("POST .*/upload_version$")) == 1
     version = server.version_of(packages.COMPILED / "digits.yaml")
-    assert [one["display_name"] for one in kubeflow.versions["p-digits"]] == ["digits", version]
+    assert [one["display_name"] for one in kubeflow.versions["p-digits"]] == [version]
     first, second = kubeflow.runs.values()
     assert first["pipeline_version_reference"] == {"pipeline_id": "p-digits", "pipeline_version_id": f"v-{version}"}
     assert first["runtime_config"]["parameters"] == {"tune_lr": 2e-6, "evaluate_seeds": [0, 1], "tune_steps": 7}
@@ -102,6 +103,13 @@ def test_a_server_that_stumbles_while_it_is_followed_is_forgiven(
     assert code == 2 and "HTTP 500" in err
 
 
+def test_a_login_that_runs_out_ends_the_waiting_and_not_the_run(kubeflow: stubs.Kubeflow, capsys: pytest.CaptureFixture[str]) -> None:
+    kubeflow.faults["GET .*/runs/"] = 401
+    code, out, err = submit(capsys, kubeflow, "--wait")
+    assert code == 2 and "KF_PIPELINES_TOKEN" in err and f"the run goes on: {kubeflow.url}/#/runs/details/r-0" in err
+    assert out.count("http") == 1, "kfp's own links are not shown beside ours"
+
+
 @pytest.mark.parametrize(
     ("pattern", "fault", "words"),
     [
@@ -123,9 +131,18 @@ def test_what_the_server_says_is_one_line(
     assert code == 2 and words in err and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_profiles_have_pipelines_of_their_own(kubeflow: stubs.Kubeflow, capsys: pytest.CaptureFixture[str]) -> None:
+    for namespace in ("a", "b", "a", "a"):
+        assert submit(capsys, kubeflow, "--namespace", namespace)[0] == 0
+    assert kubeflow.pipelines == {("a", "digits"): "p-a-digits", ("b", "digits"): "p-b-digits"}
+    assert [len(versions) for versions in kubeflow.versions.values()] == [1, 1]
+    used = [run["pipeline_version_reference"]["pipeline_id"] for run in kubeflow.runs.values()]
+    assert used == ["p-a-digits", "p-b-digits", "p-a-digits", "p-a-digits"]
+
+
 def test_somebody_who_was_faster_is_no_error(kubeflow: stubs.Kubeflow, capsys: pytest.CaptureFixture[str]) -> None:
     listed = iter([[], [{"pipeline_id": "p-digits", "display_name": "digits"}]])
-    kubeflow.pipelines["digits"], kubeflow.versions["p-digits"] = "p-digits", []
+    kubeflow.pipelines["", "digits"], kubeflow.versions["p-digits"] = "p-digits", []
     kubeflow.routes.insert(0, ("GET", "/apis/v2beta1/pipelines", lambda request: (200, {"pipelines": next(listed)})))
     assert submit(capsys, kubeflow)[0] == 0 and kubeflow.versions["p-digits"]
 
@@ -154,6 +171,14 @@ def test_login_and_namespace_are_sent(
         (["submit", "digits", "--endpoint", "http://127.0.0.1:9", "-p", "overrides={tune.temprature: 1}"], "did you mean 'temperature'?"),
         (["submit", "digits", "--endpoint", "http://127.0.0.1:9", "--no-check"], "cannot be reached"),
         (["schedule", "digits", "--endpoint", "http://127.0.0.1:9", "--cron", "0 2 * * *"], "it has six fields"),
+        (["submit", "digits", "--endpoint", "http://127.0.0.1:9", "--no-check", "-p", "data_uri=https://me:x@h/a.git"], "holds a login"),
+        (["submit", "digits", "--endpoint", "http://127.0.0.1:9", "--no-check", "-p", "cluster_tolerations=[nvidia]"], "a toleration is a"),
+        (["submit", "llamagen-xxl-c2i", "--endpoint", "http://127.0.0.1:9", "-p", "cluster_volume="], "cluster_volume is empty"),
+        (
+            ["submit", "llamagen-xxl-c2i", "--endpoint", "http://127.0.0.1:9", "-p", "cluster_volume=a.b"],
+            "cluster_volume is 'a.b'; Kubeflow",
+        ),
+        (["submit", "llamagen-xxl-c2i-trainjob", "--endpoint", "http://127.0.0.1:9", "-p", "tune_nodes=0"], "tune_nodes is 0"),
         (["submit", "nothing", "--endpoint", "http://127.0.0.1:9"], "no recipe is called 'nothing'"),
         (["submit", "digits-prior-alone", "--endpoint", "http://x"], "python -m pipelines compile digits-prior-alone"),
     ],
@@ -199,6 +224,25 @@ def test_check_looks_at_everything_and_submit_refuses_what_it_finds(
         code, _, err = call(capsys, "submit", *words)
         assert code == 2 and "tune_gpus: asks for 8" in err and "--no-check" in err and not kubeflow.runs
         assert call(capsys, "submit", *words, "-p", "tune_gpus=4", "-p", "tokens_gpus=4", "-p", "evaluate_gpus=4")[0] == 0
+
+
+def test_check_judges_the_package_and_says_that_it_is_stale(
+    kubeflow: stubs.Kubeflow, kubernetes: stubs.Kubernetes, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of whatever recipe and under whatever name: what a package asks for is in it."""
+    facts = tmp_path / "cluster.yaml"
+    facts.write_text(packages.CLUSTER.read_text().replace("memory: 512Gi", "memory: 5000Gi"))
+    assert call(capsys, "compile", "llamagen-xl-c2i-official-trainjob", "--cluster", str(facts), "--out", str(tmp_path))[0] == 0
+    mine = (tmp_path / "llamagen-xl-c2i-official-trainjob.yaml").rename(tmp_path / "mine.yaml")
+    code, out, _ = call(capsys, "check", str(mine), "--endpoint", kubeflow.url)
+    assert code == 2 and "asks for 64 cpu, 5000Gi memory" in out and "trainer.runtime" in out
+    (tmp_path / "other.yaml").write_text("a: b")
+    assert "is no package that python -m pipelines compile made" in call(capsys, "check", str(tmp_path / "other.yaml"))[2]
+
+
+def test_check_names_a_reward_that_nobody_knows(kubeflow: stubs.Kubeflow, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "check", "digits", "--endpoint", kubeflow.url, "-p", "tune_rewards={lpip: 1}")
+    assert code == 2 and "no reward is called 'lpip'; did you mean 'lpips'?" in out
 
 
 @pytest.mark.parametrize(
@@ -301,19 +345,22 @@ def test_names_that_say_enough_by_themselves() -> None:
 # --- from the working tree ---------------------------------------------------------------------
 
 
+ADDRESS = "https://example.com/team/clone.git"
+
+
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A clone with params.yaml, and the remote it was pushed to."""
+    """A clone with params.yaml, pushed to a remote, whose address then is one of the network."""
     git(tmp_path, "init", "-q", "--bare", "-b", "main", "remote.git")
     git(tmp_path, "clone", "-q", str(tmp_path / "remote.git"), "clone")
     clone = tmp_path / "clone"
-    (clone / "params.yaml").write_text(
-        recipes.text("digits").replace("steps: 100", "steps: 7").replace("  temperature: 1.0", "  temperature: 0.9", 1)
-    )
+    text = recipes.text("digits").replace("steps: 100", "steps: 7").replace("  temperature: 1.0", "  temperature: 0.9", 1)
+    (clone / "params.yaml").write_text(text)
     (clone / "dvc.lock").write_text("one")
     git(clone, "add", "-A")
     git(clone, "commit", "-qm", "one")
     git(clone, "push", "-q", "origin", "HEAD:main")
+    git(clone, "remote", "set-url", "origin", ADDRESS)
     return clone
 
 
@@ -323,35 +370,71 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def taken(clone: Path, dirty: bool = False) -> dict[str, Any]:
+    """What a run of the tree takes over."""
+    form = components.load_component_from_file(str(packages.COMPILED / "digits.yaml"))
+    return worktree.values(clone, form, config.plain(recipes.recipe("digits")), dirty)
+
+
 def test_a_run_takes_the_tree_s_values_and_revision(clone: Path) -> None:
-    found = source.values(clone, "digits", dirty=False)
-    assert found == {
+    assert taken(clone) == {
         "tune_steps": 7,
         "overrides": {"tune.temperature": 0.9},
-        "data_uri": git(clone, "remote", "get-url", "origin"),
+        "data_uri": ADDRESS,
         "data_revision": git(clone, "rev-parse", "HEAD"),
     }
-    assert source.closest(clone) == "digits"
+    assert worktree.closest(clone) == "digits"
 
 
 def test_edits_are_refused_but_for_dvc_lock(clone: Path) -> None:
     (clone / "dvc.lock").write_text("this machine ran a stage")
     (clone / "notes.txt").write_text("nothing that a run depends on is untracked")
-    assert source.values(clone, "digits", dirty=False)
+    assert taken(clone)
     (clone / "params.yaml").write_text(recipes.text("digits"))
     with pytest.raises(ValueError, match=r"params.yaml differ from the last commit.*--dirty"):
-        source.values(clone, "digits", dirty=False)
-    assert "tune_steps" not in source.values(clone, "digits", dirty=True)
+        taken(clone)
+    assert "tune_steps" not in taken(clone, dirty=True)
 
 
-def test_a_commit_that_nobody_else_has_is_refused(clone: Path) -> None:
+def test_a_commit_that_nobody_else_has_is_refused(clone: Path, tmp_path: Path) -> None:
+    git(clone, "remote", "set-url", "origin", str(tmp_path / "remote.git"))
+    with pytest.raises(ValueError, match="a folder of this machine"):
+        taken(clone)
     (clone / "params.yaml").write_text(recipes.text("digits"))
     git(clone, "commit", "-qam", "two")
     with pytest.raises(ValueError, match="is in none of origin yet; git push"):
-        source.values(clone, "digits", dirty=False)
+        taken(clone)
     git(clone, "remote", "remove", "origin")
     with pytest.raises(ValueError, match="this clone has no remote"):
-        source.values(clone, "digits", dirty=False)
+        taken(clone)
+
+
+def test_data_that_was_edited_or_never_pushed_is_refused(clone: Path, tmp_path: Path) -> None:
+    """What DVC tracks is as much of a revision as what git does."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "DVC_SITE_CACHE_DIR": str(tmp_path / "site")}
+
+    def dvc(*words: str) -> None:
+        subprocess.run(["dvc", *words], cwd=clone, env=environment, capture_output=True, check=True)
+
+    dvc("init", "-q")
+    (clone / "data").write_text("one")
+    dvc("add", "-q", "data")
+    dvc("remote", "add", "-q", "--default", "store", str(tmp_path / "store"))
+    git(clone, "add", "-A")
+    git(clone, "commit", "-qm", "data")
+    git(clone, "push", "-q", str(tmp_path / "remote.git"), "HEAD:main")
+    git(clone, "update-ref", "refs/remotes/origin/main", "HEAD")
+    with pytest.raises(ValueError, match="data are in no remote of DVC's; dvc push"):
+        taken(clone)
+    dvc("push", "-q")
+    assert taken(clone)
+    (clone / "data").unlink()
+    assert taken(clone), "data that was not pulled yet is no edit"
+    (clone / "data").write_text("two")
+    with pytest.raises(ValueError, match="data differ from the last commit"):
+        taken(clone)
+    assert taken(clone, dirty=True)
 
 
 def test_submit_from_dvc(
@@ -359,17 +442,20 @@ def test_submit_from_dvc(
 ) -> None:
     monkeypatch.setattr(commands, "ROOT", clone)
     words = ["submit", "--from-dvc", "--endpoint", kubeflow.url, "--no-check"]
-    assert call(capsys, *words, "-p", "tune_lr=1e-5")[0] == 0
+    assert call(capsys, *words, "-p", "tune_lr=1e-5", "-p", "overrides={tune.beta1: 0.5}")[0] == 0
     assert call(capsys, *words, "-p", "data_uri=/mnt/data")[0] == 0
     first, second = (run["runtime_config"]["parameters"] for run in kubeflow.runs.values())
     assert first["tune_steps"] == 7 and first["tune_lr"] == 1e-5 and len(first["data_revision"]) == 40
+    assert first["overrides"] == {"tune.temperature": 0.9, "tune.beta1": 0.5}
     assert second["data_uri"] == "/mnt/data" and "data_revision" not in second
 
 
 def test_the_recipe_of_a_tree_becomes_no_changes() -> None:
     for name in packages.PUBLISHED:
-        assert source.changes(recipes.recipe(name), name) == {}
-        assert source.changes(config.build(config.Config, config.plain(recipes.recipe(name))), name) == {}
+        base = config.plain(recipes.recipe(name))
+        form = pipeline.fields(recipes.RECIPES[name].gpu, nodes=False)
+        assert worktree.changes(recipes.recipe(name), base, form) == {}
+        assert worktree.changes(config.build(config.Config, base), base, form) == {}
 
 
 # --- manifests ---------------------------------------------------------------------------------

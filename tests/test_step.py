@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def volume(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("VAPI_STATE", "MLFLOW_TRACKING_URI", "KFP_RUN_ID", "TORCH_HOME", "HF_HOME"):
+    for name in ("VAPI_STATE", "VAPI_WORK_DIR", "MLFLOW_TRACKING_URI", "KFP_RUN_ID", "TORCH_HOME", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(name, "")  # so that what a step sets is taken back
     monkeypatch.chdir(root)
@@ -36,7 +37,7 @@ def volume(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def plan(root: Path, stage: str = "subset", work_dir: str = "", **changes: Any) -> step.Plan:
     made = world.settings(recipes.recipe("digits"), **changes)
-    return preflight.plans(made, Origin(str(root)), {"cluster_work_dir": work_dir})[stage]
+    return preflight.plans(made, Origin(str(root)), step.Place(root, Path(work_dir) if work_dir else None))[stage]
 
 
 class Written:
@@ -95,6 +96,59 @@ def test_the_key_is_of_configuration_data_and_code_and_of_no_run(
     monkeypatch.setattr(data, "code_version", lambda: {"version": "1", "commit": "", "source": "other"})
     made.add(run())
     assert len(made) == len(write.commands) == 4
+
+
+def test_the_key_is_of_what_earlier_steps_made(root: Path, volume: Path, tmp_path: Path) -> None:
+    """Another subset, and nothing else, makes another key of its tokens."""
+    made = set()
+    for n, digest in enumerate(("a", "b", "a")):
+        artifact = tmp_path / f"subset{n}"
+        artifact.mkdir()
+        data.write_json(artifact / "descriptor.json", {"path": str(root), "sha256": digest * 64, "bytes": {}})
+        made.add(
+            step.run("tokens", plan(root, "tokens", str(volume)), str(volume), str(tmp_path / f"t{n}"), Written(), subset=str(artifact))
+        )
+    assert len(made) == 2
+
+
+def test_a_file_that_is_not_whole_is_refused(root: Path, volume: Path, tmp_path: Path) -> None:
+    folder = step.run("subset", plan(root, work_dir=str(volume)), str(volume), str(tmp_path / "a"), Written())
+    (folder / "large.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"large.bin is not here, or not whole"):
+        step.opened(tmp_path / "a")
+
+
+def test_two_runs_of_one_result_make_it_once(root: Path, volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first, for a while."""
+    made = plan(root, work_dir=str(volume))
+    first = step.run("subset", made, str(volume), str(tmp_path / "a"), Written())
+    shutil.rmtree(first)
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Slow(Written):
+        def __call__(self, command: Command) -> int:
+            entered.set()
+            assert go_on.wait(20)
+            return super().__call__(command)
+
+    slow, second = Slow(), Written()
+    thread = threading.Thread(target=step.run, args=("subset", made, str(volume), str(tmp_path / "b"), slow))
+    thread.start()
+    assert entered.wait(20)
+    monkeypatch.setattr(step, "LOCK_SECONDS", 0.2)
+    with pytest.raises(SystemExit):
+        step.run("subset", made, str(volume), str(tmp_path / "c"), second)
+    go_on.set()
+    thread.join()
+    assert step.run("subset", made, str(volume), str(tmp_path / "d"), second) == first and not second.commands
+
+
+def test_a_folder_takes_the_place_of_a_volume_that_cannot_be_mounted(
+    root: Path, volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VAPI_WORK_DIR", str(volume))
+    folder = step.run("subset", plan(root, work_dir="/mnt/vapi"), "/mnt/vapi", str(tmp_path / "a"), Written())
+    assert folder.is_relative_to(volume)
 
 
 def test_what_was_taken_away_is_made_again(root: Path, volume: Path, tmp_path: Path) -> None:
@@ -183,8 +237,9 @@ def test_the_image_s_code_runs_wherever_the_data_lies(root: Path, volume: Path, 
 def test_the_exit_code_of_the_stage_is_the_step_s(root: Path, volume: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         step.run("subset", plan(root, subset_images=61), "", str(tmp_path / "a"))
-    err = capfd.readouterr().err
-    assert stop.value.code == 2 and "subset.images is 61, and data/digits/train.parquet holds 60" in err
+    captured = capfd.readouterr()
+    assert stop.value.code == 2 and "subset.images is 61, and data/digits/train.parquet holds 60" in captured.out
+    assert "vapi subset ended with code 2; its words are above" in captured.err
 
 
 def test_mlflow_learns_which_run_and_which_data(
@@ -204,7 +259,8 @@ def test_mlflow_learns_which_run_and_which_data(
     (parent,) = (run for run in runs if run.data.tags["stage"] == "pipeline")
     (child,) = (run for run in runs if run.data.tags["stage"] == "subset")
     assert parent.data.tags["vapi.execution"] == parent.data.tags["kubeflow.run"] == "0a1b2c3d-run"
-    assert parent.data.tags["data"] == "d" * 32 and parent.data.tags["git"] == parent.data.tags["data.revision"] == "f" * 40
+    assert parent.data.tags["data"] == "d" * 32 and parent.data.tags["data.revision"] == "f" * 40
+    assert parent.data.tags["git"] == made["code"]["commit"], "the code is the image's, wherever the data is from"
     assert parent.data.tags["data.uri"] == str(root) and child.data.params["subset.images"] == "40"
     assert "tune.lr" not in parent.data.params, "of the stages to come this step knows nothing"
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import stubs
 import world
+from imports import ROOT
 
 from vapi import cli, config, recipes
 from vapi.cluster import api, lifeline, pages, preflight, step, trainjob
@@ -61,6 +62,11 @@ def condition(kind: str, reason: str = "", message: str = "") -> dict[str, Any]:
 
 
 RUNNING = {"jobsStatus": [{"name": "node", "active": 2, "failed": 0, "ready": 2, "succeeded": 0, "suspended": 0}]}
+
+
+def pod(name: str, index: int, created: str = "2026-01-01T00:00:00Z", job: str = NAME) -> dict[str, Any]:
+    labels = {"jobset.sigs.k8s.io/jobset-name": job, "batch.kubernetes.io/job-completion-index": str(index)}
+    return {"metadata": {"name": name, "labels": labels, "creationTimestamp": created}, "status": {"phase": "Running"}}
 
 
 def play(stub: stubs.Kubernetes, *states: Any) -> None:
@@ -125,8 +131,9 @@ def test_a_job_without_gpus_asks_for_none(kubernetes: stubs.Kubernetes, tmp_path
 
 def test_it_is_made_followed_and_deleted(kubernetes: stubs.Kubernetes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     play(kubernetes, {}, condition("Suspended", "Queued"), RUNNING, RUNNING, RUNNING, condition("Complete", "JobsCompleted"))
-    kubernetes.pods = [{"metadata": {"name": "node-0"}, "status": {"phase": "Running"}}]
-    kubernetes.logs["node-0"] = [b"2026-01-01T00:00:01Z step 1\n2026-01-01T00:00:02Z st", b"ep 2\n"]
+    # node 0 was started again, node 1 and another job's pod are not asked
+    kubernetes.pods = [pod("node-0", 0), pod("node-0-again", 0, "2026-01-02T00:00:00Z"), pod("node-1", 1), pod("other-0", 0, job="x")]
+    kubernetes.logs["node-0-again"] = [b"2026-01-01T00:00:01Z step 1\n2026-01-01T00:00:02Z st", b"ep 2\n"]
     assert trainer()(command(tmp_path)) == 0
     out = capsys.readouterr().out
     for words in ("made in team", "Created", "Suspended (Queued", "Running (2 active", "Complete", "deleted", "step 1\n", "step 2\n"):
@@ -135,6 +142,9 @@ def test_it_is_made_followed_and_deleted(kubernetes: stubs.Kubernetes, tmp_path:
     (made,) = kubernetes.asked("POST .*trainjobs")
     assert made.json["metadata"]["name"] == NAME and not kubernetes.jobs
     logs = kubernetes.asked("GET .*/log")[0]
+    assert {call.path.rpartition("/pods/")[2] for call in kubernetes.asked("GET .*/log")} == {"node-0-again/log"}
+    (deleted,) = kubernetes.asked("DELETE .*trainjobs")
+    assert deleted.query["propagationPolicy"] == "Foreground", "its pods are gone when it is"
     assert logs.query["container"] == "node" and logs.query["follow"] == "True"
     assert (tmp_path / "artifacts/tune/0123456789abcdef.yaml").is_file(), "the configuration lies on the volume"
 
@@ -150,9 +160,44 @@ def test_a_retry_finds_the_job_at_work(kubernetes: stubs.Kubernetes, tmp_path: P
 def test_one_that_has_ended_is_replaced(kubernetes: stubs.Kubernetes, tmp_path: Path, ended: str) -> None:
     kubernetes.jobs[NAME] = {"metadata": {"name": NAME}}
     play(kubernetes, condition(ended), RUNNING, condition("Complete"))
-    assert trainer()(command(tmp_path)) == 0
+    made = command(tmp_path)
+    note = lifeline.note(made.folders["out"].with_suffix(".alive"))
+    note.write_text("75")
+    assert trainer()(made) == 0 and not note.exists(), "the new one must begin"
     order = [call.method for call in kubernetes.asked("(POST|DELETE) .*trainjobs")]
     assert order == ["DELETE", "POST", "DELETE"]
+
+
+def test_one_that_is_being_deleted_is_waited_for(kubernetes: stubs.Kubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is cloned right after it was cancelled: the job's pods have ten minutes to write their checkpoint."""
+    kubernetes.jobs[NAME] = {"metadata": {"name": NAME, "deletionTimestamp": "2026-01-01T00:00:00Z"}}
+    play(kubernetes, RUNNING, RUNNING, None, RUNNING, condition("Complete"))
+    assert trainer()(command(tmp_path)) == 0
+    assert [call.method for call in kubernetes.asked("(POST|DELETE) .*trainjobs")] == ["POST", "DELETE"]
+    kubernetes.jobs[NAME] = {"metadata": {"name": NAME, "deletionTimestamp": "2026-01-01T00:00:00Z"}}
+    monkeypatch.setattr(trainjob, "GRACE", -trainjob.PATIENCE)
+    play(kubernetes, RUNNING)
+    with pytest.raises(ValueError, match="does not go; look at its finalizers"):
+        trainer()(command(tmp_path))
+
+
+def test_one_that_is_deleted_while_it_is_followed_has_failed(kubernetes: stubs.Kubernetes, tmp_path: Path) -> None:
+    plain = kubernetes._create
+
+    def create(request: stubs.Request, namespace: str) -> stubs.Answer:
+        status, made = plain(request, namespace)
+        made["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        return status, made
+
+    kubernetes.routes.insert(0, ("POST", "/apis/trainer.kubeflow.org/v1alpha1/namespaces/([^/]+)/trainjobs", create))
+    assert trainer()(command(tmp_path)) == trainjob.LOST
+
+
+def test_logs_that_may_not_be_read_are_said_once(kubernetes: stubs.Kubernetes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kubernetes.faults["GET .*/pods"] = 403
+    play(kubernetes, {}, *[RUNNING] * 8, condition("Complete"))
+    assert trainer()(command(tmp_path)) == 0
+    assert capsys.readouterr().out.count("may not read pods and their logs") == 1
 
 
 def test_two_that_come_at_once_make_one(kubernetes: stubs.Kubernetes, tmp_path: Path) -> None:
@@ -172,13 +217,14 @@ def test_a_failure_says_what_became_of_the_pods(kubernetes: stubs.Kubernetes, tm
     play(kubernetes, {}, RUNNING, condition("Failed", "JobsFailed", "2 of 2 failed"))
     ended = {"state": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}, "name": "node", "image": "i", "imageID": "", "ready": False}
     kubernetes.pods = [
-        {"metadata": {"name": "node-0"}, "status": {"phase": "Failed", "reason": "Evicted", "message": "low on ephemeral-storage"}},
-        {"metadata": {"name": "node-1"}, "status": {"phase": "Failed", "containerStatuses": [{**ended, "restartCount": 0}]}},
+        {**pod("node-0", 0), "status": {"phase": "Failed", "reason": "Evicted", "message": "low on ephemeral-storage"}},
+        {**pod("node-1", 1), "status": {"phase": "Failed", "containerStatuses": [{**ended, "restartCount": 0}]}},
+        {**pod("other-0", 0, job="x"), "status": {"phase": "Failed", "reason": "Nothing of ours"}},
     ]
     assert trainer()(command(tmp_path)) == trainjob.LOST
     err = capsys.readouterr().err
     assert "it failed, JobsFailed: 2 of 2 failed" in err and "node-0: Evicted low on ephemeral-storage" in err
-    assert "node-1: exit code 137 OOMKilled" in err
+    assert "node-1: exit code 137 OOMKilled" in err and "Nothing of ours" not in err
     assert NAME in kubernetes.jobs, "it stays to be looked at"
 
 
@@ -203,7 +249,16 @@ def test_a_server_that_stays_away_does(
 @pytest.mark.parametrize("status", [403, 422, 500])
 def test_one_that_is_not_accepted_says_why(kubernetes: stubs.Kubernetes, tmp_path: Path, status: int) -> None:
     kubernetes.faults["POST .*trainjobs"] = status
-    with pytest.raises(ValueError, match=f"was not accepted: {status} .*fault {status}"):
+    with pytest.raises(ValueError, match=f"TrainJob {NAME}: Kubernetes answers {status} .*fault {status}"):
+        trainer()(command(tmp_path))
+
+
+def test_a_cluster_that_does_not_let_us_look_is_said_in_words(kubernetes: stubs.Kubernetes, tmp_path: Path) -> None:
+    kubernetes.faults["GET .*trainjobs"] = 403
+    with pytest.raises(ValueError, match="answers 403 .*apply pipelines/manifests/rbac.yaml"):
+        trainer()(command(tmp_path))
+    kubernetes.faults["GET .*trainjobs"] = "cut"
+    with pytest.raises(ValueError, match="cannot be reached"):
         trainer()(command(tmp_path))
 
 
@@ -212,7 +267,7 @@ def test_a_cancelled_step_deletes_its_job(kubernetes: stubs.Kubernetes, tmp_path
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(SystemExit) as stop:
         trainer()(command(tmp_path))
-    assert stop.value.code == trainjob.CANCELLED and not kubernetes.jobs
+    assert stop.value.code == lifeline.ALONE and not kubernetes.jobs
 
 
 def test_outside_a_cluster_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +298,19 @@ def test_a_job_that_nobody_follows_stops_with_its_checkpoint(tmp_path: Path) -> 
         out, err = job.communicate(timeout=30)
     assert (job.returncode, out) == (75, "saved\n") and "nobody has followed this job" in err
     assert time.monotonic() - begin > 5
+    again = subprocess.run(words, env=world.ENVIRONMENT, capture_output=True, text=True, timeout=30)  # as Kubernetes does
+    assert (again.returncode, again.stdout) == (75, "") and "it is not begun again" in again.stderr
+
+
+def test_a_mistake_is_not_made_twice(tmp_path: Path) -> None:
+    """torchrun gives every failure the same code, and Kubernetes starts what failed again."""
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node=1", "-m", "vapi", "tune", "--lr", "quick"]
+    words = [sys.executable, "-m", "vapi.cluster.lifeline", str(tmp_path / "alive"), "600", *torchrun]
+    environment = {**world.ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    first = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert first.returncode != 0 and "tune.lr is 'quick'" in first.stderr
+    again = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2 and "not begun again" in again.stderr and "quick" not in again.stderr
 
 
 def test_sigterm_is_handed_on_once(tmp_path: Path) -> None:
@@ -285,7 +353,7 @@ class Nodes(stubs.Kubernetes):
                 )
                 for rank in range(spec["numNodes"])
             ]  # fmt: skip
-            self.pods = [{"metadata": {"name": f"{name}-0"}, "status": {"phase": "Running"}}]
+            self.pods = [pod(f"{name}-0", 0, job=name)]
         return status, made
 
     def _state(self, request: stubs.Request, namespace: str, name: str) -> stubs.Answer:
@@ -312,7 +380,7 @@ def test_two_nodes_tune_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     made = world.settings(recipes.recipe("llamagen-xl-c2i"), tune_steps=2)
     monkeypatch.chdir(root)
     monkeypatch.setenv("VAPI_STATE", str(volume / ".vapi"))
-    plans = preflight.plans(made, Origin(str(root)), {"cluster_work_dir": str(volume)})
+    plans = preflight.plans(made, Origin(str(root)), step.Place(volume / ".vapi", volume))
     artifacts = {name: str(tmp_path / "artifacts" / name) for name in ("subset", "tokens", "model")}
     step.run("subset", plans["subset"], str(volume), artifacts["subset"])
     step.run("tokens", plans["tokens"], str(volume), artifacts["tokens"], subset=artifacts["subset"])

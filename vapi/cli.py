@@ -32,6 +32,8 @@ from vapi import config, recipes
 from vapi.config import ARTIFACTS, BENCHES, PARAMS, STAGES, BenchConfig, Config, Measured
 
 Flags = dict[str, list[str]]
+MISTAKE = 2
+"""Exit code of a mistake that the message names: another start would say the same."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("VAPI_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = MISTAKE
+        if note := os.environ.get("VAPI_MISTAKE"):  # whoever would start this again reads it there
+            config.write_text(Path(note), str(MISTAKE))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

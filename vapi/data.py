@@ -104,18 +104,22 @@ def known_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold ``path`` (a lock file) against other processes: wait for them and say so, or refuse at once."""
+def locked(path: Path, wait: bool | float = True) -> Iterator[None]:
+    """Hold ``path`` (a lock file) against other processes: wait for them (for so many seconds) and say so, or refuse at once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
+        refusal = f"another process is at work here ({path} is locked); wait for it to end or stop it"
         if not wait:
-            raise ValueError(f"another process is at work here ({path} is locked); wait for it to end or stop it") from None
+            raise ValueError(refusal) from None
         print(f"waiting for another process to release {path} ...", file=sys.stderr, flush=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=-1 if wait is True else wait)
+        except filelock.Timeout:
+            raise ValueError(refusal) from None
     try:
         yield
     finally:

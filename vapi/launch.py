@@ -25,13 +25,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from vapi import signals
 
 T = TypeVar("T")
 
@@ -205,7 +207,7 @@ def start(command: list[str], count: int) -> int:
         words = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
         group: list[subprocess.Popen[bytes]] = []
         stack.callback(_kill, group)
-        stack.enter_context(_handed_on(group))
+        stack.enter_context(signals.handed_on(functools.partial(_send, group)))
         for rank in range(count):
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             quiet = {"stdout": subprocess.DEVNULL, "stderr": words[rank]} if rank else {}
@@ -218,7 +220,7 @@ def start(command: list[str], count: int) -> int:
         code = group[failed].returncode
         if code < 0:
             print(f"process {failed} of {count} was ended by {signal.Signals(-code).name}; the same command continues", file=sys.stderr)
-        return code if code > 0 else 128 - code
+        return signals.exit_code(code)
 
 
 def _kill(group: list[subprocess.Popen[bytes]]) -> None:
@@ -245,21 +247,10 @@ def _failed(group: list[subprocess.Popen[bytes]]) -> list[int]:
     return [rank for rank, child in enumerate(group) if child.poll() not in (None, 0, INTERRUPTED)]
 
 
-@contextlib.contextmanager
-def _handed_on(group: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Signals for this process go to the group. It has a session of its own, so nothing arrives there twice."""
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        for child in group:
-            if child.poll() is None:
-                child.send_signal(number)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _send(group: list[subprocess.Popen[bytes]], number: int) -> None:
+    for child in group:
+        if child.poll() is None:
+            child.send_signal(number)
 
 
 def end_with_starter() -> None:

@@ -11,6 +11,8 @@ from components import component
 def preflight(
     recipe: dict,
     cluster: dict,
+    work_dir: str,
+    trainjob: bool,
     data_uri: str,
     data_revision: str,
     model_generator: str,
@@ -51,7 +53,6 @@ def preflight(
     cluster_node_selector: dict,
     cluster_tolerations: list,
     cluster_volume: str,
-    cluster_work_dir: str,
     checks: Output[Markdown],
 ) -> NamedTuple("Plans", [("subset", dict), ("tokens", dict), ("tune", dict), ("evaluate", dict), ("register", dict)]):  # type: ignore
     """Check the filled form, data, weights, volume, nodes, secrets, image and MLflow; make a plan for each stage.
@@ -59,6 +60,8 @@ def preflight(
     Args:
         recipe: The recipe's whole configuration, which the other fields change.
         cluster: The facts of cluster.yaml that the package was compiled with.
+        work_dir: Folder in which the volume is mounted; empty without one.
+        trainjob: Whether tune runs on several nodes.
         checks: What was looked at, what was found, and what to do about it.
 
     Returns:
@@ -69,5 +72,6 @@ def preflight(
 
     from vapi.cluster.preflight import preflight
 
-    plans = preflight(form.pop("recipe"), form.pop("cluster"), report=form.pop("checks").path, form=form)
+    given = {name: form.pop(name) for name in ("recipe", "cluster", "work_dir", "trainjob")}
+    plans = preflight(**given, report=form.pop("checks").path, form=form)
     return namedtuple("Plans", plans)(**plans)

@@ -17,7 +17,7 @@ from kubernetes.client import ApiException
 from kubernetes.utils import parse_quantity
 from urllib3.exceptions import HTTPError
 
-from vapi.cluster.check import Check, failed, ok, warning
+from vapi.cluster.checks import Check, failed, ok, warning
 from vapi.cluster.config import ClusterConfig
 
 __all__ = ["ApiException", "HTTPError", "Kubernetes", "here", "named"]
@@ -44,9 +44,10 @@ class Kubernetes:
         """What other projects define: TrainJobs."""
         return client.CustomObjectsApi(self.connection)
 
-    def may(self, verb: str, resource: str, group: str = "") -> bool:
+    def may(self, verb: str, resource: str, group: str = "", subresource: str = "") -> bool:
         """Whether we are allowed to."""
-        attributes = client.V1ResourceAttributes(namespace=self.namespace, verb=verb, resource=resource, group=group)
+        wants = {"verb": verb, "resource": resource, "group": group, "subresource": subresource}
+        attributes = client.V1ResourceAttributes(namespace=self.namespace, **wants)
         review = client.V1SelfSubjectAccessReview(spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=attributes))
         found = client.AuthorizationV1Api(self.connection).create_self_subject_access_review(review, _request_timeout=SECONDS)
         return bool(found.status.allowed)
@@ -132,22 +133,17 @@ def nodes(
 ) -> list[Check]:
     """Whether there are nodes that can ever hold each step, whoever uses them now."""
     everyone = kubernetes.core.list_node(_request_timeout=SECONDS).items
-    found = []
-    for demand in demands:
-        labels, taints = (selector, tolerations) if demand.gpus else ({}, [])
-        bearing = [node for node in everyone if labels.items() <= (node.metadata.labels or {}).items()]
-        admitted = [node for node in bearing if _tolerated(node, taints)]
-        if labels and not bearing and cluster.gpu.autoscaled:
-            found.append(warning(demand.field, f"no node bears {_words(labels)} now; fine if one is made on demand (gpu.autoscaled)"))
-        elif labels and not bearing:
-            known = sorted({value for node in everyone for name, value in (node.metadata.labels or {}).items() if name in labels})
-            hint = f"; nodes have {', '.join(known)}" if known else ""
-            found.append(failed("cluster_node_selector", f"no node bears {_words(labels)}{hint}"))
-        elif not admitted:
-            found.append(failed("cluster_tolerations", f"every node that would do is tainted: {_taints(bearing)}"))
-        else:
-            found.append(_fitting(demand, admitted, cluster.gpu.resource))
-    return found
+    bearing = [node for node in everyone if selector.items() <= (node.metadata.labels or {}).items()]
+    admitted = [node for node in bearing if _tolerated(node, tolerations)]
+    if not bearing and cluster.gpu.autoscaled:
+        return [warning("cluster_node_selector", f"no node bears {_words(selector)} now; fine if one is made on demand (gpu.autoscaled)")]
+    if not bearing:
+        known = sorted({value for node in everyone for name, value in (node.metadata.labels or {}).items() if name in selector})
+        hint = f"; nodes have {', '.join(known)}" if known else ""
+        return [failed("cluster_node_selector", f"no node bears {_words(selector)}{hint}")]
+    if not admitted:
+        return [failed("cluster_tolerations", f"every node that would do is tainted: {_taints(bearing)}")]
+    return [_fitting(demand, admitted, cluster.gpu.resource) for demand in demands]
 
 
 def _fitting(demand: Demand, admitted: Sequence[Any], resource: str) -> Check:
@@ -201,8 +197,8 @@ def _sizes(values: Mapping[str, Any]) -> str:
 
 
 @_asked("cluster_volume", "read PersistentVolumeClaims")
-def volume(kubernetes: Kubernetes, claim: str, needed: int, several_nodes: bool) -> list[Check]:
-    """Whether the claim is there, bound, large enough (bytes), and can be mounted by all who need it."""
+def volume(kubernetes: Kubernetes, claim: str, needed: int, several_pods: bool) -> list[Check]:
+    """Whether the claim is there, bound, large enough (bytes), and can be mounted by all who need it at once."""
     try:
         found = kubernetes.core.read_namespaced_persistent_volume_claim(claim, kubernetes.namespace, _request_timeout=SECONDS)
     except ApiException as error:
@@ -218,9 +214,11 @@ def volume(kubernetes: Kubernetes, claim: str, needed: int, several_nodes: bool)
         words = f"{claim} has {float(size) / 1e9:,.0f} GB, and a run needs about {needed / 1e9:,.0f} GB; enlarge it"
         checks.append(failed("cluster_volume", words))
     if found.status.phase != "Bound":
-        checks.append(warning("cluster_volume", f"{claim} is {found.status.phase}; fine if it waits for its first pod"))
-    if several_nodes and not {"ReadWriteMany", "ReadWriteOncePod"} & set(found.spec.access_modes or []):
-        checks.append(warning("cluster_volume", f"{claim} can be mounted on one node only; steps on others will wait for ever"))
+        checks.append(
+            warning("cluster_volume", f"{claim} is {found.status.phase}; fine if it waits for its first pod (kubectl describe pvc)")
+        )
+    if several_pods and "ReadWriteMany" not in (found.spec.access_modes or []):
+        checks.append(failed("cluster_volume", f"{claim} can be mounted on one node at a time, and a TrainJob needs ReadWriteMany"))
     return checks or [ok("cluster_volume", f"{claim} is bound, {float(size) / 1e9:,.0f} GB")]
 
 
@@ -298,7 +296,9 @@ def trainer(kubernetes: Kubernetes, runtime: str) -> list[Check]:
             raise
         words = f"{runtime} does not exist; is Kubeflow Trainer v2 installed, with its runtimes?"
         return [failed("trainer.runtime", words)]
-    lacking = [verb for verb in ("create", "get", "delete") if not kubernetes.may(verb, "trainjobs", TRAINER["group"])]
+    lacking = [f"{verb} TrainJobs" for verb in ("create", "get", "delete") if not kubernetes.may(verb, "trainjobs", TRAINER["group"])]
     if lacking:
-        return [failed("pods.service_account", f"may not {', '.join(lacking)} TrainJobs; apply pipelines/manifests/rbac.yaml")]
+        return [failed("pods.service_account", f"may not {', '.join(lacking)}; apply pipelines/manifests/rbac.yaml")]
+    if not kubernetes.may("get", "pods", subresource="log"):
+        return [warning("pods.service_account", "may not read the logs of the job's pods; apply pipelines/manifests/rbac.yaml")]
     return [ok("trainer.runtime", runtime)]

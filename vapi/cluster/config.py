@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import vapi
 from vapi.config import STAGES, require
@@ -24,6 +24,14 @@ CERTIFICATES = "/etc/vapi-certificates"
 
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")
 NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+METADATA = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+TOLERATION = ("key", "operator", "value", "effect", "tolerationSeconds")
+UNITS = {
+    "": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15,
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50,
+}  # fmt: skip
 MOVING = ("latest", "main", "master", "dev", "nightly", "stable", "edge")
 """Tags that mean another image tomorrow."""
 
@@ -33,7 +41,7 @@ def require_pinned(image: str, field: str) -> None:
     name, at, digest = image.partition("@")
     tag = name.rpartition("/")[2].partition(":")[2]
     require(
-        bool(re.fullmatch(r"sha256:[0-9a-f]{64}", digest)) if at else bool(tag) and tag not in MOVING,
+        bool(re.fullmatch(r"sha256:[0-9a-f]{64}", digest)) if at else bool(tag) and tag.lower() not in MOVING,
         f"{field} is {image!r}; name it by digest (name@sha256:...) or by a version's tag, which never means another image: "
         "the cache of Kubeflow sees the name alone",
     )
@@ -46,6 +54,29 @@ def _require_quantities(section: str, values: dict[str, str]) -> None:
 
 def _require_name(field: str, name: str) -> None:
     require(not name or bool(NAME.fullmatch(name)), f"{field} is {name!r}; names in Kubernetes have small letters, digits, - and .")
+
+
+def require_label(field: str, name: str) -> None:
+    """Raises ValueError for the name of a volume's source that Kubeflow cannot mount: it calls the volume by the same name."""
+    words = "Kubeflow mounts what has small letters, digits and - in its name, at most 63 of them"
+    require(not name or bool(LABEL.fullmatch(name)), f"{field} is {name!r}; {words}")
+
+
+def require_tolerations(field: str, tolerations: Any) -> None:
+    """Raises ValueError for what is no list of Kubernetes' tolerations."""
+    for toleration in tolerations:
+        known = isinstance(toleration, dict) and set(toleration) <= set(TOLERATION)
+        require(known, f"{field} holds {toleration!r}; a toleration is a mapping with some of {', '.join(TOLERATION)}")
+
+
+def amount(quantity: str) -> float:
+    """A quantity as a number: 64Gi -> 68719476736."""
+    number = quantity.rstrip("mkKMGTPi")
+    return float(number) * UNITS[quantity[len(number) :]]
+
+
+def _require_room(section: str, memory: str, shared: str) -> None:
+    require(amount(shared) < amount(memory), f"{section}.shared_memory {shared} is a part of {section}.memory {memory}, and must be less")
 
 
 @dataclass(frozen=True)
@@ -79,6 +110,7 @@ class CpuConfig:
 
     def __post_init__(self) -> None:
         _require_quantities("cpu", vars(self))
+        _require_room("cpu", self.memory, self.shared_memory)
 
 
 @dataclass(frozen=True)
@@ -108,6 +140,8 @@ class GpuConfig:
 
     def __post_init__(self) -> None:
         _require_quantities("gpu", {name: getattr(self, name) for name in ("cpu", "memory", "shared_memory", "scratch")})
+        _require_room("gpu", self.memory, self.shared_memory)
+        require_tolerations("gpu.tolerations", self.tolerations)
         require(self.per_node >= 1, f"gpu.per_node is {self.per_node}; a GPU node has at least 1")
 
 
@@ -128,9 +162,14 @@ class VolumeConfig:
 
     def __post_init__(self) -> None:
         _require_quantities("volume", {"size": self.size})
-        _require_name("volume.claim", self.claim)
+        require(bool(self.claim), "volume.claim is empty; name a PersistentVolumeClaim")
+        require_label("volume.claim", self.claim)
         _require_name("volume.storage_class", self.storage_class)
-        require(self.path.startswith("/") and self.path != "/", f"volume.path is {self.path!r}; give a folder such as /mnt/vapi")
+        taken = ("/tmp", "/dev", "/opt/vapi", "/opt/venv", "/etc", "/usr", "/proc", "/sys")
+        free = (
+            self.path.startswith("/") and self.path != "/" and not any(self.path == one or self.path.startswith(f"{one}/") for one in taken)
+        )
+        require(free, f"volume.path is {self.path!r}; give a folder that nobody else has, such as /mnt/vapi")
 
 
 @dataclass(frozen=True)
@@ -184,8 +223,17 @@ class PodsConfig:
             for name, keys in named.items():
                 _require_name(f"pods.{what}", name)
                 require(bool(keys), f"pods.{what}.{name} names no key; write {{key: VARIABLE}}")
+        variables = [
+            *self.env,
+            *(variable for named in (self.secrets, self.config_maps) for keys in named.values() for variable in keys.values()),
+        ]
+        for variable in variables:
+            require(bool(VARIABLE.fullmatch(variable)), f"pods names the variable {variable!r}; it has letters, digits and _")
+        for what, given in (("labels", self.labels), ("annotations", self.annotations)):
+            for name in given:
+                require(bool(METADATA.fullmatch(name)), f"pods.{what} has {name!r}; a key is like kueue.x-k8s.io/queue-name")
         _require_name("pods.service_account", self.service_account)
-        _require_name("pods.ca_bundle", self.ca_bundle)
+        require_label("pods.ca_bundle", self.ca_bundle)
 
 
 @dataclass(frozen=True)

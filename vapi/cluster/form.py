@@ -50,10 +50,6 @@ OTHERS = {
     "cluster_volume": Field(
         "PersistentVolumeClaim for data, checkpoints and results.", lambda cluster, gpu: cluster.volume.claim if gpu else ""
     ),
-    "cluster_work_dir": Field(
-        "Folder in which that volume is mounted (fixed in the package); empty: there is none.",
-        lambda cluster, gpu: cluster.volume.path if gpu else "",
-    ),
 }
 
 

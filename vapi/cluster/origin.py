@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import vapi
 from vapi import data
-from vapi.config import FILES, Config
+from vapi.config import FILES, Config, write_text
 
 IMAGE = Path(vapi.__file__).resolve().parents[1]
 """The clone, or the folder of the image, that the package lies in; it holds the embedded data."""
@@ -39,8 +39,9 @@ class Origin:
     revision: str = ""
 
     def __post_init__(self) -> None:
-        if urlsplit(self.uri).password:
-            raise ValueError("data_uri holds a password, and everybody sees the parameters of a run; put it into a secret (pods.secrets)")
+        split = urlsplit(self.uri)
+        if split.password or (split.username and split.scheme.endswith(("http", "https"))) or split.query:
+            raise ValueError("data_uri holds a login or a signature, and everybody sees a run's parameters; use a secret (pods.secrets)")
         if self.revision and not self.uri:
             raise ValueError("data_revision is given without data_uri; name the DVC repository that the revision belongs to")
         if self.is_repository and not self.revision:
@@ -77,32 +78,73 @@ def root(origin: Origin, names: Iterable[str], state: Path) -> Path:
         if not origin.folder.is_dir():
             raise ValueError(f"data_uri is {origin.uri}, and there is no such folder; mount the volume it lies on, or name another")
         return origin.folder
-    names = sorted({name for name in names if not Path(name).is_absolute()})
-    with data.locked(state / "origin.lock"):
-        return _repository(origin, names, state) if origin.is_repository else _fetched(origin.uri, names, state)
+    with _held(origin, state):
+        if origin.is_repository:
+            return _pulled(origin, _relative(names), state)
+        return _fetched(origin.uri, _relative(names), state)
+
+
+def bytes_of(origin: Origin, names: Iterable[str], state: Path) -> dict[str, int]:
+    """Which of some names the origin has, and how large they are, without fetching them; a repository's are its files' own.
+    Of an origin that is a folder already nothing is said. Raises ValueError when it cannot be reached."""
+    if origin.folder is not None:
+        return {}
+    with _held(origin, state):
+        if origin.is_repository:
+            from dvc.api import DVCFileSystem
+
+            folder, _ = _cloned(origin, state)
+            return _sizes(DVCFileSystem(str(folder)), "", _relative(names))
+        with _opened(origin.uri) as (system, base):
+            return _sizes(system, f"{base}/", _relative(names))
+
+
+def _sizes(system: Any, base: str, names: list[str]) -> dict[str, int]:
+    found = {name: _paths(system, base, name) for name in names}
+    return {name: sum(int(system.du(path) or 0) for path in paths) for name, paths in found.items() if paths}
+
+
+def _paths(system: Any, base: str, name: str) -> list[str]:
+    """What a name or a pattern leads to in a file system."""
+    if _plain(name) != name:
+        return sorted(system.glob(f"{base}{name}"))
+    return [f"{base}{name}"] if system.exists(f"{base}{name}") else []
+
+
+def _relative(names: Iterable[str]) -> list[str]:
+    """Those that are relative. Raises ValueError for one that would leave the folder it is relative to."""
+    for name in names:
+        if ".." in Path(name).parts:
+            raise ValueError(f"{name!r} leads out of the data; names are relative to data_uri and stay inside")
+    return sorted({name for name in names if not Path(name).is_absolute()})
+
+
+@contextlib.contextmanager
+def _held(origin: Origin, state: Path) -> Iterator[None]:
+    """An origin is fetched from by one process at a time."""
+    with data.locked(state / "origins" / f"{_short(origin.uri)}.lock"):
+        yield
 
 
 def resolve(origin: Origin, state: Path) -> Origin:
     """The same with a commit in place of a tag or branch, which may move while a run goes on."""
     if not origin.is_repository or COMMIT.fullmatch(origin.revision):
         return origin
-    with data.locked(state / "origin.lock"):
+    with _held(origin, state):
         return Origin(origin.uri, _cloned(origin, state)[1])
 
 
 # --- a DVC repository --------------------------------------------------------------------------
 
 
-def _repository(origin: Origin, names: list[str], state: Path) -> Path:
-    """A checkout with the wanted of its DVC-tracked files in place."""
+def _pulled(origin: Origin, names: list[str], state: Path) -> Path:
+    """A checkout with the wanted of its DVC-tracked files in place, all of each: DVC looks at what is there already."""
     from dvc.exceptions import DvcException, NoOutputOrStageError
     from dvc.repo import Repo
 
     folder, _ = _cloned(origin, state)
     with contextlib.closing(Repo(str(folder))) as repo:
         for name in names:
-            if matches(folder / name):
-                continue
             try:
                 repo.pull(targets=[str(folder / _plain(name))])
             except NoOutputOrStageError:
@@ -126,7 +168,7 @@ def _cloned(origin: Origin, state: Path) -> tuple[Path, str]:
 
     if COMMIT.fullmatch(origin.revision) and place(origin.revision).is_dir():
         return place(origin.revision), origin.revision
-    partial = state / "repositories" / ".partial"
+    partial = state / "repositories" / f".{_short(origin.uri)}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -161,13 +203,22 @@ def _fetched(uri: str, names: list[str], state: Path) -> Path:
     folder = state / "fetched" / _short(uri)
     folder.mkdir(parents=True, exist_ok=True)
     with _opened(uri) as (system, base):
-        for name in names:
-            for path in system.glob(f"{base}/{name}") if _plain(name) != name else [f"{base}/{name}"]:
-                if system.exists(path):
-                    _fetch(system, path, folder / path.removeprefix(f"{base}/"))
-    if not any(folder.iterdir()):
+        for path in [path for name in names for path in _paths(system, f"{base}/", name)]:
+            # file by file, so that what was interrupted goes on where it was
+            files = system.find(path, detail=True) if system.isdir(path) else {path: system.info(path)}
+            for name, about in files.items():
+                (inside,) = _relative([name.removeprefix(f"{base}/")])  # a server's listing may say anything
+                _fetch(system, name, _version(about), folder / inside)
+    if names and not any(folder.iterdir()):
         raise ValueError(f"data_uri {uri} holds none of {', '.join(names)}; a recipe's names are relative to it")
     return folder
+
+
+def _version(about: dict[str, Any]) -> str:
+    """What tells a file at its origin from one that it was before; nothing if the protocol does not say."""
+    marks = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "Last-Modified", "LastModified", "last_modified", "updated", "mtime")
+    known = {mark: str(about[mark]) for mark in marks if about.get(mark)}
+    return str(sorted({**known, "size": str(about.get("size"))}.items())) if known else ""
 
 
 @contextlib.contextmanager
@@ -188,18 +239,17 @@ def _opened(uri: str) -> Iterator[tuple[Any, str]]:
         raise ValueError(f"data_uri {uri} cannot be read: {type(error).__name__} {error}") from error
 
 
-def _fetch(system: Any, path: str, target: Path) -> None:
-    """One file or folder, unless its copy is of the same version."""
-    mark, version = target.with_name(f".{target.name}.version"), str(system.ukey(path))
-    if target.exists() and mark.is_file() and mark.read_text() == version:
+def _fetch(system: Any, path: str, version: str, target: Path) -> None:
+    """One file, unless its copy is of the same version. The copy that was there stays until the new one is whole."""
+    mark = target.with_name(f".{target.name}.version")
+    if version and target.is_file() and mark.is_file() and mark.read_text() == version:
         return
-    partial = target.with_name(f".{target.name}.partial")
-    for old in (partial, target):
-        shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    system.get(path, str(partial), recursive=True)
-    partial.rename(target)
-    mark.write_text(version)
+    partial = target.with_name(f".{target.name}.partial")
+    system.get_file(path, str(partial))
+    mark.unlink(missing_ok=True)
+    partial.replace(target)
+    write_text(mark, version)
 
 
 # --- what is there -----------------------------------------------------------------------------

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from vapi import config, data
-from vapi.cluster import api, check, form, origin, pages, step
+from vapi.cluster import api, checks, form, origin, pages, step
 from vapi.cluster.api import Demand, Kubernetes
-from vapi.cluster.check import Check, failed, ok, warning
-from vapi.cluster.config import GPU_STEPS, ClusterConfig, require_pinned
+from vapi.cluster.checks import Check, failed, ok, warning
+from vapi.cluster.config import CERTIFICATES, GPU_STEPS, ClusterConfig, require_label, require_pinned, require_tolerations
 from vapi.cluster.origin import Origin
 from vapi.config import STAGES, Config
 
@@ -37,69 +37,102 @@ FEATURE_BYTES = 20_000
 """That evaluation keeps of a sample: Inception's features, spatial ones included."""
 
 
-def preflight(recipe: Mapping[str, Any], cluster: Mapping[str, Any], form: Mapping[str, Any], report: str) -> dict[str, step.Plan]:
+def preflight(
+    recipe: Mapping[str, Any], cluster: Mapping[str, Any], work_dir: str, trainjob: bool, form: Mapping[str, Any], report: str
+) -> dict[str, step.Plan]:
     """The step. Writes the checks as Markdown to ``report`` and returns the stages' plans.
 
     Raises SystemExit(2) after printing every check if one of them failed.
     """
     facts = config.build(ClusterConfig, dict(cluster))
-    with step.in_words(), step.workplace(form["cluster_work_dir"]) as state:
-        os.environ["VAPI_STATE"] = str(state)
+    with step.in_words(), step.workplace(work_dir) as place:
         try:
-            settings, source = resolved(recipe, form)
-            checks = about_form(settings) + about_here(settings, source, form, state)
+            settings, source = resolved(recipe, form, bool(work_dir), trainjob)
+            found = about_form(settings) + about_here(settings, source, place)
         except ValueError as error:
-            checks = [failed("form", str(error))]
+            found = [failed("form", str(error))]
         else:
-            kubernetes = api.here()
-            outside = ok("cluster", "this is no pod of a cluster: nodes, volume and secrets were not looked at")
-            checks += about_cluster(kubernetes, settings, facts, form) if kubernetes else [outside]
-        rows = [[row.field, row.status, row.found] for row in checks]
+            found += _about_pod(settings, facts, form, trainjob)
+        rows = [[row.field, row.status, row.found] for row in found]
         config.write_text(Path(report), pages.markdown_table("Preflight", ("field", "", "found"), rows))
-        print(check.table(checks), flush=True)
-        if wrong := check.verdict(checks):
+        print(checks.table(found), flush=True)
+        if wrong := checks.verdict(found):
             raise ValueError(wrong)
-        return plans(settings, origin.resolve(source, state), form)
+        return plans(settings, origin.resolve(source, place.state), place)
 
 
-def resolved(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Config, Origin]:
-    """What a filled form asks for. Raises ValueError that names its field."""
+def _about_pod(settings: Config, facts: ClusterConfig, values: Mapping[str, Any], trainjob: bool) -> list[Check]:
+    """What the cluster around this pod says, and what it gave to the pod."""
+    if kubernetes := api.here():
+        return [*_variables(facts), *about_cluster(kubernetes, settings, facts, values, trainjob)]
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        words = "this pod has no token for Kubernetes (automountServiceAccountToken): nodes, volume and secrets were not looked at"
+        return [*_variables(facts), warning("cluster", words)]
+    return [ok("cluster", "this is no pod of a cluster: nodes, volume and secrets were not looked at")]
+
+
+def _variables(facts: ClusterConfig) -> Iterator[Check]:
+    """Whether secrets and config maps gave this pod what they should; it takes no permission to see that."""
+    for field, named in (("pods.secrets", facts.pods.secrets), ("pods.config_maps", facts.pods.config_maps)):
+        for name, keys in named.items():
+            for key, variable in keys.items():
+                if variable not in os.environ:
+                    yield failed(field, f"{name} gives no {variable}; is it there, with the key {key}?")
+    if facts.pods.ca_bundle and not Path(CERTIFICATES, "ca.crt").is_file():
+        yield failed("pods.ca_bundle", f"{facts.pods.ca_bundle} gives no {CERTIFICATES}/ca.crt; is it there, with the key ca.crt?")
+
+
+def resolved(recipe: Mapping[str, Any], values: Mapping[str, Any], volume: bool, trainjob: bool = False) -> tuple[Config, Origin]:
+    """What a filled form asks for, of a package with a ``volume`` or without. Raises ValueError that names its field."""
     settings = form.resolve(recipe, values)
     require_pinned(values["cluster_image"], "cluster_image")
+    require_label("cluster_volume", values["cluster_volume"])
+    require_tolerations("cluster_tolerations", values["cluster_tolerations"])
+    if volume and not values["cluster_volume"]:
+        raise ValueError("cluster_volume is empty, and this package keeps its data on one; name a PersistentVolumeClaim")
     for name in (f"{stage}_gpus" for stage in GPU_STEPS):
         if values[name] < 0:
             raise ValueError(f"{name} is {values[name]}; give a number of GPUs, or 0 for a CPU")
+    if trainjob and values["tune_nodes"] < 1:
+        raise ValueError(f"tune_nodes is {values['tune_nodes']}; give a number of nodes")
     processes = max(1, values["tune_gpus"]) * values["tune_nodes"]
     for name in ("images_per_step", "holdout_images"):
         if (images := getattr(settings.tune, name)) < processes:
             raise ValueError(f"tune_gpus x tune_nodes are {processes}, and share tune_{name} {images}; use fewer GPUs or more images")
-    if values["tune_nodes"] > 1 and not values["cluster_work_dir"]:
-        raise ValueError("tune_nodes needs a volume that all nodes share; use a package that mounts one")
     return settings, Origin(values["data_uri"], values["data_revision"])
 
 
 def about_form(settings: Config) -> list[Check]:
-    """What the form asks for, and what of it may not be meant."""
-    checks = [ok("form", f"a configuration of {len(config.flat(settings))} fields")]
+    """What the form asks for, and what of it may not be meant or not be there."""
+    from vapi import rewards  # with torch
+
+    found = [ok("form", f"a configuration of {len(config.flat(settings))} fields")]
     if settings.subset.images == 0:
-        checks.append(warning("subset_images", "0 takes every image of the source"))
-    return checks
+        found.append(warning("subset_images", "0 takes every image of the source; the room they need is not in the estimate"))
+    for name in settings.tune.rewards:
+        if name not in rewards.REWARDS:
+            found.append(failed("tune_rewards", f"no reward is called {name!r}; {config.nearest(name, rewards.REWARDS)}"))
+    return found
 
 
 # --- what the pod itself can see ---------------------------------------------------------------
 
 
-def about_here(settings: Config, source: Origin, values: Mapping[str, Any], state: Path) -> list[Check]:
-    """Data and weights, the mounted volume, MLflow. Leaves the process in the folder that the data's names are relative to."""
-    wanted = origin.files(settings, STAGES["evaluate"].sections + STAGES["tune"].sections + STAGES["subset"].sections)
+def about_here(settings: Config, source: Origin, place: step.Place) -> list[Check]:
+    """Data and weights, the mounted volume, MLflow. Leaves the process in the folder that the data's names are relative to.
+
+    With a volume nothing is fetched but what it takes to know that it can be: the stages fetch what they read, once.
+    """
+    wanted = origin.files(settings, config.FILES)
     try:
-        os.chdir(origin.root(source, wanted.values(), state))
+        there = origin.bytes_of(source, wanted.values(), place.state) if place.volume else {}
+        os.chdir(origin.root(source, [] if place.volume else wanted.values(), place.state))
     except ValueError as error:
         return [failed("data_uri", str(error))]
-    checks = [ok("data_uri", _described(source)), *_files(wanted), *_networks(settings)]
-    if values["cluster_work_dir"]:
-        checks += _room(Path(values["cluster_work_dir"]), bytes_needed(settings))
-    return [*checks, mlflow(settings.track.uri or os.environ.get("MLFLOW_TRACKING_URI", ""))]
+    found = [ok("data_uri", _described(source)), *_files(wanted, there), *_readable(settings, there), *_networks(settings)]
+    if place.volume:
+        found += _room(place.volume, bytes_needed(settings) + sum(there.values()))
+    return [*found, mlflow(settings.track.uri or os.environ.get("MLFLOW_TRACKING_URI", ""))]
 
 
 def _described(source: Origin) -> str:
@@ -108,10 +141,12 @@ def _described(source: Origin) -> str:
     return source.uri or "the image's own data"
 
 
-def _files(wanted: Mapping[str, str]) -> Iterator[Check]:
+def _files(wanted: Mapping[str, str], there: Mapping[str, int]) -> Iterator[Check]:
     for dotted, name in wanted.items():
         with _field(dotted.replace(".", "_", 1)) as (field, found):
-            if dotted.startswith("model."):
+            if name in there:
+                found.append(ok(field, f"{name}, {there[name]:,} bytes, still to be fetched"))
+            elif dotted.startswith("model."):
                 from vapi.models import weights  # with torch
 
                 found.append(ok(field, f"{name}, {weights.size(name):,} bytes"))
@@ -119,6 +154,22 @@ def _files(wanted: Mapping[str, str]) -> Iterator[Check]:
                 found.append(ok(field, name + (f", {len(here)} files" if len(here) > 1 else "")))
             else:
                 found.append(failed(field, f"{name} is not in {Path.cwd()}; put it there, or name what is"))
+        yield from found
+
+
+def _readable(settings: Config, there: Mapping[str, int]) -> Iterator[Check]:
+    """Whether what images are compared with are images: evaluation comes after hours on GPUs."""
+    for field in ("reference", "validation"):
+        path = Path(getattr(settings.evaluate, field))
+        if str(path) in there or not path.is_file():
+            continue
+        with _field(f"evaluate_{field}") as (_, found):
+            if path.suffix == ".npz":
+                from vapi.metrics import published
+
+                published.require(path)
+            else:
+                data.read_images(path, limit=1)
         yield from found
 
 
@@ -150,20 +201,18 @@ def _field(field: str) -> Iterator[tuple[str, list[Check]]]:
         found.append(failed(field, str(error)))
 
 
-def _room(work_dir: Path, needed: int) -> Iterator[Check]:
+def _room(volume: Path, needed: int) -> Iterator[Check]:
     """Whether the volume can be written to, and has the room."""
     try:
-        with tempfile.TemporaryFile(dir=work_dir) as file:
+        with tempfile.TemporaryFile(dir=volume) as file:
             file.write(b"vapi")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        yield failed(
-            "cluster_volume", f"{work_dir} cannot be written to by user {os.getuid()} ({error.strerror}); change its owner or mode"
-        )
+        yield failed("cluster_volume", f"{volume} cannot be written to by user {os.getuid()} ({error.strerror}); change its owner or mode")
         return
-    free = shutil.disk_usage(work_dir).free
-    words = f"{free / 1e9:,.0f} GB are free in {work_dir}, and a run needs about {needed / 1e9:,.0f} GB"
+    free = shutil.disk_usage(volume).free
+    words = f"{free / 1e9:,.0f} GB are free in {volume}, and a run needs about {needed / 1e9:,.0f} GB"
     yield ok("cluster_volume", words) if free >= needed else failed("cluster_volume", f"{words}; make room (.vapi/resume, artifacts)")
 
 
@@ -186,8 +235,10 @@ def mlflow(uri: str, inside: bool = True) -> Check:
     if uri in ("", "off"):
         words = "there is no MLflow: numbers stay in the artifacts, and nothing can be registered"
         return warning("track_uri", words + ("" if uri else "; set mlflow.uri in cluster.yaml"))
+    if uri.startswith(("sqlite:///", "postgresql", "mysql", "databricks")):
+        return ok("track_uri", uri.partition("@")[0])
     if not uri.startswith(("http://", "https://")):
-        return ok("track_uri", uri)
+        return failed("track_uri", f"{uri!r} is no address; write http://..., or off")
     worse = failed if inside else warning
     request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1", headers=_login())
     try:
@@ -215,41 +266,43 @@ def _login() -> dict[str, str]:
 # --- what the cluster says ---------------------------------------------------------------------
 
 
-def about_cluster(kubernetes: Kubernetes, settings: Config, cluster: ClusterConfig, values: Mapping[str, Any]) -> list[Check]:
-    """Nodes, quota, volume, secrets, config maps, service account, and the trainer where several nodes are asked for."""
-    wants = demands(cluster, values)
-    pods, several = cluster.pods, len({want.gpus > 0 for want in wants}) > 1 or values["tune_nodes"] > 1
+def about_cluster(
+    kubernetes: Kubernetes, settings: Config, cluster: ClusterConfig, values: Mapping[str, Any], trainjob: bool = False
+) -> list[Check]:
+    """Nodes, quota, volume, secrets, config maps, service account, and the trainer where a TrainJob is made."""
+    wants, pods = demands(cluster, values, trainjob), cluster.pods
+    maps = pods.config_maps | ({pods.ca_bundle: {"ca.crt": ""}} if pods.ca_bundle else {})
     asked: list[Callable[[], list[Check]]] = [
         lambda: api.nodes(kubernetes, cluster, wants, values["cluster_node_selector"], values["cluster_tolerations"]),
         lambda: api.quota(kubernetes, cluster.gpu.resource, max(want.gpus * want.nodes for want in wants)),
         lambda: api.secrets(kubernetes, pods.secrets),
-        lambda: api.config_maps(kubernetes, pods.config_maps | ({pods.ca_bundle: {"ca.crt": ""}} if pods.ca_bundle else {})),
+        lambda: api.config_maps(kubernetes, maps),
     ]
     if values["cluster_volume"]:
-        asked.append(lambda: api.volume(kubernetes, values["cluster_volume"], bytes_needed(settings), several))
+        asked.append(lambda: api.volume(kubernetes, values["cluster_volume"], bytes_needed(settings), several_pods=trainjob))
     if cluster.image.pull_secret:
         asked.append(lambda: api.pull_secret(kubernetes, cluster.image.pull_secret))
     if pods.service_account:
         asked.append(lambda: api.service_account(kubernetes, pods.service_account))
-    if values["tune_nodes"] > 1:
+    if trainjob:
         asked.append(lambda: api.trainer(kubernetes, cluster.trainer.runtime))
-    return [found for ask in asked for found in ask()]
+    return list(dict.fromkeys(found for ask in asked for found in ask()))  # three boxes may say the same of one selector
 
 
-def demands(cluster: ClusterConfig, values: Mapping[str, Any]) -> list[Demand]:
+def demands(cluster: ClusterConfig, values: Mapping[str, Any], trainjob: bool = False) -> list[Demand]:
     """What each step that may run on a GPU asks of its node."""
     found = []
     for name in GPU_STEPS:
-        gpus = values[f"{name}_gpus"]
-        size = cluster.gpu if gpus and values["cluster_volume"] else cluster.cpu  # as the package was compiled
-        found.append(Demand(f"{name}_gpus", gpus, size.cpu, size.memory, values["tune_nodes"] if name == "tune" else 1))
+        gpus, nodes = values[f"{name}_gpus"], values["tune_nodes"] if trainjob and name == "tune" else 1
+        size = cluster.gpu if values["cluster_volume"] else cluster.cpu  # as the package was compiled
+        found.append(Demand(f"{name}_gpus", gpus, size.cpu, size.memory, nodes))
     return found
 
 
 # --- plans -------------------------------------------------------------------------------------
 
 
-def plans(settings: Config, source: Origin, values: Mapping[str, Any]) -> dict[str, step.Plan]:
+def plans(settings: Config, source: Origin, place: step.Place) -> dict[str, step.Plan]:
     """Each stage's plan: the sections that its result follows from, the data, the code.
 
     Without a volume Kubeflow's cache may take a step from an earlier run, so the files' digests are part of the plan;
@@ -258,7 +311,7 @@ def plans(settings: Config, source: Origin, values: Mapping[str, Any]) -> dict[s
     from vapi import track
 
     everything = config.plain(settings)
-    digests = {} if values["cluster_work_dir"] else origin.digests(settings, config.FILES)
+    digests = {} if place.volume else origin.digests(settings, config.FILES)
     made = {}
     for stage in STAGES:
         sections = config.sections_so_far(stage)

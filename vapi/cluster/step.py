@@ -17,20 +17,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
-from vapi import config, data
+from vapi import config, data, signals
 from vapi.cluster import origin
 from vapi.cluster.origin import Origin
 from vapi.config import STAGES, Config
@@ -45,6 +44,9 @@ SMALL = 4 << 20
 """Bytes up to which a file travels as an artifact although there is a volume."""
 DEED = "register"
 """The stage that changes something elsewhere: it is done every time, and what it writes is small."""
+LOCK_SECONDS = 900.0
+"""To wait for whoever makes the same result: as long as a volume keeps the lock of a node that was lost, and not so long that
+eight GPUs wait for another eight."""
 NOT_HERE = "mount the volume that it was written to, or run the step that makes it again"
 
 
@@ -55,17 +57,16 @@ def run(stage: str, plan: Plan, work_dir: str, out: str, launch: Callable[[Comma
     Raises SystemExit with the stage's own code when it fails, and 2 when it cannot begin; the log says why.
     """
     settings = settings_of(plan)
-    with in_words(), workplace(work_dir) as state:
-        os.environ["VAPI_STATE"] = str(state)
+    with in_words(), workplace(work_dir) as place:
         named = origin.files(settings, STAGES[stage].sections)
-        os.chdir(origin.root(Origin(plan["data"]["uri"], plan["data"]["revision"]), named.values(), state))
+        os.chdir(origin.root(Origin(plan["data"]["uri"], plan["data"]["revision"]), named.values(), place.state))
         _require_same(settings, stage, plan)
         folders = {name: opened(Path(path)) for name, path in inputs.items()}
-        if not work_dir or stage == DEED:
+        if place.volume is None or stage == DEED:
             _make(stage, settings, plan, folders, Path(out), launch or here)
             return Path(out)
-        target = Path(work_dir) / "artifacts" / stage / _key(stage, settings, inputs)
-        with data.locked(target.with_suffix(".lock")):
+        target = place.volume / "artifacts" / stage / _key(stage, settings, inputs)
+        with data.locked(target.with_suffix(".lock"), wait=LOCK_SECONDS):
             if (target / "config.json").is_file():
                 print(f"{target} holds this result already", flush=True)
             else:
@@ -93,21 +94,31 @@ def in_words() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a step works: the volume, if there is one, and the folder for what outlives a stage (or as long as the pod lives)."""
+
+    state: Path
+    volume: Path | None = None
+
+
 @contextlib.contextmanager
-def workplace(work_dir: str) -> Iterator[Path]:
-    """The folder for what outlives a stage: on the volume, where the environment says, or for as long as the pod lives."""
-    given = os.environ.get("VAPI_STATE")
-    if work_dir:
-        if not Path(work_dir).is_dir():
-            raise ValueError(f"cluster_work_dir is {work_dir}, which is not here; is the volume mounted there?")
-        os.environ.setdefault("TORCH_HOME", f"{work_dir}/torch")
-        os.environ.setdefault("HF_HOME", f"{work_dir}/huggingface")
-        yield Path(work_dir) / ".vapi"
-    elif given:
-        yield Path(given)
-    else:
-        with tempfile.TemporaryDirectory(prefix="vapi-") as folder:
-            yield Path(folder)
+def workplace(work_dir: str) -> Iterator[Place]:
+    """The place of a step, told to the processes that it starts. ``work_dir`` is where the package mounts its volume (empty: it
+    has none); where a volume cannot be mounted, VAPI_WORK_DIR names a folder in place of it."""
+    with contextlib.ExitStack() as stack:
+        if work_dir:
+            volume = Path(os.environ.get("VAPI_WORK_DIR") or work_dir)
+            if not volume.is_dir():
+                raise ValueError(f"{volume} is not here; is the volume mounted there?")
+            os.environ.setdefault("TORCH_HOME", f"{volume}/torch")
+            os.environ.setdefault("HF_HOME", f"{volume}/huggingface")
+            place = Place(volume / ".vapi", volume)
+        else:
+            own = os.environ.get("VAPI_STATE") or stack.enter_context(tempfile.TemporaryDirectory(prefix="vapi-"))
+            place = Place(Path(own))
+        os.environ["VAPI_STATE"] = str(place.state)
+        yield place
 
 
 def _require_same(settings: Config, stage: str, plan: Plan) -> None:
@@ -151,7 +162,7 @@ def _known(plan: Plan) -> dict[str, Any]:
     return {
         "execution": run,
         "data": plan["data"]["digest"],
-        "git": plan["data"]["revision"] or plan["code"]["commit"] or "none",
+        "git": plan["code"]["commit"] or "none",
         "tags": {name: value for name, value in tags.items() if value},
     }
 
@@ -170,10 +181,9 @@ def here(command: Command) -> int:
         }
         words = [sys.executable, *command.words(params)]
         child = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-        with _handing_on(child):
+        with signals.handed_on(lambda number: child.send_signal(number)):  # (which does nothing to one that has ended)
             _relay(child.stdout)
-            code = child.wait()
-        return code if code >= 0 else 128 - code
+            return signals.exit_code(child.wait())
 
 
 def _relay(words: IO[bytes] | None) -> None:
@@ -186,34 +196,18 @@ def _relay(words: IO[bytes] | None) -> None:
             sys.stdout.flush()
 
 
-@contextlib.contextmanager
-def _handing_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C for this process go to the stage, which writes a checkpoint and ends."""
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        if child.poll() is None:
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # --- artifacts and the volume ------------------------------------------------------------------
 
 
 def _key(stage: str, settings: Config, inputs: Mapping[str, str]) -> str:
     """Names a result after what it follows from."""
     sections = STAGES[stage].sections
-    marks = {field: origin.mark(name) for field, name in origin.files(settings, sections).items()}
-    if stage == "subset":
-        marks["subset.source"] = _listed(settings)
+    named = origin.files(settings, sections)
+    # a source may have a million files, which are listed many at a time
+    marks = {field: _listed(settings) if field == "subset.source" else origin.mark(name) for field, name in named.items()}
     made = {name: _descriptor(Path(path))["sha256"] for name, path in inputs.items()}
     values = {name: config.plain(getattr(settings, name)) for name in sections}
-    depends = [stage, values, marks, made, data.code_version()["source"]]
+    depends = [stage, values, marks, made, data.code_version()["source"], importlib.metadata.version("torch")]
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
 
 

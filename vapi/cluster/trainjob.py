@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from vapi import config
+from vapi import config, signals
+from vapi.cluster import lifeline
 from vapi.cluster.api import SECONDS, TRAINER, ApiException, HTTPError, Kubernetes, here
 from vapi.cluster.config import CERTIFICATES, ClusterConfig
 from vapi.cluster.step import Command, in_words
@@ -38,7 +37,6 @@ PATIENCE = 600.0
 GRACE = 600
 """Seconds between SIGTERM and SIGKILL for the job's pods: a step of training, and a checkpoint of many gigabytes."""
 LOST = 1
-CANCELLED = 75
 HANDED_ON = ("VAPI_STATE", "TORCH_HOME", "HF_HOME", "KFP_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
 """Of the step's environment; what is secret comes to the job's pods as it came to the step's."""
 
@@ -69,13 +67,34 @@ class Trainer:
         params, alive = out.with_suffix(".yaml"), out.with_suffix(".alive")
         config.write_text(params, config.dump(command.settings, comments=False))
         name = f"vapi-{command.stage}-{out.name}"
-        with _touching(alive), _cancelled(lambda: delete(self.kubernetes, name)):
-            submit(self.kubernetes, manifest(name, command, params, alive, self))
+        with in_kubernetes_words(name), _touching(alive), signals.handed_on(self._cancel(name)):
+            submit(self.kubernetes, manifest(name, command, params, alive, self), lifeline.note(alive))
             code = Follower(self.kubernetes, name).follow()
-        if code == 0:
-            delete(self.kubernetes, name)
-            alive.unlink(missing_ok=True)
+            if code == 0:
+                delete(self.kubernetes, name)
         return code
+
+    def _cancel(self, name: str) -> Callable[[int], None]:
+        """What a signal does: delete the job and end the step. If it cannot be deleted now, its lifeline ends it."""
+
+        def stop(number: int) -> None:
+            with contextlib.suppress(ApiException, HTTPError):
+                delete(self.kubernetes, name)
+            raise SystemExit(lifeline.ALONE)
+
+        return stop
+
+
+@contextlib.contextmanager
+def in_kubernetes_words(name: str) -> Iterator[None]:
+    """What Kubernetes has to say about a TrainJob becomes a ValueError."""
+    try:
+        yield
+    except ApiException as error:
+        allowed = "; apply pipelines/manifests/rbac.yaml" if error.status == 403 else ""
+        raise ValueError(f"TrainJob {name}: Kubernetes answers {error.status} {error.reason} {error.body or ''}{allowed}") from error
+    except HTTPError as error:
+        raise ValueError(f"TrainJob {name}: Kubernetes cannot be reached: {_short(error)}") from error
 
 
 def launcher(cluster: Mapping[str, Any], environment: Mapping[str, str], size: Size) -> Trainer:
@@ -164,7 +183,9 @@ def _job(trainer: Trainer) -> dict[str, Any]:
 
 
 def state(job: Mapping[str, Any]) -> tuple[str, str]:
-    """What a TrainJob says of itself (Created, Suspended, Running, Complete, Failed), and why."""
+    """What a TrainJob says of itself (Created, Suspended, Running, Complete, Failed, Deleted), and why."""
+    if job["metadata"].get("deletionTimestamp"):
+        return "Deleted", "its pods have their grace"
     status = job.get("status") or {}
     holding = {one["type"]: one for one in status.get("conditions", []) if one["status"] == "True"}
     for kind in ("Complete", "Failed", "Suspended"):
@@ -174,22 +195,26 @@ def state(job: Mapping[str, Any]) -> tuple[str, str]:
     return ("Running", f"{active} active jobs") if active else ("Created", "waiting for its pods")
 
 
-def submit(kubernetes: Kubernetes, job: dict[str, Any]) -> None:
-    """Make a TrainJob, or leave the one of that name that is at work. One that has ended is replaced."""
+def submit(kubernetes: Kubernetes, job: dict[str, Any], note: Path) -> None:
+    """Make a TrainJob, or leave the one of that name that is at work. One that has ended, or is being deleted, is replaced,
+    and the ``note`` of its end removed."""
     name = job["metadata"]["name"]
     present = find(kubernetes, name)
-    if present is not None and state(present)[0] in ("Complete", "Failed"):
-        delete(kubernetes, name)
+    if present is not None and state(present)[0] in ("Complete", "Failed", "Deleted"):
+        if state(present)[0] != "Deleted":
+            delete(kubernetes, name)
+        print(f"waiting for the TrainJob {name} of an earlier attempt to go", flush=True)
         _await_absence(kubernetes, name)
         present = None
     if present is not None:
         print(f"TrainJob {name} is at work already; it is followed on", flush=True)
         return
+    note.unlink(missing_ok=True)
     try:
         kubernetes.objects.create_namespaced_custom_object(**JOBS, namespace=kubernetes.namespace, body=job, _request_timeout=SECONDS)
     except ApiException as error:
         if error.status != 409:  # somebody was faster: the same job
-            raise ValueError(f"TrainJob {name} was not accepted: {error.status} {error.reason} {error.body}") from error
+            raise
     print(f"TrainJob {name} made in {kubernetes.namespace}", flush=True)
 
 
@@ -222,23 +247,6 @@ def _await_absence(kubernetes: Kubernetes, name: str) -> None:
         if time.monotonic() > deadline:
             raise ValueError(f"TrainJob {name} was deleted and does not go; look at its finalizers: kubectl describe trainjob {name}")
         time.sleep(POLL_SECONDS)
-
-
-@contextlib.contextmanager
-def _cancelled(undo: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM deletes the job and ends the step; if it cannot be deleted now, its lifeline ends it."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(ApiException, HTTPError):
-            undo()
-        raise SystemExit(CANCELLED)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -303,6 +311,8 @@ class Follower:
                 said = now
             if now == "Complete":
                 return 0
+            if now == "Deleted":
+                return self._lost("it was deleted by somebody")
             if now == "Failed":
                 return self._lost(f"it failed, {why}{self._reasons()}")
             self.ended.wait(POLL_SECONDS)
@@ -327,9 +337,16 @@ class Follower:
         """Print node 0's log as it grows; after a break from where it was."""
         since = ""
         while not self.ended.is_set():
-            with contextlib.suppress(ApiException, HTTPError):  # no pod yet, or a connection that broke
-                for pod in self._pods(",batch.kubernetes.io/job-completion-index=0")[:1]:
+            try:
+                pods = self._pods(",batch.kubernetes.io/job-completion-index=0")
+                for pod in sorted(pods, key=lambda pod: str(pod.metadata.creation_timestamp))[-1:]:  # one that failed is replaced
                     since = self._print(pod.metadata.name, since)
+            except ApiException as error:
+                if error.status == 403:
+                    print("this account may not read pods and their logs; apply pipelines/manifests/rbac.yaml to see them", flush=True)
+                    return
+            except HTTPError:  # a connection that broke
+                pass
             self.ended.wait(POLL_SECONDS)
 
     def _print(self, pod: str, since: str) -> str:
