@@ -12,7 +12,7 @@ demo: setup data     ## the whole pipeline on the embedded data, then the result
 	vapi summary
 
 test: setup data     ## the default tests
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow" -n 2
 
 lint: setup          ## style and types
 	ruff check .

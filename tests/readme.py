@@ -14,6 +14,7 @@ ELSEWHERE = {
     "make test": ".ci/run's last command",
     ". .venv/bin/activate": "here: the commands run with .venv/bin first on the path",
     "mlflow ui": "tests/test_readme.py starts it, since it does not end by itself",
+    "export KF_PIPELINES_ENDPOINT=https://kubeflow.example.com/pipeline": "a line for the two below it, not a command of ours",
     "python -m pipelines check llamagen-xxl-c2i": "tests/test_server.py has a server that speaks Kubeflow's protocol for it",
     "python -m pipelines submit llamagen-xxl-c2i -p tune_lr=2e-6 --wait": "as the line before: tests/test_server.py",
     "make evidence": "takes hours, and is run by hand for the numbers that README.md shows",
