@@ -7,8 +7,8 @@
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
-# Where torch and torchvision come from; empty: from where all else comes from. PyTorch's index of CPU wheels makes the CPU
-# variant, of the same versions.
+# Where torch and torchvision come from; empty: from where all else comes from, which means a build for CUDA. PyTorch's index
+# of CPU wheels makes the CPU variant, of the same versions.
 ARG TORCH_INDEX=""
 # A mirror in place of pip's own index (one without a password, see docs/image.md).
 ARG PIP_INDEX_URL
@@ -22,7 +22,8 @@ WORKDIR /build
 # Without pip: nothing is installed once the image is built.
 RUN python3 -m venv --without-pip /opt/venv
 COPY constraints.txt pyproject.toml ./
-RUN pip --python /opt/venv/bin/python3 install --no-compile ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision
+# What the two need comes with all the rest: an index of theirs has it in other versions.
+RUN pip --python /opt/venv/bin/python3 install --no-compile --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision
 # Of kfp the executor alone runs here, and that needs none of the packages that kfp wants elsewhere.
 RUN python3 -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 print(*project["dependencies"], *project["optional-dependencies"]["image"], sep="\n")' > requirements.txt \
@@ -100,6 +101,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     DO_NOT_TRACK=true \
+    GIT_PYTHON_REFRESH=quiet \
     GX_ANALYTICS_ENABLED=false \
     MLFLOW_DISABLE_TELEMETRY=true
 WORKDIR /opt/vapi
