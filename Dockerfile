@@ -57,6 +57,7 @@ RUN /opt/venv/bin/dvc config core.no_scm true && /opt/venv/bin/dvc pull --quiet 
 COPY LICENSE NOTICE README.md constraints.txt data.dvc dvc.yaml params.yaml pyproject.toml /opt/vapi/
 COPY data/README.md /opt/vapi/data/
 COPY mlflow/generator.py /opt/vapi/mlflow/
+COPY docker/gitconfig /opt/gitconfig
 COPY vapi /opt/vapi/vapi
 # Bytecode is written now, since nobody can later. Ours is compared with its source, over which somebody may mount a change;
 # that of packages is believed (some hold files for other versions of Python, which do not compile). And whatever
@@ -65,7 +66,7 @@ RUN cp -r data/. /opt/vapi/data/ \
     && pip --python /opt/venv/bin/python3 install --no-deps --no-build-isolation --editable /opt/vapi \
     && /opt/venv/bin/python3 -m compileall -q -j 0 --invalidation-mode checked-hash /opt/vapi \
     && { /opt/venv/bin/python3 -m compileall -qq -j 0 --invalidation-mode unchecked-hash /opt/venv/lib || true; } \
-    && chmod -R a+rX /opt/vapi /opt/venv /opt/triton-driver
+    && chmod -R a+rX /opt/gitconfig /opt/triton-driver /opt/vapi /opt/venv
 # What torch brings becomes a layer of its own: a node fetches layers side by side.
 RUN cd /opt/venv/lib/python3*/site-packages && mkdir -p "/opt/torch${PWD#/opt/venv}" \
     && for name in nvidia torch triton; do [ ! -d $name ] || mv $name "/opt/torch${PWD#/opt/venv}/"; done
@@ -75,6 +76,7 @@ COPY --from=build /opt/torch /opt/venv
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/triton-driver /opt/triton-driver
 COPY --from=build /opt/vapi /opt/vapi
+COPY --from=build /opt/gitconfig /etc/gitconfig
 ARG VERSION=0.1.0
 # The commit that is built, and where it can be had. (After the layers, which do not depend on them.)
 ARG COMMIT=""
