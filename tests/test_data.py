@@ -62,6 +62,26 @@ def test_root_is_the_clone_around_throw_away_copies(tmp_path: Path, monkeypatch:
     assert data.state_dir("a", "b") == tmp_path / "elsewhere" / ".vapi" / "a" / "b" and data.state_dir("a").is_dir()
 
 
+def test_state_that_cannot_be_kept_here_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VAPI_STATE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="cannot make .*/file/locks: .*VAPI_STATE"):
+        data.state_dir("locks")
+
+
+def test_the_commit_is_the_clones_or_what_the_image_was_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VAPI_COMMIT", raising=False)
+    assert data._commit(tmp_path) == ""
+    monkeypatch.setenv("VAPI_COMMIT", "0123abc")
+    assert data._commit(tmp_path) == "0123abc"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.com"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    assert data._commit(tmp_path) == "", "a clone without a commit is not that of the image"
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "first"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert data._commit(tmp_path) == head
+
+
 def test_a_result_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "artifacts" / "subset"
     write(out, 3)

@@ -105,6 +105,17 @@ def test_a_stage_arrives_with_everything_it_logged(project: Path) -> None:
     assert not list((project / ".vapi").rglob("files/*"))  # the copies are gone once they are sent
 
 
+def test_files_lie_beside_the_database_wherever_the_stage_stands(project: Path) -> None:
+    elsewhere = project.parent / "volume"
+    elsewhere.mkdir()
+    (project / "mlflow.db").rename(elsewhere / "mlflow.db")
+    (project / "notes.txt").touch()
+    with track.start("tune", settings(uri=f"sqlite:///{elsewhere}/mlflow.db")) as run:
+        run.artifact("notes.txt", "text")
+    (child,) = runs(elsewhere)["tune"]
+    assert "text/notes.txt" in files(elsewhere, child)[0] and not (project / "mlruns").exists()
+
+
 def test_stages_of_one_configuration_meet_and_others_do_not(project: Path) -> None:
     output = project / "artifacts" / "subset" / "config.json"
     with track.start("subset", settings()):

@@ -72,7 +72,10 @@ def state_dir(*parts: str) -> Path:
     """A folder under ``.vapi`` of the project, or under ``VAPI_STATE`` (a cluster's volume), made if need be. Git ignores it and
     DVC does not know it."""
     folder = Path(os.environ.get("VAPI_STATE") or project_root() / ".vapi").joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make {folder}: {error.strerror}; name a folder that can be written in VAPI_STATE") from error
     return folder
 
 
@@ -209,8 +212,9 @@ def describe(folder: Path, stage: str, sections: dict[str, Any], inputs: dict[st
 
 @functools.cache
 def code_version() -> dict[str, str]:
-    """Package version, commit if it runs from a clone, and a digest of the package's source (edits show there:
-    git's own "dirty" would also tell of dvc.lock, which changes while a pipeline runs)."""
+    """Package version, commit (the clone's, or what ``VAPI_COMMIT`` says where there is no clone: the container image), and a
+    digest of the package's source (edits show there: git's own "dirty" would also tell of dvc.lock, which changes while a
+    pipeline runs)."""
     import vapi
 
     package = Path(__file__).resolve().parent
@@ -221,7 +225,9 @@ def code_version() -> dict[str, str]:
 
 
 def _commit(clone: Path) -> str:
-    if not (clone / ".git").exists() or shutil.which("git") is None:
+    if not (clone / ".git").exists():
+        return os.environ.get("VAPI_COMMIT", "")
+    if shutil.which("git") is None:
         return ""
     found = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() if found.returncode == 0 else ""

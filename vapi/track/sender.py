@@ -67,12 +67,17 @@ def connect(uri: str) -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    if not uri.startswith("sqlite:"):
+    path = _database(uri)
+    if path is None:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    path = Path(uri.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         return MlflowClient(tracking_uri=uri, registry_uri=uri)  # which makes the tables
+
+
+def _database(uri: str) -> Path | None:
+    """The file of an SQLite database; None for a server."""
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:") else None
 
 
 def fluent(uri: str, run: str) -> Any:
@@ -219,8 +224,11 @@ class _Sender:
 
         if found := self.client.get_experiment_by_name(name):
             return found.experiment_id
+        database = _database(self.header["uri"])
+        # MLflow's own choice is mlruns/ wherever the first process happened to stand, which in a container may be read-only
+        beside = str(database.parent / "mlruns") if database else None
         try:
-            return self.client.create_experiment(name)
+            return self.client.create_experiment(name, beside)
         except MlflowException:  # another machine was faster
             return self.client.get_experiment_by_name(name).experiment_id
 
