@@ -48,6 +48,7 @@ def preflight(
     with step.in_words(), step.workplace(work_dir) as place:
         try:
             settings, source = resolved(recipe, form, bool(work_dir), trainjob)
+            source = origin.resolve(source, place.state)
             found = about_form(settings) + about_here(settings, source, place)
         except ValueError as error:
             found = [failed("form", str(error))]
@@ -58,7 +59,7 @@ def preflight(
         print(checks.table(found), flush=True)
         if wrong := checks.verdict(found):
             raise ValueError(wrong)
-        return plans(settings, origin.resolve(source, place.state), place)
+        return plans(settings, source, place)
 
 
 def _about_pod(settings: Config, facts: ClusterConfig, values: Mapping[str, Any], trainjob: bool) -> list[Check]:

@@ -56,8 +56,8 @@ def run(stage: str, plan: Plan, work_dir: str, out: str, launch: Callable[[Comma
 
     Raises SystemExit with the stage's own code when it fails, and 2 when it cannot begin; the log says why.
     """
-    settings = settings_of(plan)
     with in_words(), workplace(work_dir) as place:
+        settings = settings_of(plan)
         named = origin.files(settings, STAGES[stage].sections)
         os.chdir(origin.root(Origin(plan["data"]["uri"], plan["data"]["revision"]), named.values(), place.state))
         _require_same(settings, stage, plan)
