@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from imports import ROOT
 
-from vapi.cluster import origin
+from vapi import track
+from vapi.cluster import origin, preflight, step
 from vapi.cluster.origin import Origin
 from vapi.config import Config, ModelConfig
 
@@ -275,3 +279,26 @@ def test_a_mark_changes_with_the_bytes_and_a_digest_is_theirs(tmp_path: Path, mo
     before = origin.mark("folder")
     (tmp_path / "folder/x").touch()
     assert origin.mark("folder") != before
+
+
+def test_a_cluster_s_run_and_a_repro_read_the_same_bytes_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This very project's data as the origin: the digest that MLflow is told, and the files themselves, are those of the clone."""
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / ".dvc/bundled", clone / ".dvc/bundled")
+    for name in (".dvc/config", "data.dvc", "params.yaml"):
+        shutil.copyfile(ROOT / name, clone / name)
+    run(clone, "git", "init", "-q", "-b", "main")
+    run(clone, "git", "add", "-A")
+    run(clone, "git", "commit", "-qm", "one")
+    commit = run(clone, "git", "rev-parse", "HEAD")
+    source = origin.resolve(Origin(f"file://{clone}", "main"), tmp_path)
+    settings = Config()
+    wanted = origin.files(settings, ["subset", "model"])
+    root = origin.root(source, wanted.values(), tmp_path)
+    for name in wanted.values():
+        md5 = hashlib.md5((root / name).read_bytes()).hexdigest()
+        assert f"md5: {md5}" in (clone / "data.dvc").read_text(), name
+    monkeypatch.chdir(root)
+    told = preflight.plans(settings, source, step.Place(tmp_path))["tune"]["data"]
+    monkeypatch.chdir(clone)
+    assert told == {"uri": f"file://{clone}", "revision": commit, "digest": track.data_digest(settings)}
