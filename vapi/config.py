@@ -48,6 +48,8 @@ class ModelConfig:
     """Weights of the base generator: a local path, or a hub id as org/name/file."""
     tokenizer: str = "data/models/tokenizer.safetensors"
     """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file."""
+    text_encoder: str = ""
+    """What a generator of captions reads them with: words (embedded), or a T5, a folder or a hub id (google/flan-t5-xl); empty: classes."""
     image_size: int = 32
     """Side of the square image in pixels that the generator draws."""
     device: str = "auto"
@@ -113,10 +115,13 @@ class TokensConfig:
     """Threads that decode and crop images; 0 takes as many as there are cores, shared out among the processes."""
     min_codebook_usage: float = 0.0
     """Validation fails when a smaller share of the codebook occurs in the subset; 0 accepts any."""
+    words_per_batch: int = 16_384
+    """Captions are encoded together, sorted by length, up to this many text tokens at a time."""
 
     def __post_init__(self) -> None:
         require(self.images_per_batch > 0, f"tokens.images_per_batch is {self.images_per_batch}; it must be positive")
         require(self.workers >= 0, f"tokens.workers is {self.workers}; give a number of threads, or 0 for one per core")
+        require(self.words_per_batch > 0, f"tokens.words_per_batch is {self.words_per_batch}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -265,6 +270,18 @@ class EvaluateConfig:
     """For extractor inception: the weights' file; empty: torch's own cache."""
     dinov2: str = ""
     """Folder of DINOv2's weights (config.json, model.safetensors), for a distance that no ImageNet label shaped; empty: none."""
+    prompts: str = "data/scenes/test.jsonl"
+    """What a generator of captions is asked for, GenEval's metadata as JSON lines; a generator of classes has no use for it."""
+    images_per_prompt: int = 4
+    """Images drawn for each of these prompts; GenEval's is 4."""
+    detector: str = "digits"
+    """Who looks for the prompts' objects: digits (classical, for the embedded scenes), or a folder of Mask2Former's weights."""
+    second_detector: str = "data/models/scenes-judge.safetensors"
+    """Another one, so that nobody is believed alone: the same, or a .safetensors of ours; empty: none."""
+    clip: str = ""
+    """Folder of CLIP ViT-L/14's weights: colours of what Mask2Former finds, and CLIPScore; empty: neither."""
+    text_metrics: list[str] = field(default_factory=list)
+    """More scores of pictures for their prompts, names in vapi.metrics.text.TEXT_METRICS (clipscore)."""
     resize: int = 0
     """Side to which samples are scaled before they are judged (bicubic, as LlamaGen's 384 to 256); 0 leaves them."""
     images_per_batch: int = 250
@@ -297,6 +314,7 @@ class EvaluateConfig:
         require(self.resize >= 0, f"evaluate.resize is {self.resize}; give a side in pixels, or 0 to leave samples as they are")
         require(self.sheet_images >= 1, f"evaluate.sheet_images is {self.sheet_images}; it must be at least 1")
         require(self.images_per_batch >= 0, f"evaluate.images_per_batch is {self.images_per_batch}; 0 takes what memory allows")
+        require(self.images_per_prompt >= 1, f"evaluate.images_per_prompt is {self.images_per_prompt}; it must be at least 1")
         require(self.guidance_power > 0, f"evaluate.guidance_power is {self.guidance_power}; it must be positive")
 
 
@@ -392,10 +410,10 @@ def sections_so_far(stage: str) -> tuple[str, ...]:
 
 
 FILES = {
-    "model": ("generator", "tokenizer"),
+    "model": ("generator", "tokenizer", "text_encoder"),
     "subset": ("source",),
     "tune": ("perceptual", "perceptual_weights"),
-    "evaluate": ("reference", "validation", "extractor", "extractor_weights", "dinov2"),
+    "evaluate": ("reference", "validation", "extractor", "extractor_weights", "dinov2", "prompts", "detector", "second_detector", "clip"),
 }
 """Fields that name a file, a folder or a pattern of files (or hold a word in place of one, or nothing)."""
 
