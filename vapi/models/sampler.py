@@ -51,6 +51,14 @@ class Sampling(TypedDict, total=False):
 # --- from predictions to codes -----------------------------------------------------------------
 
 
+def image_seed(seed: int, number: int) -> int:
+    """The random seed of image ``number``: its own for every image of a seed, and far from those of other seeds.
+
+    32 bits, because that is all torch's CPU generator uses; seeds lie multiples of the golden ratio apart.
+    """
+    return (number + seed * 2654435769) % 2**32
+
+
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     """One row of ``count`` numbers in [0, 1) for each seed: (B, count), float64."""
     generator = torch.Generator()
