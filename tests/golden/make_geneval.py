@@ -35,16 +35,10 @@ RULES = {"threshold": 0.3, "counting_threshold": 0.9, "max_objects": 16, "max_ov
 
 def official(checkout: Path) -> ModuleType:
     """The official evaluation as a module, with the options that main() sets."""
-    names = [
-        "mmdet",
-        "mmdet.apis",
-        "open_clip",
-        "clip_benchmark",
-        "clip_benchmark.metrics",
-        "clip_benchmark.metrics.zeroshot_classification",
-    ]
+    scores = "clip_benchmark.metrics.zeroshot_classification"
+    names = ["mmdet", "mmdet.apis", "open_clip", "clip_benchmark", "clip_benchmark.metrics", scores]
     empty = {name: mock.MagicMock() for name in names}
-    empty["clip_benchmark.metrics"].zeroshot_classification = empty[names[-1]]
+    empty["clip_benchmark.metrics"].zeroshot_classification = empty[scores]
     spec = importlib.util.spec_from_file_location("official", checkout / "evaluation" / "evaluate_images.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -153,9 +147,8 @@ def beside(random: np.random.Generator, asked: dict[str, int]) -> dict[str, list
         for n in range(count):
             turn, distance, half = random.random() * 2 * np.pi, 2 + 30 * random.random(), random.integers(8, 25, 2)
             centre = (centre + distance * np.array([np.cos(turn), np.sin(turn)])).round()
-            objects[name].append(
-                [*(float(x) for x in (*(centre - half), *(centre + half))), round(0.95 - 0.1 * n - 0.01 * random.random(), 4)]
-            )
+            score = round(0.95 - 0.1 * n - 0.01 * random.random(), 4)
+            objects[name].append([*(float(x) for x in (*(centre - half), *(centre + half))), score])
     return objects
 
 

@@ -21,7 +21,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,15 @@ from vapi.metrics.detections import Detections, Identity, Objects, Rules
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-CLASSES = tuple(
+_NAMES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,"
     "horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
     "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,"
     "orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,"
     "computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
-    "toothbrush".split(",")
+    "toothbrush"
 )
+CLASSES = tuple(_NAMES.split(","))
 """COCO's 80 in COCO's order, by the names of GenEval's prompts, which are not COCO's everywhere (computer mouse, tv remote)."""
 
 OFFICIAL = "8cb147ebbae11812255100aa3793a8290f7a886ffbdabdd92a8d08f0dce85427"
@@ -153,9 +155,7 @@ def _clause(values: Any, where: str, number: int, classes: Sequence[str], colour
     if "position" in values:
         position = values["position"]
         if not isinstance(position, list) or len(position) != 2:
-            raise ValueError(
-                f'{where}.position is {position!r}; it must be a relation and the number of an earlier include, as ["above", 0]'
-            )
+            raise ValueError(f'{where}.position is {position!r}; it must be a relation and the number of an earlier include: ["above", 0]')
         relation, target = position
         _require_known(f"{where}.position", relation, RELATIONS)
         if type(target) is not int or not 0 <= target < number:
@@ -282,3 +282,186 @@ def _wrong_place(clause: Clause, found: Objects, target: Objects, rules: Rules) 
             if clause.relation not in held:
                 return f"expected {clause.name} {clause.relation} target, found {' and '.join(sorted(held))} target"
     return ""
+
+
+# --- many pictures -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """Which pictures were what their prompts ask for."""
+
+    prompts: Sequence[Prompt]  # P
+    correct: np.ndarray  # bool (P, S, I)
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], correct: np.ndarray) -> Run:
+        """Of one seed's outcomes (P, I), or several seeds' (P, S, I). Raises ValueError where there are none, or not as many prompts."""
+        correct = np.asarray(correct, bool)
+        correct = correct[:, None] if correct.ndim == 2 else correct
+        if correct.ndim != 3 or len(correct) != len(prompts) or not correct.size:
+            raise ValueError(f"outcomes of shape {correct.shape} do not belong to {len(prompts)} prompts with seeds and images")
+        return cls(tuple(prompts), correct)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Share of each prompt's pictures that are correct, over all seeds: (P,)."""
+        return self.correct.mean(axis=(1, 2))
+
+    @property
+    def seeds(self) -> int:
+        return self.correct.shape[1]
+
+    @property
+    def images(self) -> int:
+        return self.correct.shape[2]
+
+    def of_task(self) -> dict[str, np.ndarray]:
+        """Numbers of each task's prompts, in the order of TASKS; tasks without prompts are left out."""
+        tags = np.array([prompt.tag for prompt in self.prompts])
+        return {task: rows for task in TASKS if len(rows := np.flatnonzero(tags == task))}
+
+
+def overall(shares: np.ndarray, tasks: Mapping[str, np.ndarray]) -> float:
+    """The plain mean of the tasks' means: GenEval's overall score."""
+    return float(np.mean([shares[rows].mean() for rows in tasks.values()]))
+
+
+def resampled(shares: np.ndarray, tasks: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Means of tasks (and in a last row the overall score) of lists whose prompts were drawn anew, with replacement and
+    within their task: (tasks + 1, RESAMPLES)."""
+    random = np.random.default_rng(BOOTSTRAP_SEED)
+    means = [
+        random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), RESAMPLES) @ shares[rows] / len(rows) for rows in tasks.values()
+    ]
+    return np.stack([*means, np.mean(means, axis=0)])
+
+
+def standard_errors(shares: np.ndarray, tasks: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """By task and "overall": the standard deviation over resampled lists; None where a task has a single prompt."""
+    found = dict(zip([*tasks, "overall"], resampled(shares, tasks).std(axis=1).tolist()))
+    alone = {task for task, rows in tasks.items() if len(rows) < 2}
+    return {name: None if name in alone or (alone and name == "overall") else value for name, value in found.items()}
+
+
+def summary(run: Run, identity: Identity, rules: Rules, asked: Sequence[Prompt] = ()) -> dict[str, Any]:
+    """GenEval's table as plain values: what detector, what list and whether all of it, scores by task, overall, standard errors.
+
+    ``asked``: the list that the run should have answered; none: exactly the run's prompts. ``partial`` says in words what is
+    missing, and is empty for a complete run. Raises ValueError for a prompt that was not asked for.
+    """
+    asked = asked or run.prompts
+    missing = _missing(run.prompts, asked)
+    official = list_digest(asked) == OFFICIAL
+    partial = [f"{len(run.prompts):,} of {len(asked):,} prompts"] if missing else []
+    if official and run.images != OFFICIAL_IMAGES:
+        partial.append(f"{run.images} instead of {OFFICIAL_IMAGES} images per prompt")
+    shares, tasks = run.shares, run.of_task()
+    errors = standard_errors(shares, tasks)
+    any_ = run.correct.any(axis=2).mean(axis=1)  # of a seed's pictures
+    seeds = [overall(run.correct[:, seed].mean(axis=1), tasks) for seed in range(run.seeds)]
+    return {
+        "title": identity.title,
+        "list": "GenEval" if official else "other",
+        "partial": partial,
+        "missing": missing,
+        "prompts": len(run.prompts),
+        "seeds": run.seeds,
+        "images_per_prompt": run.images,
+        "images": run.correct.size,
+        "correct_images": float(run.correct.mean()),
+        "correct_prompts": float(any_.mean()),
+        "tasks": {
+            task: {
+                "score": float(shares[rows].mean()),
+                "standard_error": errors[task],
+                "correct": int(run.correct[rows].sum()),
+                "images": run.correct[rows].size,
+                "prompts": len(rows),
+                "correct_prompts": float(any_[rows].mean()),
+            }
+            for task, rows in tasks.items()
+        },
+        "overall": overall(shares, tasks),
+        "standard_error": errors["overall"],
+        "by_seed": seeds,
+        "detector": {**dataclasses.asdict(identity), "more": dict(identity.more)},
+        "rules": dataclasses.asdict(rules),
+        "bootstrap": {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED, "of": "prompts, within their task"},
+    }
+
+
+def _missing(found: Sequence[Prompt], asked: Sequence[Prompt]) -> list[str]:
+    left = Counter(prompt.key for prompt in asked)
+    left.subtract(prompt.key for prompt in found)
+    if strange := [prompt.text for prompt in found if left[prompt.key] < 0]:
+        raise ValueError(f"{len(strange)} prompts are not in the list that was asked for, the first: {strange[0]!r}")
+    return [prompt.text for prompt in asked if left[prompt.key] > 0]
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """A summary as text, in the form of the official one, with standard errors (S.E., in the unit before them)."""
+    detector, weights = found["detector"]["name"], found["detector"]["weights"]
+    list_ = "GenEval's prompts" if found["list"] == "GenEval" else "other prompts than GenEval's"
+    lines = [f"{found['title']} by {detector}" + (f" (weights {weights[:12]})" if weights else "") + f", {list_}"]
+    if found["partial"]:
+        some = ", ".join(map(repr, found["missing"][:3])) + (", ..." if len(found["missing"]) > 3 else "")
+        lines.append(f"PARTIAL: {'; '.join(found['partial'])}" + (f"; missing: {some}" if some else ""))
+    lines += ["", "Summary", "======="]
+    lines += [f"Total images: {found['images']}", f"Total prompts: {found['prompts']}"]
+    lines += [f"% correct images: {found['correct_images']:.2%}", f"% correct prompts: {found['correct_prompts']:.2%}"]
+    lines += ["", "Task breakdown", "=============="]
+    for task, row in found["tasks"].items():
+        error = "" if row["standard_error"] is None else f"  S.E. {row['standard_error']:.2%}"
+        lines.append(f"{task:<16} = {row['score']:.2%} ({row['correct']} / {row['images']}){error}")
+    error = "" if found["standard_error"] is None else f"  S.E. {found['standard_error']:.5f}"
+    lines += ["", f"Overall score (avg. over tasks): {found['overall']:.5f}{error}"]
+    if found["seeds"] > 1:
+        lines.append("By seed: " + ", ".join(f"{score:.5f}" for score in found["by_seed"]))
+    return "\n".join(lines)
+
+
+# --- two runs ----------------------------------------------------------------------------------
+
+
+def compare(a: Run, b: Run) -> dict[str, Any]:
+    """What run ``b`` has gained on ``a``, prompt by prompt, each averaged over its seeds and images.
+
+    By task and "overall": a, b, difference (b - a), its standard error and 95 % interval over resampled prompts. Seeds and images
+    may be of different number. Raises ValueError where the prompts are not the same.
+    """
+    order = [np.argsort([prompt.key for prompt in run.prompts], kind="stable") for run in (a, b)]
+    keys = [[run.prompts[n].key for n in rows] for run, rows in zip((a, b), order)]
+    if keys[0] != keys[1]:
+        ours, theirs = Counter(keys[0]), Counter(keys[1])
+        raise ValueError(
+            f"the two runs answer different prompts ({(ours - theirs).total()} are in the first alone, "
+            f"{(theirs - ours).total()} in the second alone); only equal lists can be paired"
+        )
+    prompts = [a.prompts[n] for n in order[0]]
+    shares = [run.shares[rows] for run, rows in zip((a, b), order)]
+    tasks = Run(prompts, a.correct[order[0]]).of_task()
+    draws = resampled(shares[1] - shares[0], tasks)
+    rows = {task: [float(one[these].mean()) for one in shares] for task, these in tasks.items()}
+    rows["overall"] = [overall(one, tasks) for one in shares]
+    low, high = np.quantile(draws, [0.025, 0.975], axis=1)
+    return {
+        name: {
+            "a": first,
+            "b": second,
+            "difference": second - first,
+            "standard_error": float(draws[n].std()),
+            "low": float(low[n]),
+            "high": float(high[n]),
+        }
+        for n, (name, (first, second)) in enumerate(rows.items())
+    }
+
+
+def comparison_table(found: Mapping[str, Any]) -> str:
+    """``compare``'s result as text."""
+    lines = [f"{'':<16}  {'a':>8}  {'b':>8}  {'b - a':>8}  95 % interval"]
+    for name, row in found.items():
+        numbers = "  ".join(f"{row[key]:8.4f}" for key in ("a", "b"))
+        lines.append(f"{name:<16}  {numbers}  {row['difference']:+8.4f}  {row['low']:+.4f} .. {row['high']:+.4f}")
+    return "\n".join(lines)
