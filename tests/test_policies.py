@@ -41,10 +41,9 @@ def test_sampler_sees_the_teacher_forced_logits(tiny_policy: models.Policy) -> N
     condition, context = tiny_policy.condition([0, 9, 5]), codes_of(tiny_policy, 3)
     model = tiny_policy.generator
     cache = model.new_cache(3)
-    inputs, stepped = condition, []
-    for t in range(tiny_policy.num_codes):
-        stepped.append(model.step(inputs, t, cache))
-        inputs = context[:, t]
+    embedded, starts = sampler.front(model, condition, guided=False)
+    stepped = [model.prefill(embedded, cache, starts)]
+    stepped += [model.step(context[:, t - 1], t, cache, starts) for t in range(1, tiny_policy.num_codes)]
     torch.testing.assert_close(torch.stack(stepped, 1), tiny_policy.logits(condition, context), rtol=1e-5, atol=1e-5)
 
 

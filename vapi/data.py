@@ -562,10 +562,10 @@ def _write_features(path: Path, captions: Sequence[str], features: Sequence[np.n
 # --- references --------------------------------------------------------------------------------
 
 
-def read_images(path: Path, limit: int = 0, image_column: str = "image", label_column: str = "label") -> tuple[np.ndarray, np.ndarray]:
+def read_images(path: Path, limit: int = 0, image_column: str = "image") -> tuple[np.ndarray, np.ndarray, list[str]]:
     """All (or the first ``limit``) images of a Parquet file or folder at their own, common size.
 
-    Returns uint8 (N, H, W, 3) and int64 (N,); label -1 where the file has no such column.
+    Returns uint8 (N, H, W, 3), labels int64 (N,) and captions; label -1 and caption "" where the file has no such column.
     """
     path = Path(path)
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
@@ -573,27 +573,30 @@ def read_images(path: Path, limit: int = 0, image_column: str = "image", label_c
         raise ValueError(f"{path} is neither a Parquet file nor a folder with some")
     pixels: list[np.ndarray] = []
     labels: list[int] = []
+    captions: list[str] = []
     for file in files:
-        for key, data, label in _parquet_images(file, image_column, label_column):
+        for key, data, label, caption in _parquet_images(file, image_column):
             if limit and len(pixels) == limit:
                 break
             pixels.append(_sized_like(pixels, data, key))
             labels.append(label)
+            captions.append(caption)
     if not pixels:
         raise ValueError(f"{path} holds no images")
-    return np.stack(pixels), np.array(labels, dtype=np.int64)
+    return np.stack(pixels), np.array(labels, dtype=np.int64), captions
 
 
-def _parquet_images(file: Path, image_column: str, label_column: str) -> Iterator[tuple[str, bytes, int]]:
+def _parquet_images(file: Path, image_column: str) -> Iterator[tuple[str, bytes, int, str]]:
     parquet = pq.ParquetFile(file)
     names = parquet.schema_arrow.names
     require_column(image_column, names, file)
-    columns = [name for name in (image_column, label_column) if name in names]
+    columns = [name for name in (image_column, "label", "caption") if name in names]
     row = 0
     for batch in parquet.iter_batches(batch_size=256, columns=columns):
         for item in batch.to_pylist():
             data = item[image_column]
-            yield f"{file}:{row}", data["bytes"] if isinstance(data, dict) else data, item.get(label_column, -1)
+            encoded = data["bytes"] if isinstance(data, dict) else data
+            yield f"{file}:{row}", encoded, item.get("label", -1), item.get("caption") or ""
             row += 1
 
 
