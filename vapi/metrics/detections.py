@@ -19,6 +19,7 @@ class Objects:
 
     boxes: np.ndarray  # float (n, 5): x0, y0, x1, y1 in pixels (ends as the detector counts them), score in [0, 1]
     masks: np.ndarray | None = None  # bool (n, H, W)
+    name: str = ""  # of that class, which some judge colours by
 
     def __len__(self) -> int:
         return len(self.boxes)
