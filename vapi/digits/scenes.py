@@ -49,7 +49,7 @@ UNSEEN = {("red", 2), ("orange", 7), ("yellow", 5), ("green", 9), ("blue", 0), (
 # Share of a task's combinations; the remainder is for training.
 SHARES = {"test": 0.3, "validation": 0.1}
 NUMBERS = ("zero", "one", "two", "three", "four")
-MARGIN = 0.03  # of cosine, by which a glyph must be nearer to its own class than to any other
+MARGIN = 0.045  # of correlation, by which a glyph must be more like its own class than like any other
 
 
 @dataclass(frozen=True)
@@ -202,16 +202,27 @@ class Placed:
 
 @functools.cache
 def legible() -> np.ndarray:
-    """Which glyphs (1797,) their own class claims clearly: the three nearest of it are nearer, by ``MARGIN``, than those of any
-    other class. Sums of whole numbers, so that every machine says the same."""
-    images, labels = paint.glyphs()
-    rows = (images * 16).reshape(len(images), -1)
-    squares = np.sqrt((rows * rows).sum(axis=1))
-    cosine = rows @ rows.T / squares[:, None] / squares
-    np.fill_diagonal(cosine, -1)
-    same = labels[:, None] == labels
-    own, other = (np.sort(np.where(mask, cosine, -1), axis=1)[:, -3:].sum(axis=1) / 3 for mask in (same, ~same))
-    return own - other > MARGIN
+    """Which glyphs (1797,), as they are painted, their own class claims clearly: upright and turned to either side, the three of
+    it that are most alike are more so, by ``MARGIN``, than those of any other class. Sums of whole numbers, so that every
+    machine says the same."""
+    _, labels = paint.glyphs()
+    upright = _whole_pixels(0.0)
+    margins = []
+    for angle in (-0.1, 0.0, 0.1):
+        alike = _whole_pixels(angle) @ upright.T / np.sqrt((upright * upright).sum(axis=1))
+        np.fill_diagonal(alike, -np.inf)  # not with itself
+        same = labels[:, None] == labels
+        own, other = (np.sort(np.where(mask, alike, -np.inf), axis=1)[:, -3:].sum(axis=1) / 3 for mask in (same, ~same))
+        margins.append((own - other) / np.sqrt((_whole_pixels(angle) ** 2).sum(axis=1)))
+    return np.min(margins, axis=0) > MARGIN
+
+
+def _whole_pixels(angle: float) -> np.ndarray:
+    """Every glyph as it is painted, less its mean: whole numbers (1797, 576)."""
+    images, _ = paint.glyphs()
+    cover = coverage([Placed(0, "", glyph, 19.5, 19.5, 1.6, angle, 0.0, (0, 0, 0)) for glyph in range(len(images))])
+    pixels = np.floor(255 * cover[:, 8:-8, 8:-8] + 0.5).reshape(len(images), -1)
+    return pixels * pixels.shape[1] - pixels.sum(axis=1, keepdims=True)
 
 
 @functools.cache
@@ -320,6 +331,7 @@ def _render(base: np.ndarray, layouts: Sequence[Sequence[Placed]]) -> np.ndarray
     return np.floor(np.clip(base, 0, 255) + 0.5).astype(np.uint8)
 
 
+EDGE = 0.2, 0.6  # of ink, where a glyph begins to cover, and over how much it comes to cover all
 REACH = 11  # pixels around a centre that a glyph may colour
 
 
@@ -336,7 +348,7 @@ def coverage(placed: Sequence[Placed]) -> np.ndarray:
     gx, gy = (np.cos(angle) * x + np.sin(angle) * y) / scale, (-np.sin(angle) * x + np.cos(angle) * y) / scale
     shapes = np.pad(images[[g.glyph for g in placed]], ((0, 0), (2, 2), (2, 2)))
     value = paint.bilinear(shapes, gy + 5.5, gx + shear * gy + 5.5)
-    edge = np.clip((value - 0.25) / 0.4, 0, 1)
+    edge = np.clip((value - EDGE[0]) / EDGE[1], 0, 1)
     edge = edge * edge * (3 - 2 * edge)
     whole = np.zeros((len(placed), SIDE + 2 * REACH, SIDE + 2 * REACH))  # with a border, for windows that reach beyond
     for mask, patch, left, top in zip(whole, edge, x0 + REACH, y0 + REACH, strict=True):
