@@ -12,9 +12,11 @@ Shapes: P prompts, S seeds, I images per prompt and seed.
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from vapi import data
 from vapi.config import EvaluateConfig, nearest
 from vapi.geneval import detector_of
 from vapi.metrics import geneval
-from vapi.metrics.detections import Detector
+from vapi.metrics.detections import Detections, Detector
 from vapi.metrics.geneval import Prompt
 from vapi.metrics.stream import Judge, Make
 from vapi.metrics.text import TEXT_METRICS, TextMetric
@@ -35,6 +37,14 @@ Scores = dict[str, Any]
 Verdicts = dict[str, np.ndarray]  # by judge: bool (P, S, I) of detectors, float of text metrics
 
 SHUFFLED = "shuffled"  # the first detector's verdict by another prompt of the same task
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """What is known without any model: verdicts on real pictures and on reconstructions of them, and which prompts have some."""
+
+    prompts: Sequence[Prompt] = ()
+    verdicts: Mapping[str, Verdicts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,9 +66,9 @@ class Panel:
             raise ValueError("evaluate.detector is empty, and somebody must look at the pictures; give digits, or a folder of weights")
         lists = [geneval.read_prompts(evaluate.prompts, judge.classes, judge.colours) for judge in detectors.values()]
         metrics = {name: _text_metric(name, evaluate) for name in evaluate.text_metrics}
-        identities = {name: [dataclasses.asdict(judge.identity), dataclasses.asdict(judge.rules)] for name, judge in detectors.items()}
-        parts = [evaluate.prompts and data.file_digest(evaluate.prompts), evaluate.images_per_prompt, identities, evaluate.text_metrics]
-        return cls(lists[0], evaluate.images_per_prompt, detectors, metrics, data.digest_of([*parts, evaluate.clip]))
+        judges = {name: [str(judge.identity), str(judge.rules)] for name, judge in detectors.items()}
+        parts = [data.file_digest(Path(evaluate.prompts)), evaluate.images_per_prompt, judges, evaluate.text_metrics, evaluate.clip]
+        return cls(lists[0], evaluate.images_per_prompt, detectors, metrics, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
     @property
     def subjects(self) -> Subjects:
@@ -72,35 +82,27 @@ class Panel:
         for name, detector in self.detectors.items():
             seen = detector.detect(pictures)
 
-            def correct(asked: Sequence[Prompt], detector: Detector = detector, seen: Any = seen) -> Tensor:
-                verdicts = [
-                    geneval.score(prompt, objects, detector.rules, lambda these, picture=picture: detector.colour(picture, these)).correct
-                    for prompt, objects, picture in zip(asked, seen, pictures, strict=True)
-                ]
-                return torch.tensor(verdicts, dtype=torch.uint8)
-
-            found[name] = correct(prompts)
+            found[name] = _correct(detector, prompts, pictures, seen)
             if SHUFFLED not in found:
-                found[SHUFFLED] = correct(others)
+                found[SHUFFLED] = _correct(detector, others, pictures, seen)
         for name, metric in self.metrics.items():
             texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
             found[name] = torch.tensor([float(value) for value in metric(np.stack(pictures), texts, metadata)], dtype=torch.float64)
         return found
 
-    def verdicts(self, judge: Judge, made_from: Scores, draw: Callable[[int, Subjects], Make], seeds: Sequence[int], title: str) -> Verdicts:
+    def verdicts(
+        self, judge: Judge, made_from: Scores, draw: Callable[[int, Subjects], Make], seeds: Sequence[int], title: str
+    ) -> Verdicts:
         """All judges' verdicts on what a model draws for every prompt, over several seeds."""
         order = [place for place in range(len(self.prompts)) for _ in range(self.images)]
         return self._verdicts(judge, made_from, lambda seed: draw(seed, self.subjects), order, seeds, title, self.images)
 
-    def anchors(self, judge: Judge, real: RealImages, reconstruct: Callable[[range], Tensor], key: Scores) -> dict[str, Verdicts]:
-        """Verdicts on real pictures of these prompts, and on reconstructions of them; nothing where there are none.
-
-        ``reconstruct`` takes numbers of pictures of ``real``.
-        """
+    def anchors(self, judge: Judge, real: RealImages, reconstruct: Callable[[Tensor], Tensor], key: Scores) -> Anchors:
+        """Verdicts on real pictures of these prompts, and on reconstructions of them (uint8 both); nothing where there are none."""
         own = self.pictures_of(real)
         count = min((len(pictures) for pictures in own.values() if pictures), default=0)
         if not count:
-            return {}
+            return Anchors()
         order = [place for place, pictures in own.items() for _ in pictures[:count]]
         rows = [row for pictures in own.values() for row in pictures[:count]]
 
@@ -109,14 +111,12 @@ class Panel:
             return real.pixels[these], these
 
         def decoded(numbers: range) -> tuple[Tensor, Tensor]:
-            these = torch.tensor([rows[n] for n in numbers if n < len(rows)])
-            return reconstruct(these), these
+            pixels, these = plain(numbers)
+            return reconstruct(pixels), these
 
-        makes = {"real": plain, "reconstruction": decoded}
-        return {
-            name: self._verdicts(judge, {**key, "anchor": name}, lambda _, make=make: make, order, [0], name, count)
-            for name, make in makes.items()
-        }
+        makes = {"real": lambda _: plain, "reconstruction": lambda _: decoded}
+        verdicts = {name: self._verdicts(judge, {**key, "anchor": name}, make, order, [0], name, count) for name, make in makes.items()}
+        return Anchors([self.prompts[place] for place in own], verdicts)
 
     def pictures_of(self, real: RealImages) -> dict[int, list[int]]:
         """The real pictures of each prompt that has some, by the prompt's place."""
@@ -128,7 +128,14 @@ class Panel:
         return dict(sorted(found.items()))
 
     def _verdicts(
-        self, judge: Judge, made_from: Scores, make: Callable[[int], Make], order: Sequence[int], seeds: Sequence[int], title: str, images: int
+        self,
+        judge: Judge,
+        made_from: Scores,
+        make: Callable[[int], Make],
+        order: Sequence[int],  # the prompt of each picture
+        seeds: Sequence[int],
+        title: str,
+        images: int,
     ) -> Verdicts:
         others = partners(self.prompts)
 
@@ -138,12 +145,20 @@ class Panel:
             # what fills the last batch up has no verdict
             return {name: torch.nn.functional.pad(rows, (0, len(numbers) - len(asked))) for name, rows in found.items()}
 
-        runs = [
-            judge.kept({**made_from, "panel": self.digest, "seed": seed}, len(order), make(seed), look, f"{title}, prompts") for seed in seeds
-        ]
+        key = {**made_from, "panel": self.digest}
+        runs = [judge.kept({**key, "seed": seed}, len(order), make(seed), look, f"{title}, prompts") for seed in seeds]
         shape = (len(order) // images, images)
         kinds = {name: float if rows.is_floating_point() else bool for name, rows in runs[0].items()}
         return {name: np.stack([run[name].numpy().reshape(shape) for run in runs], axis=1).astype(kind) for name, kind in kinds.items()}
+
+
+def _correct(detector: Detector, prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], seen: Sequence[Detections]) -> Tensor:
+    """Whether each picture is what its prompt asks for, by what the detector saw: uint8 (B,)."""
+
+    def one(prompt: Prompt, picture: np.ndarray, objects: Detections) -> bool:
+        return geneval.score(prompt, objects, detector.rules, lambda these: detector.colour(picture, these)).correct
+
+    return torch.tensor([one(*given) for given in zip(prompts, pictures, seen, strict=True)], dtype=torch.uint8)
 
 
 def _text_metric(name: str, evaluate: EvaluateConfig) -> TextMetric:
@@ -166,9 +181,8 @@ def partners(prompts: Sequence[Prompt]) -> list[int]:
 # --- results -----------------------------------------------------------------------------------
 
 
-def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Mapping[str, Verdicts], anchored: Sequence[Prompt]) -> Scores:
-    """The section ``prompts`` of metrics.json. ``found``: verdicts by model and setting (base, tuned, base_best, ...); ``anchored``: the
-    prompts of the anchors."""
+def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Anchors) -> Scores:
+    """The section ``prompts`` of metrics.json. ``found``: verdicts by model and setting (base, tuned, base_best, ...)."""
     sides = [(name, f"tuned{name.removeprefix('base')}") for name in found if name.startswith("base")]
     judged = {
         name: {
@@ -179,8 +193,8 @@ def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Mapping[str, V
                 if tuned in found
             },
             "anchors": {
-                side: geneval.summary(_run(anchored, verdicts[name]), judge.identity, judge.rules, panel.prompts)
-                for side, verdicts in anchors.items()
+                side: geneval.summary(_run(anchors.prompts, verdicts[name]), judge.identity, judge.rules, panel.prompts)
+                for side, verdicts in anchors.verdicts.items()
             },
         }
         for name, judge in panel.detectors.items()

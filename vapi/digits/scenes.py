@@ -249,7 +249,9 @@ def layout(prompt: Prompt, name: str, u: np.ndarray) -> list[Placed]:
         ink = tuple(int(np.clip(c + int(25 * j) - 12, 0, 255)) for c, j in zip(COLOURS[colour], v[1:4], strict=True))
         glyph, pose = int(members[int(v[4] * len(members))]), v[5:] - 0.5
         place = {"x": x + 1.4 * pose[3], "y": y + 1.4 * pose[4]}
-        placed.append(Placed(thing.digit, colour, glyph, **place, scale=1.6 + 0.2 * pose[0], angle=0.2 * pose[1], shear=0.2 * pose[2], ink=ink))
+        placed.append(
+            Placed(thing.digit, colour, glyph, **place, scale=1.6 + 0.2 * pose[0], angle=0.2 * pose[1], shear=0.2 * pose[2], ink=ink)
+        )
     return placed
 
 

@@ -38,7 +38,7 @@ from vapi.metrics import clip as clips
 from vapi.metrics import pretrained
 from vapi.metrics.detections import Detections, Identity, Objects, Rules
 from vapi.metrics.features import sha256
-from vapi.metrics.geneval import CLASSES
+from vapi.metrics.geneval import CLASSES, COLOURS
 
 SETTING, EXAMPLE = "evaluate.detector", "facebook/mask2former-swin-small-coco-instance, or one that convert-detector wrote"
 SHORT, LONG, DIVISOR = 800, 1333, 32  # pixels
@@ -82,7 +82,7 @@ class Mask2Former:
     @property
     def colours(self) -> Sequence[str]:
         """None without CLIP, so that prompts with colours are refused before anything is drawn."""
-        return clips.COLOURS if self.colourist else ()
+        return COLOURS if self.colourist else ()
 
     def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
         """uint8 (H, W, 3) each, any size, to the best 100 objects. Pictures of one size are looked at together, which moves
