@@ -36,6 +36,7 @@ from vapi.references import RealImages, Subjects
 Scores = dict[str, Any]
 Verdicts = dict[str, np.ndarray]  # by judge: bool (P, S, I) of detectors, float of text metrics
 
+SHOWN = 3  # prompts of each task on a sheet
 SHUFFLED = "shuffled"  # the first detector's verdict by another prompt of the same task
 
 
@@ -69,6 +70,24 @@ class Panel:
         judges = {name: [str(judge.identity), str(judge.rules)] for name, judge in detectors.items()}
         parts = [data.file_digest(Path(evaluate.prompts)), evaluate.images_per_prompt, judges, evaluate.text_metrics, evaluate.clip]
         return cls(lists[0], evaluate.images_per_prompt, detectors, metrics, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+
+    @property
+    def shown(self) -> list[int]:
+        """Places of the prompts that reports show: the first of each task."""
+        tasks = dict.fromkeys(prompt.tag for prompt in self.prompts)
+        return [place for task in tasks for place in [n for n, prompt in enumerate(self.prompts) if prompt.tag == task][:SHOWN]]
+
+    def pictures(self, make: Make) -> Tensor:
+        """A model's pictures of these prompts: uint8 (K * I, 3, H, W)."""
+        return make([place * self.images + image for place in self.shown for image in range(self.images)])[0]
+
+    def captions(self, found: Mapping[str, Verdicts]) -> list[Scores]:
+        """What to write beside them: the text, and the first detector's verdicts on the first seed's, by model."""
+        first = next(iter(self.detectors))
+        return [
+            {"text": self.prompts[place].text, **{side: verdicts[first][place, 0].tolist() for side, verdicts in found.items()}}
+            for place in self.shown
+        ]
 
     @property
     def subjects(self) -> Subjects:
