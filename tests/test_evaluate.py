@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from vapi import data, evaluate, models
 from vapi.config import EvaluateConfig, ModelConfig, TuneConfig
-from vapi.evaluate import Sampler, sample_seed
+from vapi.evaluate import Sampler
+from vapi.images import sample_seed
 from vapi.metrics import features as judges
 from vapi.metrics import stream
 from vapi.models import features as networks

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from vapi import data, images, launch, metrics, models, report, sources
 from vapi.config import EvaluateConfig, ModelConfig, SubsetConfig, nearest
+from vapi.images import sample_seed
 from vapi.launch import ALONE, World
 from vapi.metrics import features as judges
 from vapi.metrics import fid, neighbours, published
@@ -77,14 +78,6 @@ class Sampler:
 def plain_sampler(config: EvaluateConfig) -> Sampler:
     """How codes are drawn in the plain comparison."""
     return Sampler(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampler)})
-
-
-def sample_seed(seed: int, number: int) -> int:
-    """The random seed of image ``number``: its own for every image of a seed, and far from those of other seeds.
-
-    32 bits, because that is all torch's CPU generator uses; seeds lie multiples of the golden ratio apart.
-    """
-    return (number + seed * 2654435769) % 2**32
 
 
 def image_label(seed: int, number: int, classes: int, how: str) -> int:
