@@ -125,11 +125,11 @@ class Panel:
         order = [place for place, pictures in own.items() for _ in pictures[:count]]
         rows = [row for pictures in own.values() for row in pictures[:count]]
 
-        def plain(numbers: range) -> tuple[Tensor, Tensor]:
+        def plain(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
             these = torch.tensor([rows[n] for n in numbers if n < len(rows)])
             return real.pixels[these], these
 
-        def decoded(numbers: range) -> tuple[Tensor, Tensor]:
+        def decoded(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
             pixels, these = plain(numbers)
             return reconstruct(pixels), these
 
@@ -158,7 +158,7 @@ class Panel:
     ) -> Verdicts:
         others = partners(self.prompts)
 
-        def look(pixels: Tensor, _: Tensor, numbers: range) -> dict[str, Tensor]:
+        def look(pixels: Tensor, _: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
             asked = [order[n] for n in numbers if n < len(order)]
             found = self.judge(pixels[: len(asked)], [self.prompts[n] for n in asked], [self.prompts[others[n]] for n in asked])
             # what fills the last batch up has no verdict

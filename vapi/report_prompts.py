@@ -173,7 +173,8 @@ def pictures(sheets: Mapping[str, np.ndarray], shown: Sequence[Scores], count: i
         for side in ("base", "tuned"):
             band = sheets[side][n * count : (n + 1) * count]
             marks = " ".join("✓" if correct else "✗" for correct in one[side])
-            cells.append(f'<td>{_strip(band, f"{side}: {one["text"]}")}<div class="marks {side}">{marks}</div></td>')
+            picture = _strip(band, f"{side}: {one['text']}")
+            cells.append(f'<td>{picture}<div class="marks {side}">{marks}</div></td>')
         rows.append(f'<tr><th scope="row">{_e(one["text"])}</th>{"".join(cells)}</tr>')
     head = '<thead><tr><th></th><th scope="col">base</th><th scope="col">tuned</th></tr></thead>'
     note = "The first prompts of each task, nothing selected; the same random numbers on both sides. Marks are the first judge's."

@@ -33,7 +33,7 @@ from vapi.metrics.features import Extractor
 from vapi.metrics.fid import Features
 
 Make = Callable[[Sequence[int]], tuple[Tensor, Tensor]]  # image numbers -> images as Judge.pixels gives them, labels (B,)
-Look = Callable[[Tensor, Tensor, range], dict[str, Tensor]]  # these, and the numbers again -> a row for each image
+Look = Callable[[Tensor, Tensor, Sequence[int]], dict[str, Tensor]]  # these, and the numbers again -> a row for each image
 
 
 @runtime_checkable
