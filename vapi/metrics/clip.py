@@ -28,11 +28,11 @@ from torchvision import transforms
 from vapi.metrics import pretrained
 from vapi.metrics.detections import Objects
 from vapi.metrics.features import sha256
+from vapi.metrics.geneval import COLOURS
 
 SETTING, EXAMPLE = "evaluate.clip", "openai/clip-vit-large-patch14"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 OFFICIAL = "CLIP ViT-L/14"
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 GROUND = "#999"
 CROPS = 16  # at a time

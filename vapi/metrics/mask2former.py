@@ -38,17 +38,8 @@ from vapi.metrics import clip as clips
 from vapi.metrics import pretrained
 from vapi.metrics.detections import Detections, Identity, Objects, Rules
 from vapi.metrics.features import sha256
+from vapi.metrics.geneval import CLASSES, COLOURS
 
-# GenEval's names of COCO's 80 classes, in COCO's order (github.com/djghosh13/geneval, MIT)
-NAMES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,"
-    "horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
-    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,"
-    "orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,"
-    "computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
-    "toothbrush"
-)
-CLASSES = tuple(NAMES.split(","))
 SETTING, EXAMPLE = "evaluate.detector", "facebook/mask2former-swin-small-coco-instance, or one that convert-detector wrote"
 SHORT, LONG, DIVISOR = 800, 1333, 32  # pixels
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB in 0..255
@@ -91,7 +82,7 @@ class Mask2Former:
     @property
     def colours(self) -> Sequence[str]:
         """None without CLIP, so that prompts with colours are refused before anything is drawn."""
-        return clips.COLOURS if self.colourist else ()
+        return COLOURS if self.colourist else ()
 
     def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
         """uint8 (H, W, 3) each, any size, to the best 100 objects. Pictures of one size are looked at together, which moves
