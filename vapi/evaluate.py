@@ -10,6 +10,7 @@ questions. Images stream into features; only the sheets are written. Beside the 
   generator of codes can reach.
 - ``exposure``: what is lost between predicting on real contexts and running free (exposure bias).
 - ``fid_random``: the same distance in a network that no reward can have flattered.
+- ``prompts``: what a generator of captions makes of GenEval's (``prompted.py``), plain and at its best.
 - ``base_guided`` and ``tuned_guided``, where ``evaluate.guided`` asks for them: papers print both.
 
 The reference is a Parquet file of real images, or what OpenAI published for ADM's evaluation: moments of all
@@ -40,7 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapi import data, images, launch, metrics, models, references, report
+from vapi import data, images, launch, metrics, models, prompted, references, report
 from vapi.config import EvaluateConfig, ModelConfig, nearest
 from vapi.launch import ALONE, World
 from vapi.metrics import features as judges
@@ -50,6 +51,7 @@ from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
 from vapi.models import Policy, memory, sampler, weights
 from vapi.models import features as networks
 from vapi.models.sampler import image_seed
+from vapi.prompted import Panel
 from vapi.references import RealImages, Subjects
 from vapi.run import NO_RUN, Run
 
@@ -233,11 +235,14 @@ class Bench:
     reconstructions: Features
     sheets: dict[str, np.ndarray]  # uint8 (N, H, W, 3): real, reconstruction
     digests: dict[str, str]  # of the two reference files
+    panel: Panel | None  # who judges what captions ask for
+    answers: prompted.Anchors  # its verdicts on real images
 
     @classmethod
     def of(cls, model: ModelConfig, evaluate: EvaluateConfig, policy: Policy, workers: int = 1, world: World = ALONE) -> Bench:
         """Read references and judge. Raises ValueError for what is missing or does not fit."""
         _require_samples(evaluate)
+        panel = None if policy.num_classes else Panel.of(evaluate, policy.device)
         size = evaluate.resize or model.image_size
         reference, moments = references.reference(evaluate, size, policy.num_classes)
         validation = references.real_images(evaluate.validation, "validation", model.image_size, policy.num_classes)
@@ -258,7 +263,12 @@ class Bench:
             codes = sampler.encode(policy, _floats(pixels, numbers, policy))
             return judge.pixels(sampler.decode(policy, codes)), labels[numbers.start : numbers.stop]
 
+        def decoded(some: Tensor) -> Tensor:
+            return judge.pixels(sampler.decode(policy, sampler.encode(policy, images.to_float(some).to(policy.device))))
+
         tokenizer = data.tokenizer_digest(model)
+        real_key = {"set": digests["reference"], "tokenizer": tokenizer}
+        answers = panel.anchors(judge, reference, decoded, real_key) if panel and size == model.image_size else prompted.Anchors()
         chosen = _one_of_each(labels, evaluate.sheet_images)
         of_reference = judge.features({"set": "reference"}, len(reference), stored(reference.pixels, reference.labels), "reference")
         return cls(
@@ -270,6 +280,8 @@ class Bench:
             judge.features({"set": digests["validation"], "tokenizer": tokenizer}, len(pixels), reconstruct, "reconstructions"),
             {"real": _rows(pixels[chosen]), "reconstruction": _rows(_reconstruction(policy, pixels[chosen]))},
             digests,
+            panel,
+            answers,
         )  # fmt: skip
 
     def names(self) -> list[str]:
@@ -346,6 +358,7 @@ class Found:
     guided: Scores  # empty where nobody asked
     sweep: list[Scores]
     exposure: Scores
+    answers: dict[str, prompted.Verdicts]  # to prompts, by setting: "", _guided, _best; empty for classes
     sheets: dict[str, np.ndarray]  # uint8 (N, H, W, 3): plain, best
     sha256: str
 
@@ -393,13 +406,29 @@ class Contestant:
         sweep = self.sweep()
         best = min(sweep, key=lambda point: point["fid"])
         chosen = dataclasses.replace(self.plain, temperature=best["temperature"], guidance=best["guidance"])
-        plain, top = self.scores(self.plain), self.scores(chosen)
+        plain, top, answers = self.scores(self.plain), self.scores(chosen), self.answers(chosen)
         top |= {"temperature": chosen.temperature, "guidance": chosen.guidance}
         words = f"FID {plain['fid']:.2f}; at its best, {_setting(top)}, {top['fid']:.2f}"
         if self.bench.judge.world.first:
             print(f"{self.name}: {words}", file=sys.stderr, flush=True)
         sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen)}
-        return Found(plain, top, self.guided(), sweep, self.exposure(), sheets, self.sha256)
+        return Found(plain, top, self.guided(), sweep, self.exposure(), answers, sheets, self.sha256)
+
+    def answers(self, best: Sampler) -> dict[str, prompted.Verdicts]:
+        """The panel's verdicts on what the model makes of prompts, at each setting that is compared."""
+        panel, found = self.bench.panel, dict[str, prompted.Verdicts]()
+        settings = {"": self.plain, "_best": best}
+        if self.config.guided != 1.0:
+            settings["_guided"] = dataclasses.replace(self.plain, guidance=self.config.guided)
+        for setting, how in settings.items() if panel else ():
+            found[setting] = panel.verdicts(
+                self.bench.judge,
+                {"set": "prompts", **self.made_by, **dataclasses.asdict(how)},
+                lambda seed, subjects, how=how: self.draw(how, seed, subjects),
+                self.config.seeds,
+                self.name,
+            )
+        return found
 
     def scores(self, how: Sampler) -> Scores:
         """Mean and standard deviation over the seeds."""
@@ -538,16 +567,27 @@ def _protocol(bench: Bench) -> Scores:
 
 def _results(bench: Bench, found: dict[str, Found], holdout: dict[str, float | None], anchors: dict[str, Scores]) -> dict[str, Any]:
     """metrics.json."""
+
+    def answered(one: Found, setting: str) -> Scores:
+        return prompted.scores(bench.panel, one.answers[setting]) if bench.panel else {}
+
     return {
         "protocol": _protocol(bench),
-        **{name: {**one.plain, "reward": holdout[name]} for name, one in found.items()},
-        **{f"{name}_best": one.best for name, one in found.items()},
-        **{f"{name}_guided": one.guided for name, one in found.items() if one.guided},
+        **{name: {**one.plain, **answered(one, ""), "reward": holdout[name]} for name, one in found.items()},
+        **{f"{name}_best": {**one.best, **answered(one, "_best")} for name, one in found.items()},
+        **{f"{name}_guided": {**one.guided, **answered(one, "_guided")} for name, one in found.items() if one.guided},
         "anchors": anchors,
         "exposure": {name: one.exposure for name, one in found.items()},
         "sweep": [point for one in found.values() for point in one.sweep],
         "weights": {name: one.sha256 for name, one in found.items()},
+        **({"prompts": _prompts(bench, found)} if bench.panel else {}),
     }
+
+
+def _prompts(bench: Bench, found: dict[str, Found]) -> Scores:
+    assert bench.panel is not None
+    by_name = {f"{name}{setting}": verdicts for name, one in found.items() for setting, verdicts in one.answers.items()}
+    return prompted.results(bench.panel, by_name, bench.answers)
 
 
 def _write(folder: Path, results: dict[str, Any], sheets: dict[str, dict[str, np.ndarray]], tune: Path, inputs: dict[str, str]) -> None:

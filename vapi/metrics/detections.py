@@ -19,9 +19,17 @@ class Objects:
 
     boxes: np.ndarray  # float (n, 5): x0, y0, x1, y1 in pixels (ends as the detector counts them), score in [0, 1]
     masks: np.ndarray | None = None  # bool (n, H, W)
+    name: str = ""  # the class; the scoring fills it in, since a judge of colours may want to know ("a photo of a red bench")
+    colours: Sequence[str] = ()  # one each, where a detector tells them along
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> Objects:
+        """Some of them, in the order given."""
+        these = np.arange(len(self))[rows].tolist()
+        masks = None if self.masks is None else self.masks[these]
+        return Objects(self.boxes[these], masks, self.name, [self.colours[n] for n in these] if self.colours else ())
 
 
 Detections = Mapping[str, Objects]  # by class name; a class that was not seen may be left out

@@ -340,10 +340,13 @@ def infer_config(shapes: dict[str, tuple[int, ...]], codes: int, heads: int = 0)
     return GPTConfig(**sizes, classes=0, caption_dim=caption_dim, prefix=prefix) if text else GPTConfig(**sizes, classes=rows - 1)
 
 
-def published(name: str, vocab: int = 16384, codes: int = 576, classes: int = 1000) -> GPTConfig:
-    """The sizes of a published class-conditional generator, a name in ``PUBLISHED``; 576 codes are 384 pixels with VQ-16."""
+def published(name: str, vocab: int = 16384, codes: int = 576, classes: int = 1000, captions: bool = False) -> GPTConfig:
+    """The sizes of a published generator, a name in ``PUBLISHED``, of classes, or of captions as flan-t5-xl reads them; 576
+    codes are 384 pixels with VQ-16."""
     dim, layers, heads = PUBLISHED[name]
     hidden = 256 * math.ceil(int(8 * dim / 3) / 256)
+    if captions:
+        return GPTConfig(dim, layers, heads, hidden, vocab, codes, classes=0, caption_dim=2048, prefix=120)
     return GPTConfig(dim, layers, heads, hidden, vocab, codes, classes)
 
 
