@@ -44,6 +44,7 @@ class TextEncoder(Protocol):
     width: int  # C
     digest: str
     max_words: int
+    end_marks: int  # of the words of every caption: not its own
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Words of each caption before any cut. Raises ValueError for a caption that this encoder cannot read."""
@@ -110,6 +111,7 @@ class Words:
 
     width = SIGNS * len(REACH) + 2 * TURNS
     max_words = MAX_WORDS
+    end_marks = 0
     digest = hashlib.sha256(b"words, version 1").hexdigest()
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
@@ -159,6 +161,7 @@ class T5:
     """
 
     max_words = MAX_WORDS
+    end_marks = 1
 
     def __init__(self, name: str, device: torch.device | str = "cpu", words_per_batch: int = 4096) -> None:
         """Raises ValueError if ``name`` is no folder or hub id of a T5, whole, with its tokenizer."""
@@ -250,6 +253,7 @@ def _read_t5(folder: Path) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise ValueError("a T5 needs transformers and sentencepiece: pip install 'vapi-align[t2i]'") from None
+    transformers.utils.logging.disable_progress_bar()
     _files(folder)
     kind = data.read_json(folder / "config.json").get("model_type")
     if kind != "t5":
@@ -257,7 +261,7 @@ def _read_t5(folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
         read: Any = transformers.T5EncoderModel.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # the library has many kinds for a damaged file
         raise ValueError(f"{folder} holds no T5 that can be read: {error}") from error
     model, told = read
     lacking = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))
