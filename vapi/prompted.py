@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from vapi import data
-from vapi.config import EvaluateConfig, nearest
+from vapi.config import EvaluateConfig
 from vapi.geneval import detector_of
-from vapi.metrics import geneval
+from vapi.metrics import geneval, text
 from vapi.metrics.detections import Detections, Detector
 from vapi.metrics.geneval import Prompt
 from vapi.metrics.stream import Judge, Make
-from vapi.metrics.text import TEXT_METRICS, TextMetric
+from vapi.metrics.text import TextMetric
 from vapi.references import RealImages, Subjects
 
 Scores = dict[str, Any]
@@ -66,9 +66,10 @@ class Panel:
         if not detectors:
             raise ValueError("evaluate.detector is empty, and somebody must look at the pictures; give digits, or a folder of weights")
         lists = [geneval.read_prompts(evaluate.prompts, judge.classes, judge.colours) for judge in detectors.values()]
-        metrics = {name: _text_metric(name, evaluate) for name in evaluate.text_metrics}
+        metrics = {metric.name: metric for metric in text.load(evaluate, device)}
         judges = {name: [str(judge.identity), str(judge.rules)] for name, judge in detectors.items()}
-        parts = [data.file_digest(Path(evaluate.prompts)), evaluate.images_per_prompt, judges, evaluate.text_metrics, evaluate.clip]
+        described = {name: metric.description for name, metric in metrics.items()}
+        parts = [data.file_digest(Path(evaluate.prompts)), evaluate.images_per_prompt, judges, described]
         return cls(lists[0], evaluate.images_per_prompt, detectors, metrics, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
     @property
@@ -104,9 +105,10 @@ class Panel:
             found[name] = _correct(detector, prompts, pictures, seen)
             if SHUFFLED not in found:
                 found[SHUFFLED] = _correct(detector, others, pictures, seen)
-        for name, metric in self.metrics.items():
+        if self.metrics:
             texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-            found[name] = torch.tensor([float(value) for value in metric(np.stack(pictures), texts, metadata)], dtype=torch.float64)
+            values = text.score(self.metrics.values(), np.stack(pictures), texts, metadata)
+            found |= {name: torch.tensor(rows, dtype=torch.float64) for name, rows in values.items()}
         return found
 
     def verdicts(
@@ -180,12 +182,6 @@ def _correct(detector: Detector, prompts: Sequence[Prompt], pictures: Sequence[n
     return torch.tensor([one(*given) for given in zip(prompts, pictures, seen, strict=True)], dtype=torch.uint8)
 
 
-def _text_metric(name: str, evaluate: EvaluateConfig) -> TextMetric:
-    if name not in TEXT_METRICS:
-        raise ValueError(f"evaluate.text_metrics names {name!r}; {nearest(name, TEXT_METRICS)}")
-    return TEXT_METRICS[name](evaluate)
-
-
 def partners(prompts: Sequence[Prompt]) -> list[int]:
     """For each prompt the place of another of its task that asks for something else (itself, where there is none)."""
     found = list(range(len(prompts)))
@@ -226,7 +222,10 @@ def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Anchors) -> Sc
         "images_per_prompt": panel.images,
         "detectors": judged,
         "agreement": {side: agreement(panel, verdicts) for side, verdicts in found.items()} if len(panel.detectors) > 1 else {},
-        "metrics": {name: {side: _mean(verdicts[name]) for side, verdicts in found.items()} for name in panel.metrics},
+        "metrics": {
+            name: {"description": metric.description, **{side: _mean(verdicts[name]) for side, verdicts in found.items()}}
+            for name, metric in panel.metrics.items()
+        },
     }
 
 

@@ -109,8 +109,10 @@ def section(prompts: Scores, sheets: Mapping[str, np.ndarray], shown: Sequence[S
         shares = ", ".join(f"{_e(side.replace('_', ' '))} {share:.1%}" for side, share in prompts["agreement"].items())
         parts.append(f"<p class='small'>Pictures on which both judges say the same: {shares}.</p>")
     for name, sides in prompts["metrics"].items():
-        words = ", ".join(f"{side.replace('_', ' ')} {one['mean']:.4f}{_error(one)}" for side, one in sides.items())
-        parts.append(f"<p class='small'>{_e(name)}: {_e(words)}.</p>")
+        words = ", ".join(
+            f"{side.replace('_', ' ')} {one['mean']:.4f}{_error(one)}" for side, one in sides.items() if side != "description"
+        )
+        parts.append(f"<p class='small'>{_e(name)}: {_e(words)}. {_e(sides['description'])}.</p>")
     return "".join([*parts, "</section>", pictures(sheets, shown, prompts["images_per_prompt"])])
 
 
