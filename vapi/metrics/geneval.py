@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from vapi.config import nearest
-from vapi.metrics.detections import Detections, Identity, Objects, Rules
+from vapi.metrics.detections import Detections, Identity, Objects, Rules, hint
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -160,7 +160,8 @@ def _clause(values: Any, where: str, number: int, classes: Names, colours: Names
         if not isinstance(position, list) or len(position) != 2:
             raise ValueError(f'{where}.position is {position!r}; it must be a relation and the number of an earlier include: ["above", 0]')
         relation, target = position
-        _require_known(f"{where}.position", relation, RELATIONS)
+        if relation not in RELATIONS:
+            raise ValueError(f"{where}.position is {relation!r}; known: {', '.join(RELATIONS)}")
         if type(target) is not int or not 0 <= target < number:
             raise ValueError(f"{where}.position refers to include[{target}]; it must be an earlier one")
     return Clause(values["class"], count, values.get("color", ""), relation, target)
@@ -170,8 +171,8 @@ def _require_known(where: str, name: Any, known: Names) -> None:
     if not isinstance(name, str) or not name:
         raise ValueError(f"{where} is {name!r}; it must be a name")
     if known is not None and name not in known:
-        hint = nearest(name, known) if known else "it knows none (colours of Mask2Former's objects take --clip)"
-        raise ValueError(f"{where} is {name!r}, which the detector does not know; {hint}")
+        near = hint(name, known) if known else "it knows none (colours of Mask2Former's objects take --clip)"
+        raise ValueError(f"{where} is {name!r}, which the detector does not know; {near}")
 
 
 def list_digest(prompts: Iterable[Prompt]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vapi.config import nearest
-from vapi.metrics.detections import Detections, Identity, Objects, Rules
+from vapi.metrics.detections import Detections, Identity, Objects, Rules, hint
 
 TITLE = "GenEval (detections from a file)"
 
@@ -92,7 +92,7 @@ def _line(values: dict[str, Any], classes: Sequence[str], colours: Sequence[str]
         raise ValueError("objects and colours are mappings by class")
     for name in {**told, **said}:
         if name not in classes:
-            raise ValueError(f"class {name!r} is unknown; {nearest(name, classes)}")
+            raise ValueError(f"class {name!r} is unknown; {hint(name, classes)}")
     return picture_name(values["filename"]), {name: _objects(name, rows, said.get(name, []), colours) for name, rows in told.items()}
 
 
@@ -107,5 +107,5 @@ def _objects(name: str, rows: Any, said: Any, colours: Sequence[str]) -> Objects
         raise ValueError(f"{name} has {len(boxes)} boxes and {len(said)} colours")
     for colour in said:
         if colour not in colours:
-            raise ValueError(f"colour {colour!r} of {name} is unknown; {nearest(str(colour), colours)}")
+            raise ValueError(f"colour {colour!r} of {name} is unknown; {hint(str(colour), colours)}")
     return Objects(boxes, colours=tuple(said))
