@@ -250,47 +250,37 @@ def test_bad_folders_are_refused(folder: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_clipscore_is_the_plain_cosine(clip: clips.Clip, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "PICTURES", 2)
-    (metric,) = text.load(EvaluateConfig(clip=str(folder), text_metrics=["clipscore"]), "cpu")
+    metric = text.load(EvaluateConfig(clip=str(folder), text_metrics=["clipscore"]))["clipscore"]
     images = np.stack([picture(seed) for seed in range(3)])
     prompts = ["a red bench", "two cats", "a photo of a cow left of a stop sign"]
-    found = text.score([metric], images, prompts, [{}] * 3)
     expected = [float(unit(see(clip, Image.fromarray(image))) @ unit(read(clip, said)).T) for image, said in zip(images, prompts)]
-    assert found["clipscore_cosine"] == pytest.approx(expected, abs=1e-5)
-    assert "no prefix" in metric.description and clip.sha256 in metric.description
+    assert metric(images, prompts, [{}] * 3) == pytest.approx(expected, abs=1e-5)
+    assert "no prefix" in metric.describe and clip.sha256 in metric.describe
 
 
 def test_the_documented_metric_of_ones_own_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[1] / "docs" / "text-metrics.md").read_text()
-    (code,) = re.findall(r"```python\n# my_scores.py\n(.*?)```", page, re.DOTALL)
-    assert sum(1 for line in code.splitlines() if line.strip()) <= 10
+    (code,) = re.findall(r"```python\n(# my_scores.py\n.*?)```", page, re.DOTALL)
+    assert len(code.splitlines()) <= 10
     (tmp_path / "my_scores.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_scores", raising=False)
-    metrics = text.load(EvaluateConfig(text_metrics=["my_scores:brightness"]), "cpu")
+    ((name, metric),) = text.load(EvaluateConfig(text_metrics=["my_scores:brightness"])).items()
     images = np.stack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)])
-    assert text.score(metrics, images, ["dark", "light"], [{}, {}]) == {"brightness": [0.0, 1.0]}
+    assert metric(images, ["dark", "light"], [{}, {}]) == [0.0, 1.0] and name == metric.describe == "my_scores:brightness"
 
 
-def test_bad_text_metrics_are_refused() -> None:
+def test_bad_text_metrics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(message: str, *names: str) -> None:
         with pytest.raises(ValueError, match=message):
-            text.load(EvaluateConfig(text_metrics=list(names)), "cpu")
+            text.load(EvaluateConfig(text_metrics=list(names)))
 
-    refused("names fidelity; known are clipscore, or module:function", "fidelity")
+    refused("names 'clip_score'; .*clipscore.*, or give module:function", "clip_score")
     refused("cannot be imported", "no_such_module:score")
     refused("cannot be imported", "json:no_such_function")
     refused("set evaluate.clip to a folder", "clipscore")
-
-    class Short:
-        name, description = "short", ""
-
-        def score(self, images: np.ndarray, prompts: object, metadata: object) -> list[float]:
-            return [1.0]
-
-    class Strange(Short):
-        def score(self, images: np.ndarray, prompts: object, metadata: object) -> list[float]:
-            return [float("nan")] * len(images)
-
-    for metric in (Short(), Strange()):
-        with pytest.raises(ValueError, match="the text metric short returned"):
-            text.score([metric], np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])
+    for message, found in (("returned 1 numbers for 2 images", [1.0]), ("not finite", [1.0, float("nan")])):
+        monkeypatch.setitem(text.TEXT_METRICS, "short", lambda config, found=found: lambda *given: found)
+        metric = text.load(EvaluateConfig(text_metrics=["short"]))["short"]
+        with pytest.raises(ValueError, match=f"the text metric short returned .*{message.removeprefix('returned ')}"):
+            metric(np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])
