@@ -30,7 +30,7 @@ from vapi.metrics import geneval, text
 from vapi.metrics.detections import Detections, Detector
 from vapi.metrics.geneval import Prompt
 from vapi.metrics.stream import Judge, Make
-from vapi.metrics.text import TextMetric
+from vapi.metrics.text import Checked
 from vapi.references import RealImages, Subjects
 
 Scores = dict[str, Any]
@@ -55,7 +55,7 @@ class Panel:
     prompts: Sequence[Prompt]
     images: int  # I
     detectors: Mapping[str, Detector]
-    metrics: Mapping[str, TextMetric]
+    metrics: Mapping[str, Checked]
     digest: str  # of everything that decides a verdict beside the picture
 
     @classmethod
@@ -66,9 +66,9 @@ class Panel:
         if not detectors:
             raise ValueError("evaluate.detector is empty, and somebody must look at the pictures; give digits, or a folder of weights")
         lists = [geneval.read_prompts(evaluate.prompts, judge.classes, judge.colours) for judge in detectors.values()]
-        metrics = {metric.name: metric for metric in text.load(evaluate, device)}
+        metrics = text.load(evaluate)
         judges = {name: [str(judge.identity), str(judge.rules)] for name, judge in detectors.items()}
-        described = {name: metric.description for name, metric in metrics.items()}
+        described = {name: metric.describe for name, metric in metrics.items()}
         parts = [data.file_digest(Path(evaluate.prompts)), evaluate.images_per_prompt, judges, described]
         return cls(lists[0], evaluate.images_per_prompt, detectors, metrics, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
@@ -107,8 +107,8 @@ class Panel:
                 found[SHUFFLED] = _correct(detector, others, pictures, seen)
         if self.metrics:
             texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-            values = text.score(self.metrics.values(), np.stack(pictures), texts, metadata)
-            found |= {name: torch.tensor(rows, dtype=torch.float64) for name, rows in values.items()}
+            for name, metric in self.metrics.items():
+                found[name] = torch.tensor(metric(np.stack(pictures), texts, metadata), dtype=torch.float64)
         return found
 
     def verdicts(
@@ -223,7 +223,7 @@ def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Anchors) -> Sc
         "detectors": judged,
         "agreement": {side: agreement(panel, verdicts) for side, verdicts in found.items()} if len(panel.detectors) > 1 else {},
         "metrics": {
-            name: {"description": metric.description, **{side: _mean(verdicts[name]) for side, verdicts in found.items()}}
+            name: {"description": metric.describe, **{side: _mean(verdicts[name]) for side, verdicts in found.items()}}
             for name, metric in panel.metrics.items()
         },
     }

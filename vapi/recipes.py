@@ -110,7 +110,7 @@ _LLAMAGEN_T2I = {
     "register.model_name": "llamagen-xl-t2i",
     "register.min_fid_drop": 0.0,
     "register.min_geneval_gain": 0.05,
-    "register.allowances": {"fid_random": 0.1, "clipscore_cosine": 0.02},
+    "register.allowances": {"fid_random": 0.1, "clipscore": 0.02},
 }
 
 # Scenes of the embedded digits, drawn from captions: docs/embedded-world.md says what was tried.

@@ -69,7 +69,7 @@ COLUMNS = (
     Column("fd_dinov2", "FD DINOv2", True),
     Column("geneval", "GenEval", False, 3),  # or whatever its detector's weights allow it to be called
     Column("geneval_second", "second judge", False, 3),
-    Column("clipscore_cosine", "CLIPScore", False, 4),
+    Column("clipscore", "CLIPScore", False, 4),
     Column("reward", "reward", False, 4),
 )
 
