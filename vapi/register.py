@@ -6,10 +6,11 @@ Two aliases, two questions:
 - ``champion``: does tuned at its best beat the present champion at its best (without a champion: the
   base at its best)? A model that is merely sharper than another gains nothing over it here.
 
-In both, FID must fall by ``register.min_fid_drop`` (and GenEval's score rise by ``register.min_geneval_gain``, where that is
-asked for), and no other metric may get worse by more than its allowance. A number that is missing, not finite or measured by another protocol fails its gate. A model
-that passes the first question is registered, with everything that says where it came from; one that
-does not leaves the registry alone. Repeating the command finds the version it made before.
+In both, FID must fall by ``register.min_fid_drop`` (and GenEval's score rise by ``register.min_geneval_gain``, where
+that is asked for), and no other metric may get worse by more than its allowance. A number that is missing, not finite or
+measured by another protocol fails its gate. A model that passes the first question is registered, with everything that
+says where it came from; one that does not leaves the registry alone. Repeating the command finds the version it made
+before.
 
 Left out: stages (MLflow replaced them by aliases), and deleting or archiving versions.
 """
