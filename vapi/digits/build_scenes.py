@@ -206,6 +206,12 @@ def anchors(tokenizer: vq.VQModel, both: Sequence[Detector], world: World) -> di
     return measured
 
 
+def threshold_pictures(count: int = 600) -> Pictures:
+    """What the judges' thresholds were fixed on: the validation prompts in turn, with validation glyphs."""
+    known = prompts("validation", WORLD)
+    return scenes.paint_prompts([known[i % len(known)] for i in range(count)], "validation", SEEDS["thresholds"])
+
+
 def shuffled(asked: Sequence[scenes.Prompt]) -> list[scenes.Prompt]:
     """The prompts of each task in another order."""
     order = list(range(len(asked)))
