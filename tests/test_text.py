@@ -166,8 +166,8 @@ def test_batches_are_sorted_and_bounded() -> None:
     longest = [max(lengths[i] for i in some) for some in batches]
     assert longest == sorted(longest) or max(lengths) > 120
     for some in batches:
-        padded = min(120, 8 * -(-max(lengths[i] for i in some) // 8))
-        assert len(some) * padded <= 256 and padded - min(lengths[i] for i in some) < 8
+        padded = min(120, 4 * -(-max(lengths[i] for i in some) // 4))
+        assert len(some) * padded <= 256 and padded - min(lengths[i] for i in some) < 4
     assert list(text.batches([100, 3], 1)) == [[1], [0]], "one at a time at least"
 
 
