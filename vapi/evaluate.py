@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapi import data, images, launch, metrics, models, prompted, references, report
+from vapi import data, images, launch, metrics, models, prompted, references, report, report_prompts
 from vapi.config import EvaluateConfig, ModelConfig, nearest
 from vapi.launch import ALONE, World
 from vapi.metrics import features as judges
@@ -132,7 +132,7 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
         results = _results(bench, found, holdout, anchors)
         sheets = {name: one.sheets for name, one in found.items()} | {"anchors": bench.sheets}
         inputs = _inputs(model, evaluate, tune, bench)
-        _write(folder, results, sheets, tune, inputs)
+        _write(folder, results, sheets, tune, inputs, _shown(bench, found))
         data.describe(folder, "evaluate", {"model": model, "evaluate": evaluate}, inputs, time.perf_counter() - begin)
     prune()
     _track(run, out, results, evaluate, inputs)
@@ -256,12 +256,12 @@ class Bench:
         at_once = evaluate.images_per_batch or min(world.gather(_images_that_fit(model, policy)))
         judge = Judge(extractor, key, at_once, evaluate.resize, workers, world)
 
-        def real(numbers: range) -> tuple[Tensor, Tensor]:
-            return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers.start : numbers.stop]
+        def real(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers[0] : numbers[-1] + 1]
 
-        def reconstruct(numbers: range) -> tuple[Tensor, Tensor]:
+        def reconstruct(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
             codes = sampler.encode(policy, _floats(pixels, numbers, policy))
-            return judge.pixels(sampler.decode(policy, codes)), labels[numbers.start : numbers.stop]
+            return judge.pixels(sampler.decode(policy, codes)), labels[numbers[0] : numbers[-1] + 1]
 
         def decoded(some: Tensor) -> Tensor:
             return judge.pixels(sampler.decode(policy, sampler.encode(policy, images.to_float(some).to(policy.device))))
@@ -318,8 +318,8 @@ def _images_that_fit(model: ModelConfig, policy: Policy) -> int:
         return memory.images_per_batch(policy.footprint(guided=True), policy.device)
 
 
-def _floats(pixels: Tensor, numbers: range, policy: Policy) -> Tensor:
-    return images.to_float(pixels[numbers.start : numbers.stop]).to(policy.device)
+def _floats(pixels: Tensor, numbers: Sequence[int], policy: Policy) -> Tensor:
+    return images.to_float(pixels[numbers[0] : numbers[-1] + 1]).to(policy.device)
 
 
 @torch.inference_mode()
@@ -374,11 +374,11 @@ class Draw:
     seed: int
     subjects: Subjects
 
-    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]:
+    def __call__(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         return next(self.stream([numbers]))
 
     @torch.inference_mode()
-    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(self, ranges: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 images and labels of each range of image numbers."""
         labels = [torch.tensor([self.subjects.label(self.seed, number) for number in numbers]) for numbers in ranges]
         seeds = [[image_seed(self.seed, number) for number in numbers] for numbers in ranges]
@@ -411,24 +411,32 @@ class Contestant:
         words = f"FID {plain['fid']:.2f}; at its best, {_setting(top)}, {top['fid']:.2f}"
         if self.bench.judge.world.first:
             print(f"{self.name}: {words}", file=sys.stderr, flush=True)
-        sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen)}
+        sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen), **self.pictures()}
         return Found(plain, top, self.guided(), sweep, self.exposure(), answers, sheets, self.sha256)
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the model makes of some prompts: uint8 (N, H, W, 3)."""
+        panel = self.bench.panel
+        if panel is None:
+            return {}
+        make = self.draw(self.plain, self.config.seeds[0], panel.subjects)
+        return {"prompts": self.bench.judge.world.once(lambda: _rows(panel.pictures(make)))}
 
     def answers(self, best: Sampler) -> dict[str, prompted.Verdicts]:
         """The panel's verdicts on what the model makes of prompts, at each setting that is compared."""
-        panel, found = self.bench.panel, dict[str, prompted.Verdicts]()
+        panel = self.bench.panel
+        if panel is None:
+            return {}
         settings = {"": self.plain, "_best": best}
         if self.config.guided != 1.0:
             settings["_guided"] = dataclasses.replace(self.plain, guidance=self.config.guided)
-        for setting, how in settings.items() if panel else ():
-            found[setting] = panel.verdicts(
-                self.bench.judge,
-                {"set": "prompts", **self.made_by, **dataclasses.asdict(how)},
-                lambda seed, subjects, how=how: self.draw(how, seed, subjects),
-                self.config.seeds,
-                self.name,
+        key = {"set": "prompts", **self.made_by}
+        return {
+            setting: panel.verdicts(
+                self.bench.judge, key | dataclasses.asdict(how), functools.partial(self.draw, how), self.config.seeds, self.name
             )
-        return found
+            for setting, how in settings.items()
+        }
 
     def scores(self, how: Sampler) -> Scores:
         """Mean and standard deviation over the seeds."""
@@ -478,11 +486,11 @@ class Contestant:
         key = {"set": "teacher forced", **self.made_by, "images": self.bench.digests["validation"], "seed": seed}
 
         @torch.inference_mode()
-        def make(numbers: range) -> tuple[Tensor, Tensor]:
-            labels = self.bench.real.labels[numbers.start : numbers.stop]
+        def make(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            labels = self.bench.real.labels[numbers[0] : numbers[-1] + 1]
             true = sampler.encode(self.policy, _floats(self.bench.real.pixels, numbers, self.policy))
             rows = max(1, LOGITS_AT_ONCE[self.policy.device.type] // (self.policy.num_codes * self.policy.vocab))
-            own = torch.arange(numbers.start, numbers.start + len(true))
+            own = torch.arange(numbers[0], numbers[0] + len(true))
             parts = zip(true.split(rows), labels.split(rows), own.split(rows), strict=True)
             codes = torch.cat([self._redraw(*part, seed) for part in parts])
             return self.bench.judge.pixels(sampler.decode(self.policy, codes)), labels
@@ -590,7 +598,19 @@ def _prompts(bench: Bench, found: dict[str, Found]) -> Scores:
     return prompted.results(bench.panel, by_name, bench.answers)
 
 
-def _write(folder: Path, results: dict[str, Any], sheets: dict[str, dict[str, np.ndarray]], tune: Path, inputs: dict[str, str]) -> None:
+def _shown(bench: Bench, found: dict[str, Found]) -> list[Scores]:
+    """The prompts whose pictures are on the sheet."""
+    return bench.panel.captions({name: one.answers[""] for name, one in found.items()}) if bench.panel else []
+
+
+def _write(
+    folder: Path,
+    results: dict[str, Any],
+    sheets: dict[str, dict[str, np.ndarray]],
+    tune: Path,
+    inputs: dict[str, str],
+    shown: list[Scores],
+) -> None:
     data.write_json(folder / "metrics.json", results)
     curves = report.read_curves(tune / "metrics.jsonl")
     _write_csv(folder / "sweep.csv", results["sweep"])
@@ -601,8 +621,12 @@ def _write(folder: Path, results: dict[str, Any], sheets: dict[str, dict[str, np
     best = {f"{name} at {_setting(top)}: FID {top['fid']:.2f}": sheets[name]["best"] for name, top in tops.items()}
     for name, rows in (("before-after", before_after), ("best", best), ("anchors", sheets["anchors"])):
         report.banded_sheet(rows, SHEET_COLUMNS).save(folder / f"sheet-{name}.png")
+    if shown:
+        count = results["prompts"]["images_per_prompt"]
+        answers = report_prompts.bands({name: sheets[name]["prompts"] for name in names}, shown, count)
+        report.banded_sheet(answers, 2 * count).save(folder / "sheet-prompts.png")
     provenance = {"code": data.code_version(), "inputs": inputs, "weights": results["weights"]}
-    (folder / "report.html").write_text(report.page(results, curves, sheets, provenance, SHEET_COLUMNS))
+    (folder / "report.html").write_text(report.page(results, curves, sheets, provenance, SHEET_COLUMNS, shown))
 
 
 def _setting(best: Scores) -> str:
@@ -627,5 +651,7 @@ def _track(run: Run, out: Path, results: dict[str, Any], evaluate: EvaluateConfi
     run.dataset("reference", inputs["reference"], evaluate.reference)
     run.image("samples/before_after", out / "sheet-before-after.png")
     run.image("samples/best", out / "sheet-best.png")
+    if (out / "sheet-prompts.png").is_file():
+        run.image("samples/prompts", out / "sheet-prompts.png")
     run.artifact(out / "report.html")
     run.artifact(out / "metrics.json")

@@ -24,18 +24,19 @@ import torch
 from torch import Tensor
 
 from vapi import data
-from vapi.config import EvaluateConfig, nearest
+from vapi.config import EvaluateConfig
 from vapi.geneval import detector_of
-from vapi.metrics import geneval
+from vapi.metrics import geneval, text
 from vapi.metrics.detections import Detections, Detector
 from vapi.metrics.geneval import Prompt
 from vapi.metrics.stream import Judge, Make
-from vapi.metrics.text import TEXT_METRICS, TextMetric
+from vapi.metrics.text import Checked
 from vapi.references import RealImages, Subjects
 
 Scores = dict[str, Any]
 Verdicts = dict[str, np.ndarray]  # by judge: bool (P, S, I) of detectors, float of text metrics
 
+SHOWN = 3  # prompts of each task on a sheet
 SHUFFLED = "shuffled"  # the first detector's verdict by another prompt of the same task
 
 
@@ -54,7 +55,7 @@ class Panel:
     prompts: Sequence[Prompt]
     images: int  # I
     detectors: Mapping[str, Detector]
-    metrics: Mapping[str, TextMetric]
+    metrics: Mapping[str, Checked]
     digest: str  # of everything that decides a verdict beside the picture
 
     @classmethod
@@ -65,10 +66,29 @@ class Panel:
         if not detectors:
             raise ValueError("evaluate.detector is empty, and somebody must look at the pictures; give digits, or a folder of weights")
         lists = [geneval.read_prompts(evaluate.prompts, judge.classes, judge.colours) for judge in detectors.values()]
-        metrics = {name: _text_metric(name, evaluate) for name in evaluate.text_metrics}
+        metrics = text.load(evaluate)
         judges = {name: [str(judge.identity), str(judge.rules)] for name, judge in detectors.items()}
-        parts = [data.file_digest(Path(evaluate.prompts)), evaluate.images_per_prompt, judges, evaluate.text_metrics, evaluate.clip]
+        described = {name: metric.describe for name, metric in metrics.items()}
+        parts = [data.file_digest(Path(evaluate.prompts)), evaluate.images_per_prompt, judges, described]
         return cls(lists[0], evaluate.images_per_prompt, detectors, metrics, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+
+    @property
+    def shown(self) -> list[int]:
+        """Places of the prompts that reports show: the first of each task."""
+        tasks = dict.fromkeys(prompt.tag for prompt in self.prompts)
+        return [place for task in tasks for place in [n for n, prompt in enumerate(self.prompts) if prompt.tag == task][:SHOWN]]
+
+    def pictures(self, make: Make) -> Tensor:
+        """A model's pictures of these prompts: uint8 (K * I, 3, H, W)."""
+        return make([place * self.images + image for place in self.shown for image in range(self.images)])[0]
+
+    def captions(self, found: Mapping[str, Verdicts]) -> list[Scores]:
+        """What to write beside them: the text, and the first detector's verdicts on the first seed's, by model."""
+        first = next(iter(self.detectors))
+        return [
+            {"text": self.prompts[place].text, **{side: verdicts[first][place, 0].tolist() for side, verdicts in found.items()}}
+            for place in self.shown
+        ]
 
     @property
     def subjects(self) -> Subjects:
@@ -85,9 +105,10 @@ class Panel:
             found[name] = _correct(detector, prompts, pictures, seen)
             if SHUFFLED not in found:
                 found[SHUFFLED] = _correct(detector, others, pictures, seen)
-        for name, metric in self.metrics.items():
+        if self.metrics:
             texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-            found[name] = torch.tensor([float(value) for value in metric(np.stack(pictures), texts, metadata)], dtype=torch.float64)
+            for name, metric in self.metrics.items():
+                found[name] = torch.tensor(metric(np.stack(pictures), texts, metadata), dtype=torch.float64)
         return found
 
     def verdicts(
@@ -106,11 +127,11 @@ class Panel:
         order = [place for place, pictures in own.items() for _ in pictures[:count]]
         rows = [row for pictures in own.values() for row in pictures[:count]]
 
-        def plain(numbers: range) -> tuple[Tensor, Tensor]:
+        def plain(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
             these = torch.tensor([rows[n] for n in numbers if n < len(rows)])
             return real.pixels[these], these
 
-        def decoded(numbers: range) -> tuple[Tensor, Tensor]:
+        def decoded(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
             pixels, these = plain(numbers)
             return reconstruct(pixels), these
 
@@ -139,7 +160,7 @@ class Panel:
     ) -> Verdicts:
         others = partners(self.prompts)
 
-        def look(pixels: Tensor, _: Tensor, numbers: range) -> dict[str, Tensor]:
+        def look(pixels: Tensor, _: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
             asked = [order[n] for n in numbers if n < len(order)]
             found = self.judge(pixels[: len(asked)], [self.prompts[n] for n in asked], [self.prompts[others[n]] for n in asked])
             # what fills the last batch up has no verdict
@@ -159,12 +180,6 @@ def _correct(detector: Detector, prompts: Sequence[Prompt], pictures: Sequence[n
         return geneval.score(prompt, objects, detector.rules, lambda these: detector.colour(picture, these)).correct
 
     return torch.tensor([one(*given) for given in zip(prompts, pictures, seen, strict=True)], dtype=torch.uint8)
-
-
-def _text_metric(name: str, evaluate: EvaluateConfig) -> TextMetric:
-    if name not in TEXT_METRICS:
-        raise ValueError(f"evaluate.text_metrics names {name!r}; {nearest(name, TEXT_METRICS)}")
-    return TEXT_METRICS[name](evaluate)
 
 
 def partners(prompts: Sequence[Prompt]) -> list[int]:
@@ -207,7 +222,10 @@ def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Anchors) -> Sc
         "images_per_prompt": panel.images,
         "detectors": judged,
         "agreement": {side: agreement(panel, verdicts) for side, verdicts in found.items()} if len(panel.detectors) > 1 else {},
-        "metrics": {name: {side: _mean(verdicts[name]) for side, verdicts in found.items()} for name in panel.metrics},
+        "metrics": {
+            name: {"description": metric.describe, **{side: _mean(verdicts[name]) for side, verdicts in found.items()}}
+            for name, metric in panel.metrics.items()
+        },
     }
 
 

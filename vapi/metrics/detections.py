@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from vapi.config import nearest
+
 
 @dataclass(frozen=True)
 class Objects:
@@ -70,3 +72,9 @@ class Detector(Protocol):
 
     def colour(self, picture: np.ndarray, objects: Objects) -> list[str]:
         """The colour of each of these objects of one class, a name in ``colours``."""
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    """For an error about a class or colour: the known name that holds this one ("computer mouse" for "mouse"), else the nearest."""
+    longer = [one for one in known if name and name in one]
+    return f"did you mean {longer[0]!r}?" if longer else nearest(name, known)

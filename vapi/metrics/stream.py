@@ -32,17 +32,17 @@ from vapi.launch import ALONE, World
 from vapi.metrics.features import Extractor
 from vapi.metrics.fid import Features
 
-Make = Callable[[range], tuple[Tensor, Tensor]]  # image numbers -> images as Judge.pixels gives them, labels (B,)
-Look = Callable[[Tensor, Tensor, range], dict[str, Tensor]]  # these, and the numbers again -> a row for each image
+Make = Callable[[Sequence[int]], tuple[Tensor, Tensor]]  # image numbers -> images as Judge.pixels gives them, labels (B,)
+Look = Callable[[Tensor, Tensor, Sequence[int]], dict[str, Tensor]]  # these, and the numbers again -> a row for each image
 
 
 @runtime_checkable
 class Streaming(Protocol):
     """A ``Make`` that can work ahead."""
 
-    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]: ...
 
-    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def stream(self, ranges: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 KEEP_BYTES = 32 << 30  # 50,000 images in Inception's features are 1 GB
@@ -130,7 +130,7 @@ class Judge:
 
 def stored(pixels: Tensor, labels: Tensor) -> Make:
     """A stream of images that are at hand."""
-    return lambda numbers: (pixels[numbers.start : numbers.stop], labels[numbers.start : numbers.stop])
+    return lambda numbers: (pixels[numbers[0] : numbers[-1] + 1], labels[numbers[0] : numbers[-1] + 1])
 
 
 def _store(part: dict[str, Tensor], path: Path) -> None:
