@@ -154,8 +154,11 @@ def _turns(count: int, pairs: int) -> Tensor:
 
 
 class T5:
-    """The encoder of a T5, with the tokenizer beside it, in bfloat16. A word is a piece of one here, and every caption ends
+    """The encoder of a T5, with the tokenizer beside it. A word is a piece of one here, and every caption ends
     with one that says so, so that a caption of which cleaning leaves nothing has a length of 1.
+
+    Weights and features are bfloat16, and so is what lies between on a GPU. On a CPU that is float32: many imitate bfloat16,
+    a hundred times slower.
 
     As LlamaGen does in training and sampling: captions are cleaned, cut at 120 pieces (the end mark among them), and padding
     is masked. LlamaGen pads every caption to 120 positions, and here it is to the next multiple of 4: a T5's positions are
@@ -172,7 +175,7 @@ class T5:
         self.device = torch.device(device)
         self.digest = _digest_of_t5(folder)
         self.tokenizer, self.model = _read_t5(folder)
-        self.model.to(self.device)
+        self.model.to(self.device, torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.width = int(self.model.config.d_model)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
@@ -202,7 +205,7 @@ class T5:
             words[row, : len(own)] = torch.tensor(own)
             there[row, : len(own)] = 1
         found = self.model(input_ids=words.to(self.device), attention_mask=there.to(self.device)).last_hidden_state
-        kept = found[: len(pieces)].cpu().float()
+        kept = found[: len(pieces)].bfloat16().float().cpu()
         return [feature[: len(own)].clone() for feature, own in zip(kept, pieces, strict=True)]
 
 
