@@ -121,10 +121,10 @@ def test_padding() -> None:
 # --- T5 ----------------------------------------------------------------------------------------
 
 
-def as_llamagen(folder: str, captions: list[str]) -> list[torch.Tensor]:
-    """What LlamaGen stores of a caption: one at a time, padded to 120 positions, masked, in bfloat16."""
+def as_llamagen(folder: str, captions: list[str], precision: torch.dtype) -> list[torch.Tensor]:
+    """What LlamaGen stores of a caption: one at a time, padded to 120 positions, masked."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.T5EncoderModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = transformers.T5EncoderModel.from_pretrained(folder, dtype=torch.bfloat16).to(precision).eval()
     found = []
     for caption in captions:
         how: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_attention_mask": True, "return_tensors": "pt"}
@@ -135,15 +135,17 @@ def as_llamagen(folder: str, captions: list[str]) -> list[torch.Tensor]:
     return found
 
 
-def test_t5_gives_what_llamagen_stores(t5: str) -> None:
+@pytest.mark.parametrize(("precision", "off"), [(torch.float32, 2**-8), (torch.bfloat16, 2**-4)])
+def test_t5_gives_what_llamagen_stores(t5: str, precision: torch.dtype, off: float) -> None:
+    """Up to the rounding of what is kept, or of what LlamaGen's script, which has its own precision, rounds on the way."""
     captions = [*CAPTIONS, "A Photo, of MANY things " * 9, "x"]
     encoder = text.load(t5, "cpu", 256)
     assert encoder.width == 32 and encoder.digest == text.digest(t5)
-    made, theirs = encoder.encode(captions), as_llamagen(t5, captions)
+    made, theirs = encoder.encode(captions), as_llamagen(t5, captions, precision)
     assert [len(feature) for feature in made] == [len(feature) for feature in theirs] == [min(120, n) for n in encoder.lengths(captions)]
     for ours, upstream in zip(made, theirs, strict=True):
         assert torch.equal(ours, ours.bfloat16().float()), "nothing is lost in half precision"
-        torch.testing.assert_close(ours, upstream, rtol=2e-2, atol=2e-2)  # bfloat16 rounds by the shape of a batch
+        torch.testing.assert_close(ours, upstream, rtol=off, atol=off)
 
 
 def test_t5_does_not_depend_on_batch_mates(t5: str) -> None:
@@ -166,8 +168,8 @@ def test_batches_are_sorted_and_bounded() -> None:
     longest = [max(lengths[i] for i in some) for some in batches]
     assert longest == sorted(longest) or max(lengths) > 120
     for some in batches:
-        padded = min(120, 8 * -(-max(lengths[i] for i in some) // 8))
-        assert len(some) * padded <= 256 and padded - min(lengths[i] for i in some) < 8
+        padded = min(120, 4 * -(-max(lengths[i] for i in some) // 4))
+        assert len(some) * padded <= 256 and padded - min(lengths[i] for i in some) < 4
     assert list(text.batches([100, 3], 1)) == [[1], [0]], "one at a time at least"
 
 
@@ -341,7 +343,7 @@ def test_write_weights_names_the_encoder(t5: str, captioned: ModelConfig, tmp_pa
         data.write_weights(dataclasses.replace(captioned, text_encoder=name), tmp_path / "out")
         assert data.read_json(tmp_path / "out" / "text_encoder.json") == {"sha256": text.digest(name)}
     data.write_weights(dataclasses.replace(captioned, text_encoder=""), tmp_path / "none")
-    assert not (tmp_path / "none" / "text_encoder.json").exists()
+    assert data.read_json(tmp_path / "none" / "text_encoder.json") == {"sha256": "none"}
 
 
 # --- tuning ------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def _features(
         lengths = world.once(lambda: encoder.lengths(captions))
         missing = world.once(lambda: [i for i, digest in enumerate(digests) if cache is not None and digest not in cache])
         with tqdm(total=len(missing), desc="captions", unit="caption", disable=None if world.first else True) as bar:
-            for some, found in _read_together(encoder, captions, lengths, missing, config, world):
+            for some, found in read_captions(encoder, captions, lengths, missing, config, world):
                 if cache is not None:
                     cache.append([digests[i] for i in some], found)
                 bar.update(len(some))
@@ -235,7 +235,7 @@ def _features(
     }
 
 
-def _read_together(
+def read_captions(
     encoder: TextEncoder, captions: Sequence[str], lengths: Sequence[int], wanted: Sequence[int], config: TokensConfig, world: World
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
     """Numbers and features of captions by all processes, who take batches in turn; every process gets every batch, in order."""

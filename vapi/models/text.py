@@ -37,6 +37,8 @@ from vapi.models.cleaning import clean
 
 MAX_WORDS = 120
 """LlamaGen's: its encoder cuts there, and its generators of captions have as many positions."""
+STEP = 4
+"""Captions are padded to a multiple of it while they are encoded."""
 
 
 class TextEncoder(Protocol):
@@ -70,17 +72,17 @@ def digest(name: str) -> str:
 
 def batches(lengths: Sequence[int], words_per_batch: int) -> Iterator[list[int]]:
     """Numbers of captions of these lengths, sorted by length, in the batches that an encoder computes at a time."""
-    by_shape: dict[int, list[int]] = {}
+    by_shape: dict[torch.Size, list[int]] = {}
     for number, length in enumerate(lengths):
-        by_shape.setdefault(_positions(length), []).append(number)
-    for positions, numbers in sorted(by_shape.items()):
-        rows = max(1, words_per_batch // positions)
+        by_shape.setdefault(shape(length, words_per_batch), []).append(number)
+    for (rows, _), numbers in sorted(by_shape.items(), key=lambda item: item[0][1]):
         yield from (numbers[start : start + rows] for start in range(0, len(numbers), rows))
 
 
-def _positions(length: int) -> int:
-    """A caption's length, rounded up: some padding for few shapes."""
-    return min(MAX_WORDS, 8 * math.ceil(length / 8))
+def shape(length: int, words_per_batch: int) -> torch.Size:
+    """Rows and positions of every batch that a caption of this length is computed in: a little padding for few shapes."""
+    positions = min(MAX_WORDS, STEP * math.ceil(length / STEP))
+    return torch.Size((max(1, words_per_batch // positions), positions))
 
 
 def pad(features: Sequence[Tensor], positions: int) -> Tensor:
@@ -153,11 +155,14 @@ def _turns(count: int, pairs: int) -> Tensor:
 
 
 class T5:
-    """The encoder of a T5, with the tokenizer beside it, in bfloat16. A word is a piece of one here, and every caption ends
+    """The encoder of a T5, with the tokenizer beside it. A word is a piece of one here, and every caption ends
     with one that says so, so that a caption of which cleaning leaves nothing has a length of 1.
 
+    Weights and features are bfloat16, and so is what lies between on a GPU. On a CPU that is float32: many imitate bfloat16,
+    a hundred times slower.
+
     As LlamaGen does in training and sampling: captions are cleaned, cut at 120 pieces (the end mark among them), and padding
-    is masked. LlamaGen pads every caption to 120 positions, and here it is to the next multiple of 8: a T5's positions are
+    is masked. LlamaGen pads every caption to 120 positions, and here it is to the next multiple of 4: a T5's positions are
     relative, and nothing sees padding.
     """
 
@@ -171,7 +176,7 @@ class T5:
         self.device = torch.device(device)
         self.digest = _digest_of_t5(folder)
         self.tokenizer, self.model = _read_t5(folder)
-        self.model.to(self.device)
+        self.model.to(self.device, torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.width = int(self.model.config.d_model)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
@@ -193,16 +198,15 @@ class T5:
     @torch.inference_mode()
     def _encode(self, pieces: Sequence[Sequence[int]]) -> list[Tensor]:
         """Features of captions whose lengths round to the same, in a batch of the one shape that is theirs."""
-        positions = _positions(len(pieces[0]))
-        rows = max(1, self.words_per_batch // positions)
-        words = torch.full((rows, positions), self.model.config.pad_token_id)
-        there = torch.zeros(rows, positions, dtype=torch.long)
-        for row in range(rows):
+        size = shape(len(pieces[0]), self.words_per_batch)
+        words = torch.full(size, self.model.config.pad_token_id)
+        there = torch.zeros(size, dtype=torch.long)
+        for row in range(len(words)):
             own = pieces[row] if row < len(pieces) else pieces[0]
             words[row, : len(own)] = torch.tensor(own)
             there[row, : len(own)] = 1
         found = self.model(input_ids=words.to(self.device), attention_mask=there.to(self.device)).last_hidden_state
-        kept = found[: len(pieces)].cpu().float()
+        kept = found[: len(pieces)].bfloat16().float().cpu()
         return [feature[: len(own)].clone() for feature, own in zip(kept, pieces, strict=True)]
 
 
