@@ -62,7 +62,7 @@ def digits(count: int) -> dict[str, object]:
     """The embedded world."""
     settings = Measured()
     policy, tune = models.load(replace(settings.model, device="cpu")), settings.tune
-    pixels, labels = data.read_images(Path(settings.evaluate.validation))
+    pixels, labels, _ = data.read_images(Path(settings.evaluate.validation))
     targets = images.to_float(pixels[:count])
     with torch.no_grad():
         codes = policy.encode(targets)

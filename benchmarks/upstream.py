@@ -130,13 +130,21 @@ def decode(network: Any, codes: Tensor, code_dim: int) -> Tensor:
 
 @torch.no_grad()
 def teacher_forced(network: Any, condition: Tensor, codes: Tensor, prefix: int = 1) -> Tensor:
-    """Logits (B, T, V)."""
-    positions = torch.arange(prefix + codes.shape[1] - 1)
-    return network(codes[:, :-1], condition, input_pos=positions)[0][:, prefix - 1 :]
+    """Logits (B, T, V), of classes (B,) or captions (B, S, C + 1) as ours."""
+    length = prefix + codes.shape[1] - 1
+    if not condition.is_floating_point():
+        return network(codes[:, :-1], condition, input_pos=torch.arange(length))[0][:, prefix - 1 :]
+    # the mask of their data set: causal, without padding, every position itself
+    mask = torch.tril(torch.ones(length, length, dtype=torch.bool)).repeat(len(codes), 1, 1, 1)
+    mask[..., :prefix] &= condition[:, None, None, :, -1].bool()
+    mask |= torch.eye(length, dtype=torch.bool)
+    return network(codes[:, :-1], condition[..., :-1], input_pos=torch.arange(length), mask=mask)[0][:, prefix - 1 :]
 
 
 def greedy(network: Any, condition: Tensor, codes: int, **how: Any) -> Tensor:
     """The likeliest code at each position, by their own sampling loop (B, T)."""
+    if condition.is_floating_point():
+        condition, how["emb_masks"] = condition[..., :-1], condition[..., -1]
     return theirs("autoregressive.models.generate").generate(network, condition, codes, sample_logits=False, **how).long()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import threading
@@ -14,6 +15,7 @@ import torch
 from vapi import models, track
 from vapi.config import ModelConfig
 from vapi.models import gpt, vq, weights
+from vapi.models.text import Words
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -42,6 +44,22 @@ def write_tiny(folder: Path, vq_config: vq.VQConfig = TINY_VQ, gpt_config: gpt.G
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+CAPTIONED_GPT = dataclasses.replace(TINY_GPT, classes=0, caption_dim=Words.width, prefix=9)
+CAPTIONS = ("a photo of a red three", "two sevens", "a blue eight left of a green one", "nine")
+
+
+@pytest.fixture(scope="session")
+def captioned_model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """The same for captions, which the embedded encoder reads."""
+    model = write_tiny(tmp_path_factory.mktemp("captioned"), gpt_config=CAPTIONED_GPT)
+    return dataclasses.replace(model, text_encoder="words")
+
+
+@pytest.fixture
+def captioned_policy(captioned_model: ModelConfig) -> models.Policy:
+    return models.load(captioned_model)
 
 
 @pytest.fixture

@@ -243,7 +243,7 @@ def test_what_is_written_about_weights_is_their_content(tmp_path: Path, monkeypa
 def test_read_images_wants_one_size_and_the_right_column(tmp_path: Path) -> None:
     data.write_subset(tmp_path, rows(12), 5)
     (tmp_path / "manifest.parquet").unlink()
-    pixels, labels = data.read_images(tmp_path)
+    pixels, labels, _ = data.read_images(tmp_path)
     assert pixels.shape == (12, 16, 20, 3) and pixels.dtype == np.uint8 and labels.tolist() == [i % 10 for i in range(12)]
     assert pixels[7, 0, 0].tolist() == [7, 7, 9] and len(data.read_images(tmp_path, limit=6)[0]) == 6
     with pytest.raises(ValueError, match="did you mean 'image'"):

@@ -63,7 +63,7 @@ def test_rebuild_at_a_tiny_size(tmp_path: Path) -> None:
     )
     policy = models.load(model)
     assert policy.generate(policy.condition([3]), [0]).shape == (1, policy.num_codes)
-    images, labels = data.read_images(tmp_path / "data/digits/train.parquet")
+    images, labels, _ = data.read_images(tmp_path / "data/digits/train.parquet")
     again, _ = paint.paint("train", 60, build.SEEDS["train"])
     assert np.array_equal(images, again) and len(labels) == 60
     with pytest.raises(ValueError, match="exists; name a new folder"):
@@ -73,7 +73,7 @@ def test_rebuild_at_a_tiny_size(tmp_path: Path) -> None:
 @bundled
 def test_bundled_pictures_are_what_the_painter_paints() -> None:
     for name, count in build.WORLD.painted.items():
-        images, labels = data.read_images(DATA / "digits" / f"{name}.parquet", limit=20)
+        images, labels, _ = data.read_images(DATA / "digits" / f"{name}.parquet", limit=20)
         again, expected = paint.paint(name, 20, build.SEEDS[name])
         assert np.array_equal(images, again) and np.array_equal(labels, expected), name
         assert f"| digits/{name}.parquet | {count} |" in (DATA / "README.md").read_text()
@@ -85,7 +85,7 @@ def test_reward_and_metric_networks_differ() -> None:
     reward, metric = (features.load(DATA / "models" / f"{name}.safetensors") for name in ("reward", "metric"))
     digests = {hashlib.sha256(p.numpy().tobytes()).hexdigest() for net in (reward, metric) for p in net.stages.parameters()}
     assert len(digests) == 2 * len(list(reward.stages.parameters()))
-    images, _ = data.read_images(DATA / "digits/validation.parquet", limit=200)
+    images, *_ = data.read_images(DATA / "digits/validation.parquet", limit=200)
     a, b = (
         torch.nn.functional.normalize(net.pooled(to_float(images)) - net.pooled(to_float(images)).mean(0), dim=0)
         for net in (reward, metric)
@@ -97,7 +97,7 @@ def test_reward_and_metric_networks_differ() -> None:
 def test_the_metric_sees_damage() -> None:
     """Noise of 10 grey levels and a light blur are far from real pictures, as far as other real pictures are not."""
     judge = features.load(DATA / "models/metric.safetensors")
-    reference, _ = data.read_images(DATA / "digits/reference.parquet", limit=2000)
+    reference, *_ = data.read_images(DATA / "digits/reference.parquet", limit=2000)
     real = torch.from_numpy(data.read_images(DATA / "digits/validation.parquet", limit=1000)[0]).permute(0, 3, 1, 2).float()
     noise = 10 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     blurred = real.lerp(torch.nn.functional.avg_pool2d(real, 3, 1, 1, count_include_pad=False), 0.5)

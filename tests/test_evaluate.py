@@ -21,14 +21,15 @@ from conftest import TINY_GPT, write_tiny
 from PIL import Image
 from safetensors.torch import load_file
 
-from vapi import data, evaluate, models
+from vapi import data, evaluate, models, references
 from vapi.config import EvaluateConfig, ModelConfig, TuneConfig
 from vapi.evaluate import Sampler
-from vapi.images import sample_seed
 from vapi.metrics import features as judges
 from vapi.metrics import stream
 from vapi.models import features as networks
 from vapi.models import memory, weights
+from vapi.models.sampler import image_seed
+from vapi.references import Subjects
 from vapi.run import Run
 
 
@@ -223,7 +224,7 @@ def test_random_labels_follow_the_image_alone(world: World) -> None:
     images, labels = make(range(20))
     alone, label = make(range(13, 14))
     assert torch.equal(alone[0], images[13]) and label == labels[13]
-    many = torch.tensor([evaluate.image_label(0, number, 10, "random") for number in range(5000)])
+    many = torch.tensor([Subjects(10, how="random").label(0, number) for number in range(5000)])
     assert many.bincount().tolist() == pytest.approx([500] * 10, abs=5 * 500**0.5) and many[:10].tolist() != list(range(10))
 
 
@@ -312,7 +313,7 @@ def test_a_protocol_is_a_promise() -> None:
 
 def test_validation_may_be_a_folder_of_photographs(world: World) -> None:
     """As ImageNet comes: class folders, all sizes; cropped like training images, a fair draw of a large folder."""
-    pixels, labels = data.read_images(Path(world.config.validation))
+    pixels, labels, _ = data.read_images(Path(world.config.validation))
     for number, (image, label) in enumerate(zip(pixels, labels)):
         folder = world.root / "photos" / f"n{label:02d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -321,14 +322,14 @@ def test_validation_may_be_a_folder_of_photographs(world: World) -> None:
     bench = evaluate.Bench.of(
         world.model, dataclasses.replace(world.config, validation=str(world.root / "photos")), models.load(world.model)
     )
-    assert bench.images.shape == (30, 3, 16, 16) and bench.labels.bincount().tolist() == [3] * 10
-    as_rows = {image.numpy().tobytes() for image in bench.images.permute(0, 2, 3, 1)}
+    assert bench.real.pixels.shape == (30, 3, 16, 16) and bench.real.labels.bincount().tolist() == [3] * 10
+    as_rows = {image.numpy().tobytes() for image in bench.real.pixels.permute(0, 2, 3, 1)}
     assert {image.tobytes() for image in pixels[::2]} <= as_rows  # what has the right size is taken as it is
-    few, classes = evaluate._cropped(str(world.root / "photos"), 16, 10, 12)
+    few, classes, _ = references.cropped(str(world.root / "photos"), 16, 10, 12)
     assert len(few) == 12 and len(set(classes.tolist())) > 4
     (world.root / "photos" / "n03" / "3.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="photos: n03/3.png not an image"):
-        evaluate._cropped(str(world.root / "photos"), 16, 10, 0)
+        references.cropped(str(world.root / "photos"), 16, 10, 0)
 
 
 # --- samples, and features kept ----------------------------------------------------------------
@@ -404,9 +405,9 @@ def test_settings_of_the_sampler_reach_the_samples(world: World) -> None:
 
 def test_sample_seeds_never_meet() -> None:
     seeds = [evaluate.SWEEP_SEED, *range(20)]
-    blocks = sorted(sample_seed(seed, 0) for seed in seeds)
+    blocks = sorted(image_seed(seed, 0) for seed in seeds)
     assert min(b - a for a, b in zip(blocks, blocks[1:])) > 10_000_000
-    assert all(0 <= sample_seed(seed, 49_999) < 2**32 for seed in seeds)
+    assert all(0 <= image_seed(seed, 49_999) < 2**32 for seed in seeds)
 
 
 def test_teacher_forced_draws_follow_the_policy(world: World) -> None:
@@ -415,8 +416,8 @@ def test_teacher_forced_draws_follow_the_policy(world: World) -> None:
     contestant = evaluate.Contestant(bench, "base", Path(world.model.generator))
     with torch.no_grad():
         contestant.policy.generator.output.weight.mul_(1e4)
-    labels = bench.labels[:6]
-    true = contestant.policy.encode(evaluate._floats(bench.images, range(6), contestant.policy))
+    labels = bench.real.labels[:6]
+    true = contestant.policy.encode(evaluate._floats(bench.real.pixels, range(6), contestant.policy))
     drawn = contestant._redraw(true, labels, torch.arange(6), seed=0)
     likeliest = contestant.policy.logits(contestant.policy.condition(labels), true).argmax(-1)
     assert (drawn == likeliest).float().mean() > 0.98

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.models import vgg16
 
-from vapi import cli, evaluate
+from vapi import cli, references
 from vapi.config import Config, build, dump, plain, write_text
 from vapi.metrics import features as extractors
 from vapi.models import gpt, vq
@@ -80,7 +80,7 @@ def test_a_full_size_run_in_small(tmp_path: Path, inception_file: Path, monkeypa
         values[section][knob] = value
     write_text(tmp_path / "params.yaml", dump(build(Config, values)))
     monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256(inception_file)[:8])
-    monkeypatch.setattr(evaluate, "VALIDATION_IMAGES", 12)
+    monkeypatch.setattr(references, "VALIDATION_IMAGES", 12)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for stage in ("subset", "tokens", "tune", "evaluate", "register"):

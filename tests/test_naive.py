@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import CAPTIONS
 from torch import Tensor
 
 from vapi import grpo, models, rewards
@@ -24,7 +25,8 @@ def problem(model: ModelConfig, dtype: torch.dtype, tune: TuneConfig = TUNE) -> 
     reward = rewards.Reward(tune.rewards, functions={"near": near})
     random = torch.Generator().manual_seed(0)
     images = torch.rand(6, 3, 16, 16, generator=random).to(dtype) * 2 - 1
-    batch = Batch(torch.arange(6), images, policy.encode(images), policy.condition([0, 3, 9, 3, 1, 7]))
+    asked = policy.condition([0, 3, 9, 3, 1, 7]) if policy.num_classes else policy.condition([*CAPTIONS, *CAPTIONS[:2]]).to(dtype)
+    batch = Batch(torch.arange(6), images, policy.encode(images), asked)
     return Objective(policy, tune, reward), batch, near
 
 
@@ -32,15 +34,16 @@ def flat_gradient(policy: models.Policy) -> Tensor:
     return torch.cat([p.grad.flatten() for p in policy.generator.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("kind", ["tiny_model", "captioned_model"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-10)])
 def test_gradient_and_loss_equal_the_naive_step(
-    tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, temperature: float
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype, tolerance: float, temperature: float
 ) -> None:
     if dtype == torch.float64:  # networks compute some things in float32 whatever the weights; here nothing may round
         monkeypatch.setattr(Tensor, "float", Tensor.double)
     tune = TuneConfig(**{**vars(TUNE), "temperature": temperature})
-    objective, batch, near = problem(tiny_model, dtype, tune)
+    objective, batch, near = problem(request.getfixturevalue(kind), dtype, tune)
     policy, totals = objective.policy, dict.fromkeys(("loss", "ce", "policy", "clip_fraction"), 0.0)
     for share, loss, terms in objective.pieces(batch, step=3):
         (share * loss).backward()
@@ -101,3 +104,9 @@ def test_naive_sampling_follows_the_prediction(tiny_policy: models.Policy) -> No
     guided = naive.generate(tiny_policy.generator, labels, top_k=1, guidance=2.5)  # type: ignore[arg-type]
     with_class, without = tiny_policy.logits(labels, guided), tiny_policy.logits(none, guided)
     assert torch.equal((without + 2.5 * (with_class - without)).argmax(-1), guided)
+
+
+def test_naive_sampling_of_captions_follows_the_prediction(captioned_policy: models.Policy) -> None:
+    policy, captions = captioned_policy, captioned_policy.condition(CAPTIONS)
+    codes = naive.generate(policy.generator, captions, top_k=1, guidance=2.5)
+    assert torch.equal(codes, policy.generate(captions, [0] * 4, top_k=1, guidance=2.5))

@@ -7,61 +7,85 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_GPT, TINY_VQ, write_tiny
+from conftest import CAPTIONED_GPT, CAPTIONS, TINY_GPT, TINY_VQ, write_tiny
 
 from vapi import models
 from vapi.config import ModelConfig
 from vapi.models import gpt, sampler, vq, weights
 
 
+@pytest.fixture(params=["classes", "captions"])
+def asked(request: pytest.FixtureRequest) -> tuple[models.Policy, list]:
+    """A policy, and four things that it can be asked for."""
+    if request.param == "classes":
+        return request.getfixturevalue("tiny_policy"), [3, 0, 9, 5]
+    return request.getfixturevalue("captioned_policy"), list(CAPTIONS)
+
+
 def codes_of(policy: models.Policy, rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(policy.vocab, (rows, policy.num_codes), generator=torch.Generator().manual_seed(seed))
 
 
-def test_causality(tiny_policy: models.Policy) -> None:
-    condition, context = tiny_policy.condition([3, 4]), codes_of(tiny_policy, 2)
-    before = tiny_policy.logits(condition, context)
-    for t in (0, 5, tiny_policy.num_codes - 1):
+def test_causality(asked: tuple[models.Policy, list]) -> None:
+    policy, things = asked
+    condition, context = policy.condition(things[:2]), codes_of(policy, 2)
+    before = policy.logits(condition, context)
+    for t in (0, 5, policy.num_codes - 1):
         changed = context.clone()
-        changed[:, t:] = (changed[:, t:] + 1) % tiny_policy.vocab
-        after = tiny_policy.logits(condition, changed)
+        changed[:, t:] = (changed[:, t:] + 1) % policy.vocab
+        after = policy.logits(condition, changed)
         assert torch.equal(before[:, : t + 1], after[:, : t + 1])
-        if t < tiny_policy.num_codes - 1:
+        if t + 1 < policy.num_codes:
             assert not torch.equal(before[:, t + 1], after[:, t + 1])
 
 
-def test_class_matters(tiny_policy: models.Policy) -> None:
-    context = codes_of(tiny_policy, 1)
-    one, other = (tiny_policy.logits(tiny_policy.condition([c]), context) for c in (1, 2))
+def test_what_is_asked_for_matters(asked: tuple[models.Policy, list]) -> None:
+    policy, things = asked
+    context = codes_of(policy, 1)
+    one, other = (policy.logits(policy.condition([thing]), context) for thing in things[:2])
     assert not torch.allclose(one[:, 0], other[:, 0])
 
 
 @torch.no_grad()
-def test_sampler_sees_the_teacher_forced_logits(tiny_policy: models.Policy) -> None:
-    condition, context = tiny_policy.condition([0, 9, 5]), codes_of(tiny_policy, 3)
-    model = tiny_policy.generator
+def test_sampler_sees_the_teacher_forced_logits(asked: tuple[models.Policy, list]) -> None:
+    policy, things = asked
+    condition, context = policy.condition(things[:3]), codes_of(policy, 3)
+    model = policy.generator
     cache = model.new_cache(3)
-    inputs, stepped = condition, []
-    for t in range(tiny_policy.num_codes):
-        stepped.append(model.step(inputs, t, cache))
-        inputs = context[:, t]
-    torch.testing.assert_close(torch.stack(stepped, 1), tiny_policy.logits(condition, context), rtol=1e-5, atol=1e-5)
+    embedded, starts = sampler.front(model, condition, guided=False)
+    stepped = [model.prefill(embedded, cache, starts)]
+    stepped += [model.step(context[:, t - 1], t, cache, starts) for t in range(1, policy.num_codes)]
+    torch.testing.assert_close(torch.stack(stepped, 1), policy.logits(condition, context), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_do_not_depend_on_batch_mates(tiny_policy: models.Policy) -> None:
-    condition, context = tiny_policy.condition([0, 1, 2, 3]), codes_of(tiny_policy, 4)
-    together = tiny_policy.logits(condition, context)
-    alone = torch.cat([tiny_policy.logits(condition[i : i + 1], context[i : i + 1]) for i in range(4)])
+def test_rows_do_not_depend_on_batch_mates(asked: tuple[models.Policy, list]) -> None:
+    policy, things = asked
+    condition, context = policy.condition(things), codes_of(policy, 4)
+    together = policy.logits(condition, context)
+    alone = torch.cat([policy.logits(policy.condition(things[i : i + 1]), context[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_image_n_depends_on_seed_n_alone(tiny_policy: models.Policy, guidance: float) -> None:
-    labels = tiny_policy.condition([0, 1, 2, 3])
-    all_at_once = tiny_policy.generate(labels, [10, 11, 12, 13], guidance=guidance)
-    one = tiny_policy.generate(labels[2:3], [12], guidance=guidance)
+def test_image_n_depends_on_seed_n_alone(asked: tuple[models.Policy, list], guidance: float) -> None:
+    policy, things = asked
+    labels = policy.condition(things)
+    all_at_once = policy.generate(labels, [10, 11, 12, 13], guidance=guidance)
+    one = policy.generate(labels[2:3], [12], guidance=guidance)
     assert torch.equal(all_at_once[2:3], one)
-    assert not torch.equal(all_at_once[0], tiny_policy.generate(labels[:1], [11], guidance=guidance)[0])
+    assert not torch.equal(all_at_once[0], policy.generate(labels[:1], [11], guidance=guidance)[0])
+
+
+@torch.no_grad()
+def test_guidance_pairs_a_caption_with_its_own_image(captioned_policy: models.Policy) -> None:
+    """Row n's guided prediction is made of row n's two predictions, whatever its neighbours are asked for."""
+    policy = captioned_policy
+    greedy = policy.generate(policy.condition(CAPTIONS), [0] * 4, top_k=1, guidance=2.5)
+    for n, caption in enumerate(CAPTIONS):
+        condition = policy.condition([caption])
+        said = policy.logits(condition, greedy[n : n + 1])
+        nothing = policy.logits(policy.generator.cls_embedding.null(condition), greedy[n : n + 1])
+        assert torch.equal((nothing + 2.5 * (said - nothing)).argmax(-1)[0], greedy[n])
 
 
 def test_guidance_one_is_none_and_two_is_not(tiny_policy: models.Policy) -> None:
@@ -172,3 +196,23 @@ def test_misspelt_policy(tiny_model: ModelConfig) -> None:
 def test_class_out_of_range(tiny_policy: models.Policy) -> None:
     with pytest.raises(ValueError, match="0 .. 9"):
         tiny_policy.condition([10])  # the null class is for guidance
+
+
+def test_captions_in_words_or_as_features(captioned_policy: models.Policy) -> None:
+    policy = captioned_policy
+    features = policy.condition([CAPTIONS[1], CAPTIONS[0], CAPTIONS[1]])
+    assert features.shape == (3, 9, 177) and torch.equal(policy.condition(features), features)
+    assert torch.equal(features[0], features[2]) and features[..., -1].sum(-1).tolist() == [2, 6, 2]
+    with pytest.raises(ValueError, match="9 positions x 176 features, and these have 9 x 64"):
+        policy.condition(torch.zeros(1, 9, 65))
+
+
+def test_a_text_encoder_that_does_not_belong(captioned_model: ModelConfig, tiny_model: ModelConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="draws from captions .9 x 176 features.*model.text_encoder is empty"):
+        models.load(dataclasses.replace(captioned_model, text_encoder=""))
+    with pytest.raises(ValueError, match="draws from class ids, but model.text_encoder is 'words'"):
+        models.load(dataclasses.replace(tiny_model, text_encoder="words"))
+    narrow = write_tiny(tmp_path / "narrow", gpt_config=dataclasses.replace(CAPTIONED_GPT, caption_dim=24))
+    policy = models.load(dataclasses.replace(narrow, text_encoder="words"))
+    with pytest.raises(ValueError, match="words gives 176 features per word, the generator reads 24"):
+        policy.condition(["a seven"])

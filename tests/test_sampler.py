@@ -39,13 +39,14 @@ SETTINGS = pytest.mark.parametrize("how", [PLAIN, GUIDED, EVERYTHING], ids=["pla
 
 
 def captioned() -> tuple[gpt.Transformer, Tensor]:
-    """A generator with a prefix of five caption positions, and three captions."""
+    """A generator with a prefix of five caption positions, and three captions of two, five and one words."""
     torch.manual_seed(3)
     model = gpt.Transformer(dataclasses.replace(TINY_GPT, classes=0, caption_dim=24, prefix=5)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
-    return model, torch.randn(3, 5, 24)
+    there = torch.tensor([[0.0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])[..., None]
+    return model, torch.cat([torch.randn(3, 5, 24) * there, there], dim=-1)
 
 
 # --- what the sampler sees ---------------------------------------------------------------------
@@ -91,7 +92,7 @@ def test_the_cache_in_place_equals_one_that_grows(tiny_policy: models.Policy, mo
     """Bit for bit; the growing one is the plainest there is."""
     grown: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def grows(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, position: int) -> Tensor:
+    def grows(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, position: int, starts: None) -> Tensor:
         if position:
             before = grown[cache.data_ptr()]
             k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
@@ -343,8 +344,11 @@ def test_the_loop_takes_captions_and_other_temperatures(interpreted: None) -> No
     model, captions = captioned()
     loops = graphs.Loops()
     for temperature in (1.0, 0.5):  # the second after what the first left behind
-        found = loops.generate(model, captions[:1], [1], temperature=temperature)
-        assert torch.equal(found, sampler.generate(model, captions[:1], [1], temperature=temperature))
+        for guidance, which in ((1.0, slice(0, 2)), (3.0, slice(2, 3))):
+            how: Sampling = {"temperature": temperature, "guidance": guidance}
+            seeds = [1, 2][: len(captions[which])]
+            found = loops.generate(model, captions[which], seeds, **how)
+            assert torch.equal(found, sampler.generate(model, captions[which], seeds, **how))
 
 
 @needs_triton
@@ -360,8 +364,9 @@ def test_the_kernel_attends_to_the_filled_part(interpreted: None, width: int) ->
     q, k, v = (part.unflatten(-1, (heads, width)).transpose(1, 2) for part in torch.randn(rows, 1, 3 * heads * width).chunk(3, dim=-1))
     cache = torch.randn(2, rows, heads, 90, width)
     plain = cache.clone()
-    found = kernels.attend(q, k, v, cache, torch.tensor([position]))
-    torch.testing.assert_close(found, gpt.attend(q, k, v, plain, position), rtol=1e-5, atol=1e-6)
+    starts = torch.tensor([0, 67])  # one row sees all, the other four positions
+    found = kernels.attend(q, k, v, cache, torch.tensor([position]), starts)
+    torch.testing.assert_close(found, gpt.attend(q, k, v, plain, position, starts), rtol=1e-5, atol=1e-6)
     assert torch.equal(cache, plain)
 
 
@@ -375,7 +380,7 @@ for number in ("bf16", "fp32"):
     for width, lanes in ((64, 64), (100, 128)):
         sizes = {"WIDTH": width, "LANES": lanes, "BLOCK": 64}
         kinds = {name: "*" + number if name in pointers else "constexpr" if name in sizes else "i32" for name in _attend.arg_names}
-        source = ASTSource(fn=_attend, signature={**kinds, "at": "*i64", "scale": "fp32"}, constexprs=sizes)
+        source = ASTSource(fn=_attend, signature={**kinds, "at": "*i64", "starts": "*i64", "scale": "fp32"}, constexprs=sizes)
         assert "cubin" in compile(source, target=GPUTarget("cuda", 90, 32)).asm
 """
 

@@ -189,21 +189,36 @@ def test_disk_full_says_so_and_goes_on(tiny_model: ModelConfig, tmp_path: Path, 
     assert data.file_digest(tmp_path / "tokens") == data.file_digest(tmp_path / "undisturbed")
 
 
-def test_cache_drops_records_that_are_damaged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ragged", [False, True])
+def test_cache_drops_records_that_are_damaged(tmp_path: Path, ragged: bool) -> None:
     named = {"codes": 4, "tokenizer": "x"}
     digests = [hashlib.sha256(bytes([i])).hexdigest() for i in range(6)]
-    codes = np.arange(24, dtype=np.uint16).reshape(6, 4) * 2048
-    cache = stage.Cache(tmp_path, named)
-    cache.append(digests[:4], codes[:4])
-    cache.append(digests[4:], codes[4:])
-    assert np.array_equal(stage.Cache(tmp_path, named).take(digests[::-1]), codes[::-1])
-    body = bytearray((tmp_path / "codes.bin").read_bytes())
-    body[4 * cache.record.itemsize + 33] ^= 1  # a bit of record 4
-    (tmp_path / "codes.bin").write_bytes(body)
-    again = stage.Cache(tmp_path, named)
-    assert [digest in again for digest in digests] == [True] * 4 + [False] * 2
-    again.append(digests[4:], codes[4:])
-    assert np.array_equal(stage.Cache(tmp_path, named).take(digests), codes)
+    kept = [np.arange(4 * (1 + ragged * i), dtype=np.uint16).reshape(-1, 4) + np.uint16(2048 * i) for i in range(6)]
+
+    def opened() -> stage.Cache:
+        return stage.Cache(tmp_path, named, 4, ragged)
+
+    def holds(digests: list[str], kept: list[np.ndarray]) -> bool:
+        return all(np.array_equal(found, rows) for found, rows in zip(opened().take(digests), kept, strict=True))
+
+    cache = opened()
+    cache.append(digests[:4], kept[:4])
+    cache.append(digests[4:], kept[4:])
+    assert all(np.array_equal(found, rows) for found, rows in zip(cache.take(digests), kept, strict=True))
+    assert holds(digests[::-1], kept[::-1])
+    whole = (tmp_path / "codes.bin").read_bytes()
+    start = sum(36 + 4 * ragged + rows.nbytes for rows in kept[:4])  # of record 4
+    for place, left in ((start + 33, 4), (start + 5, 4), (len(whole) - 1, 5), (3, 0)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        (tmp_path / "codes.bin").write_bytes(damaged)
+        again = opened()
+        assert [digest in again for digest in digests] == [True] * left + [False] * (6 - left)
+        again.append(digests[left:], kept[left:])
+        assert holds(digests, kept)
+    for cut in range(len(whole) - 40, len(whole)):
+        (tmp_path / "codes.bin").write_bytes(whole[:cut])
+        assert digests[4] in opened() and digests[5] not in opened()
 
 
 def test_psnr() -> None:

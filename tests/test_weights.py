@@ -173,34 +173,70 @@ def test_loading_takes_the_file_and_one_copy(tmp_path: Path) -> None:
 
 # --- captions ----------------------------------------------------------------------------------
 
+
+def captions_of(*words: int) -> Tensor:
+    """Random captions of so many words, at most 5, padded on the left: (B, 5, 24 + 1)."""
+    there = torch.stack([torch.arange(5) >= 5 - count for count in words])[..., None].float()
+    return torch.cat([torch.randn(len(words), 5, 24) * there, there], dim=-1)
+
+
 CAPTIONED = dataclasses.replace(TINY_GPT, classes=0, caption_dim=24, prefix=5)
+
+
+@torch.no_grad()
+def test_padding_decides_nothing() -> None:
+    """What stands in padded positions changes no bit, and a caption alone gets what it gets among longer ones."""
+    torch.manual_seed(1)
+    network = gpt.Transformer(CAPTIONED).eval()
+    captions, context = captions_of(2, 5, 1), torch.randint(32, (3, 16))
+    logits = network(captions, context)
+    noise = captions.clone()
+    noise[..., :-1] += torch.randn(3, 5, 24) * (1 - captions[..., -1:])
+    assert not torch.equal(noise, captions) and torch.equal(network(noise, context), logits)
+    torch.testing.assert_close(network(captions[:1], context[:1]), logits[:1], rtol=1e-5, atol=1e-6)
+    last = captions.clone()
+    last[0, -1, :-1] += 1
+    assert not torch.allclose(network(last, context)[0, 0], logits[0, 0])  # a word does
+
+
+@torch.no_grad()
+def test_a_short_caption_is_a_shorter_prefix() -> None:
+    """With the padding cut off, a network of that prefix says the same."""
+    torch.manual_seed(2)
+    network = gpt.Transformer(CAPTIONED).eval()
+    short = gpt.Transformer(dataclasses.replace(CAPTIONED, prefix=2)).eval()
+    state = network.state_dict()
+    short.load_state_dict({**state, "cls_embedding.uncond_embedding": state["cls_embedding.uncond_embedding"][:2]})
+    captions, context = captions_of(2), torch.randint(32, (1, 16))
+    torch.testing.assert_close(short(captions[:, -2:], context), network(captions, context), rtol=1e-5, atol=1e-6)
+
+
+def test_a_dropped_caption_is_the_null_condition() -> None:
+    torch.manual_seed(0)
+    network = gpt.Transformer(dataclasses.replace(CAPTIONED, class_dropout=1.0)).train()
+    captions = captions_of(3, 5)
+    assert torch.equal(network.cls_embedding(captions), network.eval().cls_embedding(network.cls_embedding.null(captions)))
 
 
 @torch.no_grad()
 def test_captions_teacher_forced_and_step_by_step() -> None:
     torch.manual_seed(0)
     network = gpt.Transformer(CAPTIONED).eval()
-    captions, context = torch.randn(3, 5, 24), torch.randint(32, (3, 16))
+    captions, context = captions_of(5, 1, 3), torch.randint(32, (3, 16))
     logits = network(captions, context)
     assert logits.shape == (3, 16, 32)
-    cache, inputs, stepped = network.new_cache(3), captions, []
-    for t in range(16):
-        stepped.append(network.step(inputs, t, cache))
-        inputs = context[:, t]
+    cache, starts = network.new_cache(3), network.cls_embedding.starts(captions)
+    stepped = [network.prefill(network.cls_embedding(captions), cache, starts)]
+    stepped += [network.step(context[:, t - 1], t, cache, starts) for t in range(1, 16)]
     torch.testing.assert_close(torch.stack(stepped, 1), logits, rtol=1e-5, atol=1e-5)
     changed = context.clone()
     changed[:, 7:] = 0
     assert torch.equal(network(captions, changed)[:, :8], logits[:, :8])  # causal
     assert not torch.allclose(network(captions.flip(0), context)[0], logits[0])
     nothing = network.cls_embedding.null(captions)
-    assert nothing.shape == captions.shape and torch.equal(nothing[0], nothing[2])
+    assert nothing.shape == captions.shape and torch.equal(nothing[0, :, :-1], nothing[2, :, :-1])
+    assert torch.equal(nothing[..., -1], captions[..., -1])
     assert network.train().cls_embedding(captions).shape == (3, 5, 32)
-
-
-def test_captioned_weights_are_no_class_conditional_ones(tiny_model: ModelConfig, tmp_path: Path) -> None:
-    weights.save(gpt.Transformer(CAPTIONED), tmp_path / "t2i.safetensors", gpt.metadata(CAPTIONED))
-    with pytest.raises(ValueError, match=r"draws from captions \(5 x 24 features.*class-conditional weights"):
-        models.load(tiny_model, tmp_path / "t2i.safetensors")
 
 
 # --- the way back ------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ What must outlive a stage's folder (token cache, resume state, unsent metrics) l
 ``state_dir``: DVC deletes the folder of a stage before it runs it.
 
     subset/   images-00000.parquet ...   manifest.parquet   quality.json   quality.html   quarantine.csv
-    tokens/   codes.npy   index.parquet   summary.json
+    tokens/   codes.npy   features.npy (of captions)   index.parquet   summary.json
     any/      config.json   timing.json
 """
 
@@ -29,10 +29,10 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import filelock
 import numpy as np
@@ -41,6 +41,9 @@ import pyarrow.parquet as pq
 
 from vapi import images
 from vapi.config import ModelConfig, nearest, plain, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -398,8 +401,29 @@ def _write_group(writer: pq.ParquetWriter, group: list[Row]) -> None:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What the frozen text encoder made of a subset's captions, equal captions once: bfloat16 without padding, one below the other."""
+
+    bits: np.ndarray  # uint16 (words of all captions, C), mapped from the file
+    places: np.ndarray  # int64 (N, 2): the first word of an image's caption, and how many
+    sha256: list[str]  # of each image's caption
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return int(self.bits.shape[1])
+
+    def __getitem__(self, i: int) -> Tensor:
+        """Features of image ``i``'s caption, float32 (L, C)."""
+        import torch
+
+        start, words = self.places[i]
+        return torch.from_numpy(np.array(self.bits[start : start + words])).view(torch.bfloat16).float()
+
+
+@dataclass(frozen=True)
 class Tokens:
-    """What the frozen tokenizer made of a subset, row for row."""
+    """What the frozen tokenizer, and the frozen text encoder if there is one, made of a subset, row for row."""
 
     codes: np.ndarray  # uint16 (N, T)
     labels: np.ndarray  # int64 (N,)
@@ -407,12 +431,20 @@ class Tokens:
     sha256: list[str]
     crop: list[str]
     summary: dict[str, Any]
+    captions: Features | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def features(self, rows: Iterable[int]) -> list[Tensor]:
+        """Features of some images' captions, float32 (L, C) each. Raises ValueError if captions were not encoded."""
+        if self.captions is None:
+            raise ValueError("the tokens hold no features of captions; name model.text_encoder and run: vapi tokens")
+        return [self.captions[int(i)] for i in rows]
+
     def require(self, model: ModelConfig, subset: Subset) -> None:
-        """Raises ValueError unless these are the codes of that subset under that model's tokenizer."""
+        """Raises ValueError unless these are the codes of that subset under that model's tokenizer, and the features of its captions
+        under its text encoder, if it has one."""
         if self.summary["image_size"] != model.image_size:
             made, wanted = self.summary["image_size"], model.image_size
             raise ValueError(f"the tokens are of {made}-pixel images and model.image_size is {wanted}; run: vapi tokens")
@@ -420,6 +452,21 @@ class Tokens:
             raise ValueError(f"the tokens were made by another tokenizer than {model.tokenizer}; run: vapi tokens")
         if self.sha256 != subset.sha256 or self.keys != subset.keys:
             raise ValueError("the tokens were made of another subset; run: vapi tokens")
+        if model.text_encoder:
+            self._require_captions(model, subset)
+
+    def _require_captions(self, model: ModelConfig, subset: Subset) -> None:
+        if self.captions is None:
+            raise ValueError("the tokens hold no features of captions, and model.text_encoder names an encoder; run: vapi tokens")
+        if self.summary["captions"]["encoder"] != encoder_digest(model):
+            raise ValueError(f"the captions were encoded by another encoder than {model.text_encoder}; run: vapi tokens")
+        if self.captions.sha256 != [text_digest(caption) for caption in subset.captions]:
+            raise ValueError("the tokens were made of a subset with other captions; run: vapi tokens")
+
+
+def text_digest(text: str) -> str:
+    """sha256 (hex) of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tokenizer_digest(model: ModelConfig) -> str:
@@ -429,8 +476,15 @@ def tokenizer_digest(model: ModelConfig) -> str:
     return file_digest(weights.locate(model.tokenizer))
 
 
+def encoder_digest(model: ModelConfig) -> str:
+    """What names the text encoder's weights and rules, wherever they lie."""
+    from vapi.models import text
+
+    return text.digest(model.text_encoder)
+
+
 def write_weights(model: ModelConfig, folder: Path) -> None:
-    """Write what DVC depends on in place of the weights, which may lie on a hub: generator.json and tokenizer.json."""
+    """Write what DVC depends on in place of the weights, which may lie on a hub: generator.json, tokenizer.json, text_encoder.json."""
     for name, where in (("generator", model.generator), ("tokenizer", model.tokenizer)):
         path = Path(where)
         if not path.is_file():
@@ -438,6 +492,7 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
 
             path = weights.locate(where)
         write_json(folder / f"{name}.json", {"bytes": path.stat().st_size, "sha256": known_digest(path)})
+    write_json(folder / "text_encoder.json", {"sha256": encoder_digest(model) if model.text_encoder else "none"})
 
 
 def read_tokens(folder: Path) -> Tokens:
@@ -449,27 +504,66 @@ def read_tokens(folder: Path) -> Tokens:
     codes = np.load(folder / "codes.npy", allow_pickle=False)
     assert codes.dtype == np.uint16 and len(codes) == len(index["key"]), (codes.dtype, codes.shape, len(index["key"]))
     labels = np.array(index["label"], dtype=np.int64)
-    return Tokens(codes, labels, index["key"], index["sha256"], index["crop"], read_json(folder / "summary.json"))
+    captions = _read_features(folder, index) if "caption_sha256" in index else None
+    return Tokens(codes, labels, index["key"], index["sha256"], index["crop"], read_json(folder / "summary.json"), captions)
 
 
-def write_tokens(folder: Path, codes: np.ndarray, subset: Subset, crop: str, summary: dict[str, Any]) -> None:
-    """Write codes (uint16 (N, T)) beside the keys of the subset they belong to."""
+def _read_features(folder: Path, index: dict[str, list[Any]]) -> Features:
+    try:
+        bits = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'features.npy'} is missing or not whole ({error}); run: vapi tokens") from None
+    places = np.stack([np.array(index[name], dtype=np.int64) for name in ("caption_start", "caption_words")], axis=1)
+    assert bits.dtype == np.uint16 and len(bits) >= places.sum(axis=1).max(), (bits.dtype, bits.shape)
+    return Features(bits, places, index["caption_sha256"])
+
+
+def write_tokens(
+    folder: Path, codes: np.ndarray, subset: Subset, crop: str, summary: dict[str, Any], features: Sequence[np.ndarray] | None = None
+) -> None:
+    """Write codes (uint16 (N, T)) beside the keys of the subset they belong to, and the features of its captions, of each
+    distinct one in the order of ``distinct``, as bits of bfloat16 (uint16 (L, C))."""
     assert codes.dtype == np.uint16 and codes.ndim == 2 and len(codes) == len(subset), (codes.dtype, codes.shape)
     buffer = io.BytesIO()  # numpy's own writing does not tell a full disk from any other error
     np.save(buffer, codes, allow_pickle=False)
     (folder / "codes.npy").write_bytes(buffer.getbuffer())
     columns = {"key": subset.keys, "label": subset.labels, "sha256": subset.sha256, "crop": [crop] * len(subset)}
+    if features is not None:
+        columns |= _write_features(folder / "features.npy", subset.captions, features)
     pq.write_table(pa.table(columns), folder / "index.parquet")
     write_json(folder / "summary.json", summary)
+
+
+def distinct(captions: Iterable[str]) -> list[str]:
+    """Each caption once, in the order in which they first occur."""
+    return list(dict.fromkeys(captions))
+
+
+def _write_features(path: Path, captions: Sequence[str], features: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Stream features to a file, and say where each image's are."""
+    named = distinct(captions)
+    assert len(named) == len(features) and all(one.dtype == np.uint16 for one in features), (len(named), len(features))
+    ends = np.cumsum([len(one) for one in features])
+    shape = (int(ends[-1]), features[0].shape[1])
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": shape})
+        for one in features:
+            file.write(one.tobytes())
+    places = {caption: (int(end) - len(one), len(one)) for caption, end, one in zip(named, ends, features, strict=True)}
+    return {
+        "caption_sha256": [text_digest(caption) for caption in captions],
+        "caption_start": np.array([places[caption][0] for caption in captions], np.int64),
+        "caption_words": np.array([places[caption][1] for caption in captions], np.int64),
+    }
 
 
 # --- references --------------------------------------------------------------------------------
 
 
-def read_images(path: Path, limit: int = 0, image_column: str = "image", label_column: str = "label") -> tuple[np.ndarray, np.ndarray]:
+def read_images(path: Path, limit: int = 0, image_column: str = "image") -> tuple[np.ndarray, np.ndarray, list[str]]:
     """All (or the first ``limit``) images of a Parquet file or folder at their own, common size.
 
-    Returns uint8 (N, H, W, 3) and int64 (N,); label -1 where the file has no such column.
+    Returns uint8 (N, H, W, 3), labels int64 (N,) and captions; label -1 and caption "" where the file has no such column.
     """
     path = Path(path)
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
@@ -477,27 +571,30 @@ def read_images(path: Path, limit: int = 0, image_column: str = "image", label_c
         raise ValueError(f"{path} is neither a Parquet file nor a folder with some")
     pixels: list[np.ndarray] = []
     labels: list[int] = []
+    captions: list[str] = []
     for file in files:
-        for key, data, label in _parquet_images(file, image_column, label_column):
+        for key, data, label, caption in _parquet_images(file, image_column):
             if limit and len(pixels) == limit:
                 break
             pixels.append(_sized_like(pixels, data, key))
             labels.append(label)
+            captions.append(caption)
     if not pixels:
         raise ValueError(f"{path} holds no images")
-    return np.stack(pixels), np.array(labels, dtype=np.int64)
+    return np.stack(pixels), np.array(labels, dtype=np.int64), captions
 
 
-def _parquet_images(file: Path, image_column: str, label_column: str) -> Iterator[tuple[str, bytes, int]]:
+def _parquet_images(file: Path, image_column: str) -> Iterator[tuple[str, bytes, int, str]]:
     parquet = pq.ParquetFile(file)
     names = parquet.schema_arrow.names
     require_column(image_column, names, file)
-    columns = [name for name in (image_column, label_column) if name in names]
+    columns = [name for name in (image_column, "label", "caption") if name in names]
     row = 0
     for batch in parquet.iter_batches(batch_size=256, columns=columns):
         for item in batch.to_pylist():
             data = item[image_column]
-            yield f"{file}:{row}", data["bytes"] if isinstance(data, dict) else data, item.get(label_column, -1)
+            encoded = data["bytes"] if isinstance(data, dict) else data
+            yield f"{file}:{row}", encoded, item.get("label", -1), item.get("caption") or ""
             row += 1
 
 

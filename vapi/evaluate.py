@@ -10,6 +10,7 @@ questions. Images stream into features; only the sheets are written. Beside the 
   generator of codes can reach.
 - ``exposure``: what is lost between predicting on real contexts and running free (exposure bias).
 - ``fid_random``: the same distance in a network that no reward can have flattered.
+- ``prompts``: what a generator of captions makes of GenEval's (``prompted.py``), plain and at its best.
 - ``base_guided`` and ``tuned_guided``, where ``evaluate.guided`` asks for them: papers print both.
 
 The reference is a Parquet file of real images, or what OpenAI published for ADM's evaluation: moments of all
@@ -40,9 +41,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapi import data, images, launch, metrics, models, report, sources
-from vapi.config import EvaluateConfig, ModelConfig, SubsetConfig, nearest
-from vapi.images import sample_seed
+from vapi import data, images, launch, metrics, models, prompted, references, report, report_prompts
+from vapi.config import EvaluateConfig, ModelConfig, nearest
 from vapi.launch import ALONE, World
 from vapi.metrics import features as judges
 from vapi.metrics import fid, neighbours, published
@@ -50,6 +50,9 @@ from vapi.metrics.fid import Features
 from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
 from vapi.models import Policy, memory, sampler, weights
 from vapi.models import features as networks
+from vapi.models.sampler import image_seed
+from vapi.prompted import Panel
+from vapi.references import RealImages, Subjects
 from vapi.run import NO_RUN, Run
 
 Scores = dict[str, Any]
@@ -57,7 +60,6 @@ Scores = dict[str, Any]
 SWEEP_SEED = -1  # the sweep draws images that no reported number is made of
 SWEEP_METRICS = ("fid", "inception_score", "precision_recall", "class_accuracy")
 SHEET_COLUMNS = 10
-VALIDATION_IMAGES = 5000  # of a larger folder: as many as the papers' recipes sweep with, 2 GB at 384 pixels
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 judges.register(networks.load)
@@ -78,13 +80,6 @@ class Sampler:
 def plain_sampler(config: EvaluateConfig) -> Sampler:
     """How codes are drawn in the plain comparison."""
     return Sampler(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampler)})
-
-
-def image_label(seed: int, number: int, classes: int, how: str) -> int:
-    """The class of image ``number``: in turn, or (random) a draw that hangs on the image alone and on none of its codes' draws."""
-    if how == "balanced":
-        return number % classes
-    return int(np.random.default_rng([sample_seed(seed, 0), number]).integers(classes))
 
 
 @contextlib.contextmanager
@@ -137,7 +132,7 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
         results = _results(bench, found, holdout, anchors)
         sheets = {name: one.sheets for name, one in found.items()} | {"anchors": bench.sheets}
         inputs = _inputs(model, evaluate, tune, bench)
-        _write(folder, results, sheets, tune, inputs)
+        _write(folder, results, sheets, tune, inputs, _shown(bench, found))
         data.describe(folder, "evaluate", {"model": model, "evaluate": evaluate}, inputs, time.perf_counter() - begin)
     prune()
     _track(run, out, results, evaluate, inputs)
@@ -182,68 +177,6 @@ def _holdout(tune: Path) -> dict[str, float | None]:
     """Reward on the images held out of tuning, of base and tuned."""
     holdout = data.read_json(tune / "summary.json")["holdout"]
     return {name: holdout[look].get("holdout/reward") for name, look in (("base", "first"), ("tuned", "last"))}
-
-
-def _real_images(path: str, what: str, size: int, classes: int) -> tuple[Tensor, Tensor]:
-    """A reference's images, uint8 (N, 3, H, W), and labels. Raises ValueError where they do not fit the model."""
-    if Path(path).is_dir():
-        try:
-            pixels, labels = _cropped(path, size, classes, VALIDATION_IMAGES if what == "validation" else 0)
-        except ValueError as error:
-            raise ValueError(f"evaluate.{what}: {error}") from error
-    else:
-        pixels, labels = data.read_images(Path(path))
-        # files are often ordered by class: shuffled once, any first n of them are a fair draw
-        order = np.random.default_rng(0).permutation(len(labels))
-        pixels, labels = pixels[order], labels[order]
-    _require_fit(pixels, path, what, size)
-    if labels.min() < 0 or labels.max() >= classes:
-        found = f"{labels.min()} .. {labels.max()}"
-        raise ValueError(f"evaluate.{what} {path} has labels {found}, but the model draws classes 0 .. {classes - 1}")
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
-
-
-def _cropped(path: str, size: int, classes: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images of a folder that ``subset`` could read (class folders, Parquet files, tars), cropped as the model's training
-    images were; at most ``limit`` of them (0: all), shuffled, so that any first n are a fair draw."""
-    source = sources.open_source(SubsetConfig(source=path, classes=classes))
-    entries = sorted(source.entries(), key=lambda entry: entry.key)
-    chosen = [entries[n] for n in np.random.default_rng(0).permutation(len(entries))[: limit or None]]
-    places = {entry.key: n for n, entry in enumerate(chosen)}
-    pixels = np.empty((len(chosen), size, size, 3), np.uint8)
-
-    def crop(item: tuple[sources.Entry, bytes | str]) -> None:
-        entry, read = item
-        if isinstance(read, str):
-            raise ValueError(f"{path}: {entry.key}: {read}")
-        try:
-            pixels[places[entry.key]] = images.center_crop(images.decode(read), size)
-        except ValueError as error:
-            raise ValueError(f"{path}: {entry.key} {error}") from None
-
-    for _ in data.parallel(crop, source.read(chosen), data.cores()):
-        pass
-    return pixels, np.array([entry.label for entry in chosen], dtype=np.int64)
-
-
-def _reference(evaluate: EvaluateConfig, size: int, classes: int) -> tuple[Tensor, Tensor, dict[str, fid.Moments]]:
-    """The reference's images and labels, and moments that somebody published of more of them."""
-    path = Path(evaluate.reference)
-    if path.suffix != published.SUFFIX:
-        return *_real_images(evaluate.reference, "reference", size, classes), {}
-    if evaluate.extractor != "inception":
-        raise ValueError(f"evaluate.reference {path} holds moments of Inception's features; set evaluate.extractor to inception")
-    pixels = published.images(path)
-    _require_fit(pixels, path, "reference", size)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.full((len(pixels),), -1), published.moments(path)
-
-
-def _require_fit(pixels: np.ndarray, path: str | Path, what: str, size: int) -> None:
-    height, width = pixels.shape[1:3]
-    if (height, width) != (size, size):
-        raise ValueError(f"evaluate.{what} {path} holds images of {width} x {height} pixels, but {size} x {size} are compared")
-    if len(pixels) < metrics.MIN_IMAGES:
-        raise ValueError(f"evaluate.{what} {path} holds {len(pixels)} images; precision and recall need at least {metrics.MIN_IMAGES}")
 
 
 def _extractor(evaluate: EvaluateConfig, reference: Tensor, device: torch.device) -> judges.Extractor:
@@ -294,24 +227,28 @@ class Bench:
     model: ModelConfig
     config: EvaluateConfig
     judge: Judge
-    images: Tensor  # validation, uint8 (N, 3, H, W) at the model's size
-    labels: Tensor  # (N,)
+    real: RealImages  # validation, at the model's size
+    asked: Subjects  # of samples that are compared with the reference
+    tried: Subjects  # of those that are compared with the validation images
     reference: Features
     validation: Features
     reconstructions: Features
     sheets: dict[str, np.ndarray]  # uint8 (N, H, W, 3): real, reconstruction
     digests: dict[str, str]  # of the two reference files
-    classes: int
+    panel: Panel | None  # who judges what captions ask for
+    answers: prompted.Anchors  # its verdicts on real images
 
     @classmethod
     def of(cls, model: ModelConfig, evaluate: EvaluateConfig, policy: Policy, workers: int = 1, world: World = ALONE) -> Bench:
         """Read references and judge. Raises ValueError for what is missing or does not fit."""
         _require_samples(evaluate)
+        panel = None if policy.num_classes else Panel.of(evaluate, policy.device)
         size = evaluate.resize or model.image_size
-        reference, reference_labels, moments = _reference(evaluate, size, policy.num_classes)
-        pixels, labels = _real_images(evaluate.validation, "validation", model.image_size, policy.num_classes)
+        reference, moments = references.reference(evaluate, size, policy.num_classes)
+        validation = references.real_images(evaluate.validation, "validation", model.image_size, policy.num_classes)
+        pixels, labels = validation.pixels, validation.labels
         digests = world.once(lambda: {name: data.file_digest(Path(getattr(evaluate, name))) for name in ("reference", "validation")})
-        extractor = _extractor(evaluate, reference, policy.device)
+        extractor = _extractor(evaluate, reference.pixels, policy.device)
         # the random network is calibrated on the reference, so every feature depends on it
         key: Scores = {"extractor": extractor.sha256, "dinov2": extractor.dinov2_sha256, "reference": digests["reference"]}
         key |= {"image_size": model.image_size, "resize": evaluate.resize, "code": _code_digest(), "deterministic": evaluate.deterministic}
@@ -319,31 +256,37 @@ class Bench:
         at_once = evaluate.images_per_batch or min(world.gather(_images_that_fit(model, policy)))
         judge = Judge(extractor, key, at_once, evaluate.resize, workers, world)
 
-        def real(numbers: range) -> tuple[Tensor, Tensor]:
-            return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers.start : numbers.stop]
+        def real(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers[0] : numbers[-1] + 1]
 
-        def reconstruct(numbers: range) -> tuple[Tensor, Tensor]:
+        def reconstruct(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
             codes = sampler.encode(policy, _floats(pixels, numbers, policy))
-            return judge.pixels(sampler.decode(policy, codes)), labels[numbers.start : numbers.stop]
+            return judge.pixels(sampler.decode(policy, codes)), labels[numbers[0] : numbers[-1] + 1]
+
+        def decoded(some: Tensor) -> Tensor:
+            return judge.pixels(sampler.decode(policy, sampler.encode(policy, images.to_float(some).to(policy.device))))
 
         tokenizer = data.tokenizer_digest(model)
+        real_key = {"set": digests["reference"], "tokenizer": tokenizer}
+        answers = panel.anchors(judge, reference, decoded, real_key) if panel and size == model.image_size else prompted.Anchors()
         chosen = _one_of_each(labels, evaluate.sheet_images)
+        of_reference = judge.features({"set": "reference"}, len(reference), stored(reference.pixels, reference.labels), "reference")
         return cls(
-            model, evaluate, judge, pixels, labels,
-            dataclasses.replace(
-                judge.features({"set": "reference"}, len(reference), stored(reference, reference_labels), "reference").to(policy.device),
-                published=moments,
-            ),
+            model, evaluate, judge, validation,
+            Subjects(policy.num_classes, reference.captions, evaluate.labels),
+            Subjects(policy.num_classes, validation.captions, evaluate.labels),
+            dataclasses.replace(of_reference.to(policy.device), published=moments),
             judge.features({"set": digests["validation"]}, len(pixels), real, "validation"),
             judge.features({"set": digests["validation"], "tokenizer": tokenizer}, len(pixels), reconstruct, "reconstructions"),
             {"real": _rows(pixels[chosen]), "reconstruction": _rows(_reconstruction(policy, pixels[chosen]))},
             digests,
-            policy.num_classes,
+            panel,
+            answers,
         )  # fmt: skip
 
     def names(self) -> list[str]:
         """The metrics that make sense here."""
-        return metrics.known(self.reference, self.classes)
+        return metrics.known(self.reference, self.asked.classes)
 
     def score(self, generated: Features) -> Scores:
         """All metrics against the reference, and the number of images, without which a FID means nothing."""
@@ -375,8 +318,8 @@ def _images_that_fit(model: ModelConfig, policy: Policy) -> int:
         return memory.images_per_batch(policy.footprint(guided=True), policy.device)
 
 
-def _floats(pixels: Tensor, numbers: range, policy: Policy) -> Tensor:
-    return images.to_float(pixels[numbers.start : numbers.stop]).to(policy.device)
+def _floats(pixels: Tensor, numbers: Sequence[int], policy: Policy) -> Tensor:
+    return images.to_float(pixels[numbers[0] : numbers[-1] + 1]).to(policy.device)
 
 
 @torch.inference_mode()
@@ -415,6 +358,7 @@ class Found:
     guided: Scores  # empty where nobody asked
     sweep: list[Scores]
     exposure: Scores
+    answers: dict[str, prompted.Verdicts]  # to prompts, by setting: "", _guided, _best; empty for classes
     sheets: dict[str, np.ndarray]  # uint8 (N, H, W, 3): plain, best
     sha256: str
 
@@ -428,26 +372,23 @@ class Draw:
     precision: str
     how: Sampler
     seed: int
-    labels: str = "balanced"
+    subjects: Subjects
 
-    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]:
+    def __call__(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         return next(self.stream([numbers]))
 
     @torch.inference_mode()
-    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(self, ranges: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 images and labels of each range of image numbers."""
-        labels = [torch.tensor([self._label(number) for number in numbers]) for numbers in ranges]
-        seeds = [[sample_seed(self.seed, number) for number in numbers] for numbers in ranges]
-        batches = ((self.policy.condition(what), these) for what, these in zip(labels, seeds, strict=True))
+        labels = [torch.tensor([self.subjects.label(self.seed, number) for number in numbers]) for numbers in ranges]
+        seeds = [[image_seed(self.seed, number) for number in numbers] for numbers in ranges]
+        batches = ((self.subjects.condition(self.policy, what), these) for what, these in zip(labels, seeds, strict=True))
         # a recorded loop has one shape; where there is none, fewer images (a sheet's) take less time
         at_once = self.judge.images_per_batch if self.policy.device.type == "cuda" else 0
         arithmetic = models.autocast(self.precision, self.policy.device)
         drawn = sampler.stream(self.policy, batches, at_once, arithmetic, **dataclasses.asdict(self.how))
         for decoded, what in zip(drawn, labels, strict=True):
             yield self.judge.pixels(decoded), what
-
-    def _label(self, number: int) -> int:
-        return image_label(self.seed, number, self.policy.num_classes, self.labels)
 
 
 class Contestant:
@@ -465,13 +406,37 @@ class Contestant:
         sweep = self.sweep()
         best = min(sweep, key=lambda point: point["fid"])
         chosen = dataclasses.replace(self.plain, temperature=best["temperature"], guidance=best["guidance"])
-        plain, top = self.scores(self.plain), self.scores(chosen)
+        plain, top, answers = self.scores(self.plain), self.scores(chosen), self.answers(chosen)
         top |= {"temperature": chosen.temperature, "guidance": chosen.guidance}
         words = f"FID {plain['fid']:.2f}; at its best, {_setting(top)}, {top['fid']:.2f}"
         if self.bench.judge.world.first:
             print(f"{self.name}: {words}", file=sys.stderr, flush=True)
-        sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen)}
-        return Found(plain, top, self.guided(), sweep, self.exposure(), sheets, self.sha256)
+        sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen), **self.pictures()}
+        return Found(plain, top, self.guided(), sweep, self.exposure(), answers, sheets, self.sha256)
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the model makes of some prompts: uint8 (N, H, W, 3)."""
+        panel = self.bench.panel
+        if panel is None:
+            return {}
+        make = self.draw(self.plain, self.config.seeds[0], panel.subjects)
+        return {"prompts": self.bench.judge.world.once(lambda: _rows(panel.pictures(make)))}
+
+    def answers(self, best: Sampler) -> dict[str, prompted.Verdicts]:
+        """The panel's verdicts on what the model makes of prompts, at each setting that is compared."""
+        panel = self.bench.panel
+        if panel is None:
+            return {}
+        settings = {"": self.plain, "_best": best}
+        if self.config.guided != 1.0:
+            settings["_guided"] = dataclasses.replace(self.plain, guidance=self.config.guided)
+        key = {"set": "prompts", **self.made_by}
+        return {
+            setting: panel.verdicts(
+                self.bench.judge, key | dataclasses.asdict(how), functools.partial(self.draw, how), self.config.seeds, self.name
+            )
+            for setting, how in settings.items()
+        }
 
     def scores(self, how: Sampler) -> Scores:
         """Mean and standard deviation over the seeds."""
@@ -489,41 +454,43 @@ class Contestant:
         points = []
         for guidance, temperature in itertools.product(self.config.guidances, self.config.temperatures):
             how = dataclasses.replace(self.plain, temperature=temperature, guidance=guidance)
-            generated = self.samples(how, SWEEP_SEED, self.config.sweep_samples)
+            generated = self.samples(how, SWEEP_SEED, self.config.sweep_samples, self.bench.tried)
             found = self.bench.sweep_score(generated)
             points.append({"model": self.name, "temperature": temperature, "guidance": guidance, **_rounded(found)})
         return points
 
     def exposure(self) -> Scores:
         """FID of draws on real contexts and of free-running samples: as many images, the same settings (temperature 1)."""
-        count = min(self.config.samples, len(self.bench.labels))
+        count = min(self.config.samples, len(self.bench.real))
         rows = []
         for seed in self.config.seeds:
-            sets = {"fid_teacher_forced": self.teacher_forced(seed, count), "fid_free_running": self.samples(Sampler(), seed, count)}
+            free = self.samples(Sampler(), seed, count, self.bench.tried)  # asked for what the contexts show
+            sets = {"fid_teacher_forced": self.teacher_forced(seed, count), "fid_free_running": free}
             row = {name: self.bench.distance(generated) for name, generated in sets.items()}
             rows.append(_rounded({**row, "gap": row["fid_free_running"] - row["fid_teacher_forced"]}))
         return _over_seeds(rows) | {"images": count}
 
-    def samples(self, how: Sampler, seed: int, count: int) -> Features:
-        """Features of free-running samples 0 .. count - 1 of a seed."""
-        key = {"set": "samples", **self.made_by, **dataclasses.asdict(how), "seed": seed, "labels": self.config.labels}
+    def samples(self, how: Sampler, seed: int, count: int, subjects: Subjects | None = None) -> Features:
+        """Features of free-running samples 0 .. count - 1 of a seed, of the reference's subjects unless others are named."""
+        subjects = subjects or self.bench.asked
+        key = {"set": "samples", **self.made_by, **dataclasses.asdict(how), "seed": seed, "labels": subjects.key}
         title = f"{self.name}, temperature {how.temperature:g}" + (f", guidance {how.guidance:g}" if how.guidance != 1 else "")
-        return self.bench.judge.features(key, count, self.draw(how, seed), title)
+        return self.bench.judge.features(key, count, self.draw(how, seed, subjects), title)
 
-    def draw(self, how: Sampler, seed: int) -> Make:
+    def draw(self, how: Sampler, seed: int, subjects: Subjects | None = None) -> Make:
         """Free-running samples, as the judge sees them."""
-        return Draw(self.policy, self.bench.judge, self.bench.model.precision, how, seed, self.config.labels)
+        return Draw(self.policy, self.bench.judge, self.bench.model.precision, how, seed, subjects or self.bench.asked)
 
     def teacher_forced(self, seed: int, count: int) -> Features:
         """Features of validation images redrawn code by code, each from the true codes before it."""
         key = {"set": "teacher forced", **self.made_by, "images": self.bench.digests["validation"], "seed": seed}
 
         @torch.inference_mode()
-        def make(numbers: range) -> tuple[Tensor, Tensor]:
-            labels = self.bench.labels[numbers.start : numbers.stop]
-            true = sampler.encode(self.policy, _floats(self.bench.images, numbers, self.policy))
+        def make(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            labels = self.bench.real.labels[numbers[0] : numbers[-1] + 1]
+            true = sampler.encode(self.policy, _floats(self.bench.real.pixels, numbers, self.policy))
             rows = max(1, LOGITS_AT_ONCE[self.policy.device.type] // (self.policy.num_codes * self.policy.vocab))
-            own = torch.arange(numbers.start, numbers.start + len(true))
+            own = torch.arange(numbers[0], numbers[0] + len(true))
             parts = zip(true.split(rows), labels.split(rows), own.split(rows), strict=True)
             codes = torch.cat([self._redraw(*part, seed) for part in parts])
             return self.bench.judge.pixels(sampler.decode(self.policy, codes)), labels
@@ -532,8 +499,8 @@ class Contestant:
 
     def _redraw(self, codes: Tensor, labels: Tensor, numbers: Tensor, seed: int) -> Tensor:
         with models.autocast(self.bench.model.precision, self.policy.device):
-            logits = self.policy.logits(self.policy.condition(labels), codes)
-        seeds = [sample_seed(seed, number) for number in numbers.tolist()]
+            logits = self.policy.logits(self.bench.tried.condition(self.policy, labels), codes)
+        seeds = [image_seed(seed, number) for number in numbers.tolist()]
         uniform = sampler.uniforms(seeds, self.policy.num_codes).to(codes.device)
         return sampler.pick(logits.float().softmax(dim=-1), uniform)
 
@@ -563,6 +530,10 @@ LABELS = {
     "balanced": "image n shows class n mod the number of classes",
     "random": "uniform, drawn for each image from its seed and number",
 }
+CAPTIONS = {
+    "balanced": "image n has caption n mod their number, of the images it is compared with",
+    "random": "a caption of the images it is compared with, drawn for each image from its seed and number",
+}
 
 
 def _moments_of(config: EvaluateConfig) -> str:
@@ -578,7 +549,7 @@ def _protocol(bench: Bench) -> Scores:
         "name": config.protocol,
         "samples": config.samples,
         "seeds": config.seeds,
-        "labels": LABELS[config.labels],
+        "labels": (CAPTIONS if bench.asked.captions else LABELS)[config.labels],
         "sampler": dataclasses.asdict(plain_sampler(config)),
         "sweep": {
             "temperatures": config.temperatures,
@@ -604,19 +575,42 @@ def _protocol(bench: Bench) -> Scores:
 
 def _results(bench: Bench, found: dict[str, Found], holdout: dict[str, float | None], anchors: dict[str, Scores]) -> dict[str, Any]:
     """metrics.json."""
+
+    def answered(one: Found, setting: str) -> Scores:
+        return prompted.scores(bench.panel, one.answers[setting]) if bench.panel else {}
+
     return {
         "protocol": _protocol(bench),
-        **{name: {**one.plain, "reward": holdout[name]} for name, one in found.items()},
-        **{f"{name}_best": one.best for name, one in found.items()},
-        **{f"{name}_guided": one.guided for name, one in found.items() if one.guided},
+        **{name: {**one.plain, **answered(one, ""), "reward": holdout[name]} for name, one in found.items()},
+        **{f"{name}_best": {**one.best, **answered(one, "_best")} for name, one in found.items()},
+        **{f"{name}_guided": {**one.guided, **answered(one, "_guided")} for name, one in found.items() if one.guided},
         "anchors": anchors,
         "exposure": {name: one.exposure for name, one in found.items()},
         "sweep": [point for one in found.values() for point in one.sweep],
         "weights": {name: one.sha256 for name, one in found.items()},
+        **({"prompts": _prompts(bench, found)} if bench.panel else {}),
     }
 
 
-def _write(folder: Path, results: dict[str, Any], sheets: dict[str, dict[str, np.ndarray]], tune: Path, inputs: dict[str, str]) -> None:
+def _prompts(bench: Bench, found: dict[str, Found]) -> Scores:
+    assert bench.panel is not None
+    by_name = {f"{name}{setting}": verdicts for name, one in found.items() for setting, verdicts in one.answers.items()}
+    return prompted.results(bench.panel, by_name, bench.answers)
+
+
+def _shown(bench: Bench, found: dict[str, Found]) -> list[Scores]:
+    """The prompts whose pictures are on the sheet."""
+    return bench.panel.captions({name: one.answers[""] for name, one in found.items()}) if bench.panel else []
+
+
+def _write(
+    folder: Path,
+    results: dict[str, Any],
+    sheets: dict[str, dict[str, np.ndarray]],
+    tune: Path,
+    inputs: dict[str, str],
+    shown: list[Scores],
+) -> None:
     data.write_json(folder / "metrics.json", results)
     curves = report.read_curves(tune / "metrics.jsonl")
     _write_csv(folder / "sweep.csv", results["sweep"])
@@ -627,8 +621,12 @@ def _write(folder: Path, results: dict[str, Any], sheets: dict[str, dict[str, np
     best = {f"{name} at {_setting(top)}: FID {top['fid']:.2f}": sheets[name]["best"] for name, top in tops.items()}
     for name, rows in (("before-after", before_after), ("best", best), ("anchors", sheets["anchors"])):
         report.banded_sheet(rows, SHEET_COLUMNS).save(folder / f"sheet-{name}.png")
+    if shown:
+        count = results["prompts"]["images_per_prompt"]
+        answers = report_prompts.bands({name: sheets[name]["prompts"] for name in names}, shown, count)
+        report.banded_sheet(answers, 2 * count).save(folder / "sheet-prompts.png")
     provenance = {"code": data.code_version(), "inputs": inputs, "weights": results["weights"]}
-    (folder / "report.html").write_text(report.page(results, curves, sheets, provenance, SHEET_COLUMNS))
+    (folder / "report.html").write_text(report.page(results, curves, sheets, provenance, SHEET_COLUMNS, shown))
 
 
 def _setting(best: Scores) -> str:
@@ -653,5 +651,7 @@ def _track(run: Run, out: Path, results: dict[str, Any], evaluate: EvaluateConfi
     run.dataset("reference", inputs["reference"], evaluate.reference)
     run.image("samples/before_after", out / "sheet-before-after.png")
     run.image("samples/best", out / "sheet-best.png")
+    if (out / "sheet-prompts.png").is_file():
+        run.image("samples/prompts", out / "sheet-prompts.png")
     run.artifact(out / "report.html")
     run.artifact(out / "metrics.json")

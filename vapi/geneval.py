@@ -37,13 +37,13 @@ from tqdm import tqdm
 
 from vapi import data, images, models
 from vapi.config import EvaluateConfig, ModelConfig, nearest, write_text
-from vapi.images import sample_seed
 from vapi.metrics import geneval as metric
 from vapi.metrics import recorded
 from vapi.metrics.detections import Detections, Detector, Identity
 from vapi.metrics.geneval import Outcome, Prompt, Run
 from vapi.metrics.recorded import Recorded
 from vapi.models import Policy, sampler, weights
+from vapi.models.sampler import image_seed
 
 PROMPTS = Path("data/geneval/prompts.jsonl")
 """The official list; bundled."""
@@ -475,7 +475,7 @@ def generate_folder(
 ) -> None:
     """Write GenEval's layout: NNNNN/metadata.jsonl, NNNNN/samples/0000.png ..., NNNNN/grid.png, and generated.json.
 
-    Image i of prompt n is number n * images_per_prompt + i of the seed (``sample_seed``). Prompts that are complete are left as
+    Image i of prompt n is number n * images_per_prompt + i of the seed (``image_seed``). Prompts that are complete are left as
     they are. ``made_by``: what else the pictures hang on, as plain values. Raises ValueError if ``out`` holds anything else.
     """
     out = Path(out)
@@ -500,7 +500,7 @@ def _drawn(
         if missing.isdisjoint(numbers):
             continue
         captions = [prompts[number].text for number in numbers for _ in range(images_per_prompt)]
-        seeds = [sample_seed(seed, number * images_per_prompt + i) for number in numbers for i in range(images_per_prompt)]
+        seeds = [image_seed(seed, number * images_per_prompt + i) for number in numbers for i in range(images_per_prompt)]
         drawn = draw(captions, seeds)
         assert drawn.dtype == np.uint8 and drawn.ndim == 4 and len(drawn) == len(seeds), (drawn.dtype, drawn.shape)
         pictures = drawn.reshape(len(numbers), images_per_prompt, *drawn.shape[1:])
@@ -548,7 +548,7 @@ def painter(policy: Policy, model: ModelConfig, evaluate: EvaluateConfig) -> Dra
 
     @torch.inference_mode()
     def draw(captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        condition = cast(Any, policy).condition(captions)  # one of captions takes texts where others take class ids
+        condition = policy.condition(captions)
         with models.autocast(model.precision, policy.device):
             codes = policy.generate(condition, seeds, evaluate.images_per_batch, **how)
         return images.to_uint8(sampler.decode(policy, codes)).permute(0, 2, 3, 1).cpu().numpy()

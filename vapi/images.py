@@ -142,14 +142,6 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 # --- randomness ----------------------------------------------------------------------------------
 
 
-def sample_seed(seed: int, number: int) -> int:
-    """The random seed of image ``number``: its own for every image of a seed, and far from those of other seeds.
-
-    32 bits, because that is all torch's CPU generator uses; seeds lie multiples of the golden ratio apart.
-    """
-    return (number + seed * 2654435769) % 2**32
-
-
 # --- sheets ------------------------------------------------------------------------------------
 
 

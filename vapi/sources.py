@@ -3,7 +3,9 @@
 A source lists its entries (key, label, caption) without opening an image, reads the bytes of those
 that were picked in groups that suit its files (from any thread), and names the files it consists of. A
 key says where an image lies in the source and nothing about when or in which order it was found: all
-randomness downstream hangs on it. Nothing in a source can make us read outside of it.
+randomness downstream hangs on it. Nothing in a source can make us read outside of it. Rows and samples
+without a field for the label or the caption are refused; a caption that is there and says nothing (null,
+blank, no text) is that image's loss alone.
 
     folder      source/<class>/**/*.png       labels by sorted folder name, as torchvision's ImageFolder
     parquet     one file, a folder or a pattern of them; a column of bytes or Hugging Face's {bytes, path}
@@ -56,7 +58,7 @@ class Entry(NamedTuple):
 
     key: str
     label: int  # -1: none
-    caption: str
+    caption: str | None  # "": none is asked for; None: there should be one
     place: Any
 
 
@@ -151,8 +153,11 @@ def _label(value: Any, key: str, config: SubsetConfig) -> int:
     return int(number)
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else " ".join(str(value).split())
+def _caption(value: Any, config: SubsetConfig) -> str | None:
+    """A caption on one line. What is no text, or blank, is no caption: nothing beside a label, and None where the caption is all
+    that is known of an image."""
+    text = " ".join(value.encode(errors="ignore").decode().split()) if isinstance(value, str) else ""  # JSON may hold half characters
+    return text or (None if config.classes == 0 and config.caption_column else "")
 
 
 def _columns(names: Iterable[str], where: Any, config: SubsetConfig) -> tuple[str, str]:
@@ -370,7 +375,7 @@ class Parquet:
             for i in range(parquet.metadata.row_group(group).num_rows):
                 key = f"{name}:{row:07d}"
                 number = _label(columns[label][i], key, self.config) if label else -1
-                yield Entry(key, number, _text(columns[caption][i]) if caption else "", (file, group, i))
+                yield Entry(key, number, _caption(columns[caption][i], self.config) if caption else "", (file, group, i))
                 row += 1
 
     def _check_images(self, parquet: pq.ParquetFile, file: Path) -> None:
@@ -421,7 +426,7 @@ class Table:
             key = place.as_posix() if place not in seen else f"{place.as_posix()}:{line}"
             seen.add(place)
             number = _label(row[label], f"{self.path}, line {line},", self.config) if label else -1
-            found.append(Entry(key, number, _text(row[caption]) if caption else "", self.path.parent / place))
+            found.append(Entry(key, number, _caption(row[caption], self.config) if caption else "", self.path.parent / place))
         return found
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -519,14 +524,15 @@ class Webdataset:
         label_column, caption_column = self.config.label_column, self.config.caption_column
         if ".cls" in parts:
             fields[label_column] = _sidecar(key, archive, parts[".cls"]).strip()
-        if ".txt" in parts:
+        if ".txt" in parts and not _caption(fields.get(caption_column), self.config):  # what was named goes first
             fields[caption_column] = _sidecar(key, archive, parts[".txt"])
         if self.config.classes and label_column not in fields:
             raise ValueError(f"{key} has no label: neither a .cls member nor {label_column!r} in its .json")
         if not self.config.classes and caption_column and caption_column not in fields:
             raise ValueError(f"{key} has no caption: neither a .txt member nor {caption_column!r} in its .json")
         label = _label(fields.get(label_column), key, self.config)
-        return Entry(key, label, _text(fields.get(caption_column)), (file, image.offset_data, image.size))
+        caption = _caption(fields.get(caption_column), self.config)
+        return Entry(key, label, caption, (file, image.offset_data, image.size))
 
     def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
         return _singly(sorted(entries, key=lambda entry: entry.place))

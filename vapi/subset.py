@@ -5,10 +5,10 @@ file system lists them: every entry gets the hash of (seed, key), each class que
 classes take turns. So any first n images of a subset are balanced too, and a larger subset with the
 same seed begins with the smaller one.
 
-Only what is picked is opened. An image that cannot be decoded, or whose bytes were picked already
-under another key, is quarantined with the reason and the next in its queue takes its place; nothing
-is ever replaced by a black image. Left out: resizing and re-encoding. Pixels are the tokenizer's
-business, and other stages may want another size.
+Only what is picked is opened. An image that cannot be decoded, that has no caption where there should be
+one, or whose bytes were picked already under another key, is quarantined with the reason and the next in
+its queue takes its place; nothing is ever replaced by a black image or an empty caption. Left out:
+resizing and re-encoding. Pixels are the tokenizer's business, and other stages may want another size.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Picked:
             yield data.Row(
                 key=entry.key,
                 label=entry.label,
-                caption=entry.caption,
+                caption=cast(str, entry.caption),
                 width=found.width,
                 height=found.height,
                 mode=found.mode,
@@ -187,6 +187,9 @@ class _Picker:
 
     def _next(self, queue: Iterator[Entry], picked: Picked, seen: dict[str, Entry]) -> Entry | None:
         for entry in queue:
+            if entry.caption is None:
+                picked.rejected.append((entry.key, f"no caption (no text under {self.config.caption_column!r})", True))
+                continue
             found = self.known.get(entry.key)
             if found is None:
                 picked.unknown.append(entry)
@@ -205,7 +208,7 @@ class _Picker:
     def _too_few(self, queues: Sequence[Sequence[Entry]], picked: Picked) -> str:
         of = "of every class " if len(queues) > 1 else ""
         return (
-            f"subset.images is {self.config.images}, and {self.config.source} does not hold that many {of}which are readable and distinct; "
+            f"subset.images is {self.config.images}, and {self.config.source} does not hold that many {of}which can be used; "
             f"ask for fewer. Passed over: {_named(picked.rejected)}"
         )
 

@@ -1,11 +1,16 @@
-"""Run the frozen tokenizer over the subset, once.
+"""Run the frozen tokenizer over the subset's images, and the frozen text encoder over its captions, once.
 
 The tokenizer never changes while the generator is tuned, so its codes are computed once and kept, by
 content: the cache is named after the tokenizer's weights, the image size and the crop, and inside it
 a record is named after the sha256 of the encoded image. An unchanged input is not encoded again, a
 hundred added images encode a hundred, and codes of another tokenizer cannot slip in. The cache is
-one file of fixed-size records, appended batch by batch, each with its own checksum: a run that was
+one file of records, appended batch by batch, each with its own checksum: a run that was
 killed goes on where it stopped, and the torn end of the file is cut off.
+
+Features of captions (only where ``model.text_encoder`` names an encoder) are kept in such a cache of their own, named
+after the encoder, by the sha256 of the caption: as many rows as it has words, in bfloat16, which loses nothing (see
+``models.text``). Equal captions are encoded once. What is longer than the encoder reads is cut at its end, and counted; so
+are captions of which a T5's cleaning leaves nothing, which are encoded as such, as LlamaGen does.
 
 Every batch has the same size (the last is filled up with repeats), so an image meets the same
 arithmetic whichever images it happens to be encoded with. Threads decode and crop the next batches while
@@ -14,7 +19,7 @@ entries of the codebook that are about as near, and codes are kept for good. Lef
 reason (with random weights 9 % of VQ-16's codes came out otherwise), and the ten crops per image with which
 LlamaGen was pretrained; VA-pi's own loader takes the centre crop alone.
 
-Shapes: B images, T codes of an image, V codebook.
+Shapes: B images, T codes of an image, V codebook, L words of a caption, C channels of a feature.
 """
 
 from __future__ import annotations
@@ -38,6 +43,8 @@ from vapi import data, images, launch, models
 from vapi.config import ModelConfig, TokensConfig
 from vapi.data import Subset
 from vapi.launch import World
+from vapi.models import text
+from vapi.models.text import TextEncoder
 from vapi.run import NO_RUN, Run
 
 FORMAT = 1
@@ -47,7 +54,8 @@ JUDGED = 256
 
 
 def tokens(model: ModelConfig, tokens: TokensConfig, subset: Path, out: Path, run: Run = NO_RUN) -> None:
-    """The stage. Writes codes.npy (uint16 (N, T)), index.parquet (key, label, sha256, crop) and summary.json.
+    """The stage. Writes codes.npy (uint16 (N, T)), index.parquet (key, label, sha256, crop) and summary.json; with
+    ``model.text_encoder`` features.npy too, and in the index where in it an image's caption is.
 
     Raises ValueError, with nothing written, if the subset cannot be read or the codes do not pass validation.
     """
@@ -55,7 +63,9 @@ def tokens(model: ModelConfig, tokens: TokensConfig, subset: Path, out: Path, ru
     world = launch.world(model.device)
     with world.first_enters(data.output_folder(out, "tokens")) as folder:
         picked = data.read_subset(subset)
+        require_captions(model, picked, subset)
         tokenizer, device = models.load_tokenizer(model), models.device_of(model)
+        features, counts = _features(picked, device, model, tokens, world) if model.text_encoder else (None, {})
         codes, encoded = _codes(tokenizer, device, picked, model, tokens, world)
         if folder is None:
             return
@@ -68,14 +78,26 @@ def tokens(model: ModelConfig, tokens: TokensConfig, subset: Path, out: Path, ru
             **_reconstruct(tokenizer, device, codes, picked, model, tokens),
         }
         _require_valid(codes, summary, tokens)
-        data.write_tokens(folder, codes, picked, tokens.crop, summary)
-        sections, inputs = {"model": model, "tokens": tokens}, {"subset": data.file_digest(subset), "tokenizer": summary["tokenizer"]}
-        data.describe(folder, "tokens", sections, inputs, time.perf_counter() - started, encoded=encoded)
+        inputs, timings = {"subset": data.file_digest(subset), "tokenizer": summary["tokenizer"]}, {"encoded": encoded}
+        if counts:
+            timings["captions_encoded"] = counts.pop("encoded")
+            summary["captions"] = counts
+            inputs["text_encoder"] = counts["encoder"]
+        data.write_tokens(folder, codes, picked, tokens.crop, summary, features)
+        data.describe(folder, "tokens", {"model": model, "tokens": tokens}, inputs, time.perf_counter() - started, **timings)
     run.metrics({f"tokens/{name}": summary[name] for name in ("codebook_usage", "perplexity", "psnr")})
     print(
         f"{len(picked):,} images, {encoded:,} of them encoded now; {summary['codebook_usage']:.0%} of the codebook in use, "
-        f"perplexity {summary['perplexity']:.0f}, reconstruction {summary['psnr']:.1f} dB -> {out}"
+        f"perplexity {summary['perplexity']:.0f}, reconstruction {summary['psnr']:.1f} dB{_said(counts)} -> {out}"
     )
+
+
+def _said(counts: dict[str, Any]) -> str:
+    if not counts:
+        return ""
+    cut = f", {counts['cut']:,} of them cut at {counts['max_words']} words" if counts["cut"] else ""
+    empty = f", {counts['empty']:,} of them empty once cleaned" if counts["empty"] else ""
+    return f"; {counts['distinct']:,} captions{cut}{empty}"
 
 
 # --- encoding ----------------------------------------------------------------------------------
@@ -91,14 +113,15 @@ def _codes(
     folder = data.state_dir("tokens", name)
     with world.first_enters(data.locked(folder / "lock")):
         count = _num_codes(tokenizer, device, model.image_size)
-        cache = Cache(folder, {**named, "codes": count, "vocab": tokenizer.vocab}) if world.first else None
+        cache = Cache(folder, {**named, "codes": count, "vocab": tokenizer.vocab}, count) if world.first else None
         missing = world.once(lambda: [i for i, digest in enumerate(picked.sha256) if cache is not None and digest not in cache])
         with tqdm(total=len(missing), desc="tokens", unit="image", disable=None if world.first else True) as bar:
             for some, codes in _encode_together(tokenizer, device, picked, missing, model.image_size, config, world):
                 if cache is not None:
-                    cache.append([picked.sha256[i] for i in some], codes)
+                    cache.append([picked.sha256[i] for i in some], list(codes[:, None]))
                 bar.update(len(some))
-        return cache.take(picked.sha256) if cache is not None else np.empty((0, count), np.uint16), len(missing)
+        codes = np.concatenate(cache.take(picked.sha256)) if cache is not None else np.empty((0, count), np.uint16)
+        return codes, len(missing)
 
 
 def _encode_together(
@@ -161,68 +184,143 @@ def _num_codes(tokenizer: Any, device: torch.device, size: int) -> int:
     return _encode(tokenizer, torch.zeros(1, 3, size, size, device=device)).shape[1]
 
 
+# --- captions ----------------------------------------------------------------------------------
+
+
+def require_captions(model: ModelConfig, picked: Subset, folder: Path) -> None:
+    """Raises ValueError if captions are to be encoded and images of a subset have none."""
+    without = [key for key, caption in zip(picked.keys, picked.captions, strict=True) if not caption.strip()]
+    if model.text_encoder and without:
+        raise ValueError(
+            f"model.text_encoder is {model.text_encoder}, and {len(without)} of {len(picked)} images of {folder} have no caption "
+            f"({', '.join(without[:3])}); name their column in subset.caption_column, set subset.classes 0, and run: vapi subset"
+        )
+
+
+def _features(
+    picked: Subset, device: torch.device, model: ModelConfig, config: TokensConfig, world: World
+) -> tuple[list[np.ndarray] | None, dict[str, Any]]:
+    """Features of each distinct caption, as bits of bfloat16 (uint16 (L, C)), and what is said about them. Only the first process
+    gets them, and only it touches the cache; the others encode for it."""
+    encoder = text.load(model.text_encoder, device, config.words_per_batch)
+    captions = data.distinct(picked.captions)
+    digests = [data.text_digest(caption) for caption in captions]
+    named = {"format": FORMAT, "encoder": encoder.digest, "width": encoder.width}
+    folder = data.state_dir("captions", hashlib.sha256(json.dumps(named).encode()).hexdigest()[:24])
+    with world.first_enters(data.locked(folder / "lock")):
+        cache = Cache(folder, named, encoder.width, ragged=True, name="features") if world.first else None
+        lengths = world.once(lambda: encoder.lengths(captions))
+        missing = world.once(lambda: [i for i, digest in enumerate(digests) if cache is not None and digest not in cache])
+        with tqdm(total=len(missing), desc="captions", unit="caption", disable=None if world.first else True) as bar:
+            for some, found in _read_together(encoder, captions, lengths, missing, config, world):
+                if cache is not None:
+                    cache.append([digests[i] for i in some], found)
+                bar.update(len(some))
+        if cache is None:
+            return None, {}
+        features = cache.take(digests)
+    length_of = dict(zip(captions, lengths, strict=True))
+    return features, {
+        "encoder": encoder.digest,
+        "width": encoder.width,
+        "captions": len(picked),
+        "distinct": len(captions),
+        "max_words": encoder.max_words,
+        "longest": max(lengths),  # before the cut
+        "cut": sum(length_of[caption] > encoder.max_words for caption in picked.captions),
+        "empty": sum(length_of[caption] <= encoder.end_marks for caption in picked.captions),  # once they were cleaned
+        "words": sum(map(len, features)),
+        "bytes": sum(one.nbytes for one in features),
+        "encoded": len(missing),
+    }
+
+
+def _read_together(
+    encoder: TextEncoder, captions: Sequence[str], lengths: Sequence[int], wanted: Sequence[int], config: TokensConfig, world: World
+) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+    """Numbers and features of captions by all processes, who take batches in turn; every process gets every batch, in order."""
+    batches = [[wanted[i] for i in some] for some in text.batches([lengths[i] for i in wanted], config.words_per_batch)]
+    for first in range(0, len(batches), world.size):
+        mine = batches[first + world.rank : first + world.rank + 1]
+        for found in world.gather([(some, _bits(encoder.encode([captions[i] for i in some]))) for some in mine]):
+            yield from found
+
+
+def _bits(features: Sequence[Tensor]) -> list[np.ndarray]:
+    """Features as they are kept. A bfloat16's bits are the upper half of a float32's."""
+    kept = [feature.to(torch.bfloat16) for feature in features]
+    assert all(torch.equal(half.float(), feature.float()) for half, feature in zip(kept, features, strict=True)), "more than bfloat16 holds"
+    return [half.view(torch.int16).numpy().view(np.uint16) for half in kept]
+
+
 # --- cache -------------------------------------------------------------------------------------
 
 
 class Cache:
-    """Codes by the sha256 of the encoded image, in a file that only grows. Hold a lock around it.
+    """Rows of numbers (uint16) by the sha256 of what they were made of, in a file that only grows. Hold a lock around it.
 
-    ``named`` is what the codes depend on beside the image; a folder with another name inside is refused.
+    A record is the sha256, where records are ``ragged`` the number of its rows, the rows, ``width`` numbers each, and a checksum.
+    ``named`` is what the numbers depend on beside that; a folder with another name inside is refused.
     """
 
-    def __init__(self, folder: Path, named: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, named: dict[str, Any], width: int, ragged: bool = False, name: str = "codes") -> None:
         self._require_name(folder / "cache.json", named)
-        self.path = folder / "codes.bin"
-        self.record = np.dtype([("sha256", "V32"), ("codes", "<u2", (named["codes"],)), ("check", "<u4")])
+        self.path, self.width, self.ragged = folder / f"{name}.bin", width, ragged
         self.path.touch()
-        records = self._whole()
-        os.truncate(self.path, records.nbytes)  # a killed run's torn end
-        self.rows = {record.tobytes(): row for row, record in enumerate(records["sha256"])}
+        self.rows: dict[bytes, tuple[int, int]] = {}  # where in the file a record's rows begin, and how many
+        self.end = self._walk()
+        os.truncate(self.path, self.end)  # a killed run's torn end
 
     def _require_name(self, path: Path, named: dict[str, Any]) -> None:
         if not path.is_file():
             data.write_json(path, named)
         elif data.read_json(path) != named:
-            raise ValueError(f"{path.parent} holds codes that were made otherwise (see cache.json in it); delete it, it will be made anew")
+            raise ValueError(f"{path.parent} holds what was made otherwise (see cache.json in it); delete it, it will be made anew")
 
-    def _whole(self) -> np.ndarray:
-        """The records up to the first that is torn."""
-        count = self.path.stat().st_size // self.record.itemsize
-        records = np.memmap(self.path, self.record, "r", shape=(count,)) if count else np.empty(0, self.record)
-        for row in range(count):
-            if _check(records[row]) != records["check"][row]:
-                return records[:row]
-        return records
+    def _walk(self) -> int:
+        """Note the records up to the first that is torn, and say where it begins."""
+        body = self._mapped().data
+        at, head = 0, 36 if self.ragged else 32
+        while at + head <= len(body):
+            rows = int.from_bytes(body[at + 32 : at + 36], "little") if self.ragged else 1
+            end = at + head + 2 * self.width * rows
+            if end + 4 > len(body) or zlib.crc32(body[at:end]) != int.from_bytes(body[end : end + 4], "little"):
+                break
+            self.rows[bytes(body[at : at + 32])] = (at + head, rows)
+            at = end + 4
+        return at
+
+    def _mapped(self) -> np.ndarray:
+        return np.memmap(self.path, np.uint8, "r") if self.path.stat().st_size else np.empty(0, np.uint8)
 
     def __contains__(self, sha256: str) -> bool:
         return bytes.fromhex(sha256) in self.rows
 
-    def append(self, sha256: Sequence[str], codes: np.ndarray) -> None:
-        """Keep codes (uint16 (B, T)); they are on the disk when this returns."""
-        records = np.zeros(len(sha256), self.record)
-        records["codes"] = codes
-        for row, digest in enumerate(sha256):
-            records["sha256"][row] = np.void(bytes.fromhex(digest))
-            records["check"][row] = _check(records[row])
+    def append(self, sha256: Sequence[str], numbers: Sequence[np.ndarray]) -> None:
+        """Keep what belongs to each (uint16 (rows, width)); it is on the disk when this returns."""
+        records = [self._record(digest, rows) for digest, rows in zip(sha256, numbers, strict=True)]
         try:
             with self.path.open("ab") as file:
-                file.write(records.tobytes())
+                file.write(b"".join(records))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            kept = f"the {len(self.rows):,} images in it are safe"
+            kept = f"the {len(self.rows):,} in it are safe"
             raise ValueError(f"cannot write the token cache {self.path}: {error.strerror or error}; {kept}. {data.AGAIN}") from error
-        for digest in sha256:
-            self.rows[bytes.fromhex(digest)] = len(self.rows)
+        for digest, rows, record in zip(sha256, numbers, records, strict=True):
+            self.rows[bytes.fromhex(digest)] = (self.end + len(record) - 4 - rows.nbytes, len(rows))
+            self.end += len(record)
 
-    def take(self, sha256: Sequence[str]) -> np.ndarray:
-        """Codes of these images, uint16 (N, T)."""
-        records = np.memmap(self.path, self.record, "r")
-        return records["codes"][[self.rows[bytes.fromhex(digest)] for digest in sha256]]
+    def _record(self, sha256: str, rows: np.ndarray) -> bytes:
+        assert rows.dtype == np.uint16 and rows.shape[1:] == (self.width,) and (self.ragged or len(rows) == 1), (rows.dtype, rows.shape)
+        count = len(rows).to_bytes(4, "little") if self.ragged else b""
+        body = bytes.fromhex(sha256) + count + np.ascontiguousarray(rows, "<u2").tobytes()
+        return body + zlib.crc32(body).to_bytes(4, "little")
 
-
-def _check(record: np.void) -> int:
-    return zlib.crc32(record["codes"].tobytes(), zlib.crc32(record["sha256"].tobytes()))
+    def take(self, sha256: Sequence[str]) -> list[np.ndarray]:
+        """What belongs to each, uint16 (rows, width), mapped from the file."""
+        body, places = self._mapped(), [self.rows[bytes.fromhex(digest)] for digest in sha256]
+        return [body[at : at + 2 * rows * self.width].view("<u2").reshape(rows, self.width) for at, rows in places]
 
 
 # --- what is said about them -------------------------------------------------------------------

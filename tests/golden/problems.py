@@ -47,8 +47,14 @@ def context(config: gpt.GPTConfig) -> Tensor:
     return upstream.integers(config.vocab, (len(LABELS), config.codes), 3)
 
 
+WORDS = (T2I.prefix, 1, 31)  # of each caption
+
+
 def captions() -> Tensor:
-    return upstream.uniform((len(LABELS), T2I.prefix, T2I.caption_dim), 4)
+    """(3, 120, 24 + 1): features of captions padded on the left, and which positions are none."""
+    place = torch.arange(T2I.prefix)
+    words = torch.stack([place >= T2I.prefix - count for count in WORDS])[..., None].float()
+    return torch.cat([upstream.uniform((len(LABELS), T2I.prefix, T2I.caption_dim), 4) * words, words], dim=-1)
 
 
 def images() -> Tensor:

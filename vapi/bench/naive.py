@@ -69,7 +69,7 @@ def step(
 ) -> dict[str, float]:
     """Accumulate the gradient of one VA-pi step in ``policy.generator``; returns the means of its terms.
 
-    images (B, 3, H, W), codes (B, T), condition (B,). ``context`` (default: the codes), ``actions``
+    images (B, 3, H, W), codes (B, T), condition (B, ...). ``context`` (default: the codes), ``actions``
     (B, G, T) and their rewards ``values`` (B, G) can be given instead of made here, so that two
     implementations see the same.
     """
@@ -107,34 +107,52 @@ def step(
 
 @torch.no_grad()
 def generate(
-    model: Transformer, labels: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, guidance: float = 1.0
+    model: Transformer, condition: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, guidance: float = 1.0
 ) -> Tensor:
-    """Draw codes (B, T) for class ids (B,), one position at a time; randomness is torch's own."""
-    length, heads = model.config.codes, model.config.heads
-    rows = torch.cat([labels, torch.full_like(labels, model.config.classes)]) if guidance != 1 else labels
-    mask = torch.ones(length, length, dtype=torch.bool, device=labels.device).tril()
+    """Draw codes (B, T) for class ids (B,) or captions (B, S, C + 1), one position at a time; randomness is torch's own."""
+    codes, heads, kind = model.config.codes, model.config.heads, condition.device.type
+    length = model.config.prefix + codes - 1
+    rows = torch.cat([condition, _nothing(model, condition)]) if guidance != 1 else condition
+    mask = _mask(rows, length)
     shape = (model.config.layers, 2, len(rows), heads, length, model.config.dim // heads)
-    low = torch.get_autocast_dtype(labels.device.type) if torch.is_autocast_enabled(labels.device.type) else model.output.weight.dtype
-    cache = torch.zeros(shape, dtype=low, device=labels.device)
-    codes = torch.empty(len(labels), length, dtype=torch.long, device=labels.device)
-    x = model.cls_embedding(rows)  # (R, 1, D)
-    for position in range(length):
+    low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.output.weight.dtype
+    cache = torch.zeros(shape, dtype=low, device=condition.device)
+    drawn = torch.empty(len(condition), codes, dtype=torch.long, device=condition.device)
+    x, at = model.cls_embedding(rows), 0  # (R, S, D)
+    for position in range(codes):
+        here = slice(at, at + x.shape[1])
         for block, (keys, values) in zip(model.layers, cache):
             layer = cast(Block, block)
-            q, keys[:, :, position : position + 1], values[:, :, position : position + 1] = layer.attention.qkv(
-                layer.attention_norm(x), model.rotary[position : position + 1]
-            )
-            y = F.scaled_dot_product_attention(q.to(low), keys, values, attn_mask=mask[position : position + 1])
+            q, keys[:, :, here], values[:, :, here] = layer.attention.qkv(layer.attention_norm(x), model.rotary[here])
+            y = F.scaled_dot_product_attention(q.to(low), keys, values, attn_mask=mask[..., here, :])
             x = x + layer.attention.wo(y.transpose(1, 2).flatten(2))
             x = x + layer.feed_forward(layer.ffn_norm(x))
-        logits = model.output(model.norm(x)).float()[:, 0]  # (R, V)
+        logits = model.output(model.norm(x[:, -1])).float()  # (R, V)
         if guidance != 1:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + guidance * (conditional - unconditional)
         probabilities = _filtered(logits / temperature, top_k, top_p).softmax(-1)
-        codes[:, position] = torch.multinomial(probabilities, 1)[:, 0]
-        x = model.tok_embeddings(codes[:, position].repeat(len(rows) // len(labels)))[:, None]
-    return codes
+        drawn[:, position] = torch.multinomial(probabilities, 1)[:, 0]
+        x, at = model.tok_embeddings(drawn[:, position].repeat(len(rows) // len(condition)))[:, None], here.stop
+    return drawn
+
+
+def _nothing(model: Transformer, condition: Tensor) -> Tensor:
+    """The null class, or the null caption behind each caption's mask."""
+    if not model.config.caption_dim:
+        return torch.full_like(condition, model.config.classes)
+    nothing = cast(Tensor, model.cls_embedding.uncond_embedding)
+    return torch.cat([torch.zeros_like(condition[..., :-1]) + nothing, condition[..., -1:]], dim=-1)
+
+
+def _mask(rows: Tensor, length: int) -> Tensor:
+    """Causal; in captions, padding is seen by itself alone: (P, P) or (R, 1, P, P)."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=rows.device).tril()
+    if not rows.is_floating_point():
+        return mask
+    mask = mask.repeat(len(rows), 1, 1, 1)
+    mask[..., : rows.shape[1]] &= rows[:, None, None, :, -1] == 1
+    return mask | torch.eye(length, dtype=torch.bool, device=rows.device)
 
 
 def _filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from vapi import models
 from vapi.bench import meter, naive, world
 from vapi.config import Measured
@@ -27,7 +25,7 @@ def sample(settings: Measured) -> dict[str, Any]:
     guided = wanted.guidance != 1.0
     with models.autocast(precision, device):
         images = wanted.images_per_batch or memory.images_per_batch(policy.footprint(guided), device)
-    condition = policy.condition(torch.arange(images) % policy.num_classes)
+    condition = world.condition(policy, images)
     how: Sampling = {
         "temperature": wanted.temperature,
         "top_k": wanted.top_k,

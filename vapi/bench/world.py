@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,8 @@ def random_policy(size: str, model: ModelConfig, device: torch.device | str) -> 
         tokenizer = vq.VQModel(TOKENIZERS[8 if "ds8" in model.tokenizer else 16]).eval().requires_grad_(False)
         if model.image_size % tokenizer.config.factor:
             raise ValueError(f"model.image_size is {model.image_size}; it must be a multiple of {tokenizer.config.factor}")
-        generator = gpt.Transformer(gpt.published(size, tokenizer.vocab, (model.image_size // tokenizer.config.factor) ** 2))
+        codes = (model.image_size // tokenizer.config.factor) ** 2
+        generator = gpt.Transformer(gpt.published(size, tokenizer.vocab, codes, captions=bool(model.text_encoder)))
     # the table of positions is computed on the CPU whatever the device of the weights
     return llamagen.LlamaGen(generator.to(device).eval(), tokenizer, model.image_size)
 
@@ -111,8 +113,19 @@ def batch(policy: Policy, images: int) -> Batch:
     random = torch.Generator().manual_seed(0)
     pixels = torch.rand(images, 3, policy.image_size, policy.image_size, generator=random) * 2 - 1
     codes = torch.randint(policy.vocab, (images, policy.num_codes), generator=random)
-    condition = policy.condition(torch.arange(images) % policy.num_classes)
-    return Batch(torch.arange(images), pixels.to(policy.device), codes.to(policy.device), condition)
+    return Batch(torch.arange(images), pixels.to(policy.device), codes.to(policy.device), condition(policy, images))
+
+
+def condition(policy: Policy, images: int) -> Tensor:
+    """Classes in turn, or captions of 10 to 59 random words."""
+    if policy.num_classes:
+        return policy.condition(torch.arange(images) % policy.num_classes)
+    config: Any = policy.generator.config
+    random = torch.Generator().manual_seed(1)
+    words = torch.randint(min(10, config.prefix), min(60, config.prefix + 1), (images, 1, 1), generator=random)
+    there = (torch.arange(config.prefix)[None, :, None] >= config.prefix - words).float()
+    features = torch.randn(images, config.prefix, config.caption_dim, generator=random) * there
+    return policy.condition(torch.cat([features, there], dim=-1))
 
 
 def laid_out(policy: Policy, reward: Reward, layout: torch.memory_format) -> tuple[Policy, Reward]:
@@ -164,9 +177,11 @@ def count(policy: Policy, reward: Reward) -> Operations:
     policy, reward = meter.weightless((policy, reward), _tensors(policy, reward))
     codes = torch.zeros(1, policy.num_codes, dtype=torch.long, device="meta")
     pixels = torch.zeros(1, 3, policy.image_size, policy.image_size, device="meta")
-    label = torch.zeros(1, dtype=torch.long, device="meta")
+    config: Any = policy.generator.config
+    captions = torch.zeros(1, config.prefix, config.caption_dim + 1, device="meta")
+    what = captions if config.caption_dim else torch.zeros(1, dtype=torch.long, device="meta")
     logits: list[Tensor] = []
-    forward = meter.flops(lambda: logits.append(policy.logits(label, codes)))
+    forward = meter.flops(lambda: logits.append(policy.logits(what, codes)))
     backward = meter.flops(lambda: logits[0].sum().backward())
     decode = meter.flops(lambda: policy.decode(codes))
     pair = meter.flops(lambda: reward.score(pixels[:, None], pixels))

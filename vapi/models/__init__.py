@@ -28,7 +28,7 @@ class Policy(Protocol):
     image_size: int
     num_codes: int
     vocab: int
-    num_classes: int
+    num_classes: int  # 0: it draws from captions
 
     @property
     def generator(self) -> nn.Module: ...
@@ -43,8 +43,8 @@ class Policy(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def condition(self, labels: Sequence[int] | Tensor) -> Tensor:
-        """What is drawn (class ids) -> what ``logits`` and ``generate`` take."""
+    def condition(self, what: Sequence[int] | Sequence[str] | Tensor) -> Tensor:
+        """What is drawn (class ids, or captions in words or as cached features) -> what ``logits`` and ``generate`` take."""
 
     def logits(self, condition: Tensor, context: Tensor) -> Tensor:
         """Codes (B, T) -> (B, T, V); ``logits[:, t]`` depends on ``context[:, :t]`` only."""

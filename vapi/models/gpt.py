@@ -1,10 +1,11 @@
 """LlamaGen's transformer: a Llama over image codes, with 2-D rotary positions and a condition in front.
 
-The condition is a class (one position) or the features of a caption (S positions). Parameter names are
-those of the published checkpoints. The file knows the network only: weights are read in ``llamagen.py``,
-sampling is in ``sampler.py``, sharding and compilation are done *to* it.
-
-Left out: which positions of a caption are padding (they are read like the others), and the text encoder.
+The condition is a class (one position) or a caption (S positions). A caption is one tensor (B, S, C + 1): C
+features of a text encoder, and a last channel that is 1 where a position holds a word and 0 where it is padding.
+Captions are padded on the left, so what may be attended to is what lies from a row's ``starts`` on; a position
+of padding attends to itself alone, and nobody to it. Parameter names are those of the published checkpoints.
+The file knows the network only: weights are read in ``llamagen.py``, captions in ``text.py``, sampling is in
+``sampler.py``, sharding and compilation are done *to* it.
 
 Shapes: B images, S positions of the condition, T codes of an image, V codebook, D width, H heads, E = D / H.
 """
@@ -114,20 +115,36 @@ class Attention(nn.Module):
         return self.dropout(self.wo(y.transpose(1, 2).flatten(2)))
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every position attends to itself and all before it."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def visible(starts: Tensor, length: int) -> Tensor:
+    """Who attends to whom among the first ``length`` positions: (B, 1, S, S) bool. To itself, and to all before it that
+    are no padding, which ends where ``starts`` (B,) says."""
+    place = torch.arange(length, device=starts.device)
+    before = place[None, :] <= place[:, None]
+    itself = place[None, :] == place[:, None]
+    return ((before & (place >= starts[:, None, None])) | itself)[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, position: int) -> Tensor:
+def causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Every position attends to itself and all before it, or to those that ``mask`` (B, 1, S, S) allows."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, position: int, starts: Tensor | None = None) -> Tensor:
     """Write keys and values of S positions, the first of them ``position``, into a layer's cache (2, B, H, P, E), and attend to
-    the part that is filled, nothing beyond. Several at once may come at the front alone."""
+    the part that is filled, nothing beyond, and nothing before ``starts`` (B,). Several at once may come at the front alone."""
     several = q.shape[2] > 1
     assert not several or position == 0, (position, q.shape)
     end = position + q.shape[2]
     cache[0, :, :, position:end] = k
     cache[1, :, :, position:end] = v
-    return F.scaled_dot_product_attention(q, cache[0, :, :, :end], cache[1, :, :, :end], is_causal=several)
+    if starts is None:
+        mask = None
+    elif several:
+        mask = visible(starts, end)
+    else:
+        mask = (torch.arange(end, device=starts.device) >= starts[:, None])[:, None, None]
+    keys, values = cache[0, :, :, :end], cache[1, :, :, :end]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=several and mask is None)
 
 
 class Block(nn.Module):
@@ -149,11 +166,11 @@ class Block(nn.Module):
         x = x + self.attention.join(y)
         return x + self.feed_forward(self.ffn_norm(x))
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        return self.after(x, causal(*self.before(x, table)))
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.after(x, causal(*self.before(x, table), mask))
 
-    def step(self, x: Tensor, table: Tensor, cache: Tensor, position: int) -> Tensor:
-        return self.after(x, attend(*self.before(x, table), cache, position))
+    def step(self, x: Tensor, table: Tensor, cache: Tensor, position: int, starts: Tensor | None = None) -> Tensor:
+        return self.after(x, attend(*self.before(x, table), cache, position, starts))
 
 
 class LabelEmbedder(nn.Module):
@@ -175,6 +192,9 @@ class LabelEmbedder(nn.Module):
         """The condition that says nothing, for as many images."""
         return torch.full_like(labels, self.classes)
 
+    def starts(self, labels: Tensor) -> None:
+        """Where padding ends: a class has none."""
+
 
 class Projection(nn.Module):
     """Features of a text encoder to the width of the transformer."""
@@ -189,7 +209,7 @@ class Projection(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Features of captions (B, S, C) to vectors (B, S, D), and those of no caption, which guidance needs."""
+    """Captions (B, S, C + 1) to vectors (B, S, D), and those of no caption, which guidance needs."""
 
     uncond_embedding: Tensor
 
@@ -202,12 +222,17 @@ class CaptionEmbedder(nn.Module):
     def forward(self, captions: Tensor) -> Tensor:
         if self.training and self.dropout > 0:
             dropped = torch.rand(len(captions), device=captions.device) < self.dropout
-            captions = torch.where(dropped[:, None, None], self.uncond_embedding, captions)
-        return self.cap_proj(captions)
+            captions = torch.where(dropped[:, None, None], self.null(captions), captions)
+        return self.cap_proj(captions[..., :-1])
 
     def null(self, captions: Tensor) -> Tensor:
-        """The condition that says nothing, for as many images."""
-        return self.uncond_embedding.to(captions.dtype).expand_as(captions)
+        """The condition that says nothing, for as many images, at as many positions as these captions have words."""
+        nothing = self.uncond_embedding.to(captions.dtype).expand(len(captions), -1, -1)
+        return torch.cat([nothing, captions[..., -1:]], dim=-1)
+
+    def starts(self, captions: Tensor) -> Tensor:
+        """The position of each caption's first word (B,), where padding ends."""
+        return captions.shape[1] - captions[..., -1].sum(dim=-1).long()
 
 
 class Transformer(nn.Module):
@@ -234,15 +259,16 @@ class Transformer(nn.Module):
         self.apply(_initialise)
 
     def forward(self, condition: Tensor, context: Tensor) -> Tensor:
-        """Teacher-forced logits (B, T, V) of a condition, labels (B,) or captions (B, S, C), and codes (B, T).
+        """Teacher-forced logits (B, T, V) of a condition, labels (B,) or captions (B, S, C + 1), and codes (B, T).
 
         ``logits[:, t]`` depends on ``context[:, :t]`` only; the last code is never read.
         """
         x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(context[:, :-1])], dim=1)
         x = self.dropout(x)
-        table = self.rotary[: x.shape[1]]
+        table, starts = self.rotary[: x.shape[1]], self.cls_embedding.starts(condition)
+        mask = None if starts is None else visible(starts, x.shape[1])
         for layer in self.layers:
-            x = layer(x, table)
+            x = layer(x, table, mask)
         return self.predict(x[:, self.config.prefix - 1 :])  # the condition's last position predicts the first code
 
     def new_cache(self, rows: int) -> Tensor:
@@ -252,22 +278,19 @@ class Transformer(nn.Module):
         room = c.prefix + c.codes - 1
         return torch.empty(c.layers, 2, rows, c.heads, room, c.dim // c.heads, device=weight.device, dtype=weight.dtype)
 
-    def prefill(self, condition: Tensor, cache: Tensor) -> Tensor:
-        """Logits (B, V) of the first code, from the condition's embeddings (B, S, D)."""
-        return self._advance(condition, 0, cache)
+    def prefill(self, condition: Tensor, cache: Tensor, starts: Tensor | None) -> Tensor:
+        """Logits (B, V) of the first code, from the condition's embeddings (B, S, D) and ``cls_embedding.starts`` of it."""
+        return self._advance(condition, 0, cache, starts)
 
-    def step(self, inputs: Tensor, position: int, cache: Tensor) -> Tensor:
-        """Logits (B, V) of code ``position``. ``inputs`` are what ``cls_embedding`` takes at position 0 and the codes (B,)
-        at ``position - 1`` after that; positions must come in order."""
-        if position == 0:
-            return self.prefill(self.cls_embedding(inputs), cache)
-        return self._advance(self.tok_embeddings(inputs).unsqueeze(1), self.config.prefix + position - 1, cache)
+    def step(self, codes: Tensor, position: int, cache: Tensor, starts: Tensor | None) -> Tensor:
+        """Logits (B, V) of code ``position``, from the codes (B,) at ``position - 1``; positions must come in order."""
+        return self._advance(self.tok_embeddings(codes).unsqueeze(1), self.config.prefix + position - 1, cache, starts)
 
-    def _advance(self, x: Tensor, at: int, cache: Tensor) -> Tensor:
+    def _advance(self, x: Tensor, at: int, cache: Tensor, starts: Tensor | None) -> Tensor:
         """Put x (B, S, D) at the places from ``at`` on, and predict what follows the last of them."""
         table = self.rotary[at : at + x.shape[1]]
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = cast(Block, layer).step(x, table, layer_cache, at)
+            x = cast(Block, layer).step(x, table, layer_cache, at, starts)
         return self.predict(x[:, -1])
 
     def predict(self, x: Tensor) -> Tensor:
@@ -317,10 +340,13 @@ def infer_config(shapes: dict[str, tuple[int, ...]], codes: int, heads: int = 0)
     return GPTConfig(**sizes, classes=0, caption_dim=caption_dim, prefix=prefix) if text else GPTConfig(**sizes, classes=rows - 1)
 
 
-def published(name: str, vocab: int = 16384, codes: int = 576, classes: int = 1000) -> GPTConfig:
-    """The sizes of a published class-conditional generator, a name in ``PUBLISHED``; 576 codes are 384 pixels with VQ-16."""
+def published(name: str, vocab: int = 16384, codes: int = 576, classes: int = 1000, captions: bool = False) -> GPTConfig:
+    """The sizes of a published generator, a name in ``PUBLISHED``, of classes, or of captions as flan-t5-xl reads them; 576
+    codes are 384 pixels with VQ-16."""
     dim, layers, heads = PUBLISHED[name]
     hidden = 256 * math.ceil(int(8 * dim / 3) / 256)
+    if captions:
+        return GPTConfig(dim, layers, heads, hidden, vocab, codes, classes=0, caption_dim=2048, prefix=120)
     return GPTConfig(dim, layers, heads, hidden, vocab, codes, classes)
 
 

@@ -89,6 +89,7 @@ class Loop:
             self.twin = sampler.lowered(model, shape.dtype)
             self.cache = self.twin.new_cache(rows)
             self.front_embeddings = self.cache.new_zeros(rows, model.config.prefix, model.config.dim)
+            self.starts = torch.zeros(rows, dtype=torch.long, device=device)  # where padding ends
             self.codes = torch.zeros(shape.rows, count, dtype=torch.long, device=device)
             self.numbers = torch.zeros(shape.rows, count, dtype=torch.float64, device=device)
             self.scales = torch.ones(count, device=device)
@@ -113,7 +114,8 @@ class Loop:
 
     def _front(self) -> None:
         """The first code, from the condition."""
-        self._choose(self.twin.prefill(self.front_embeddings, self.cache), 0 * self.position)
+        starts = self.starts if self.twin.config.caption_dim else None  # without a mask attention is faster
+        self._choose(self.twin.prefill(self.front_embeddings, self.cache, starts), 0 * self.position)
 
     def _step(self) -> None:
         """The code at ``position``, from those before it; then one further."""
@@ -125,7 +127,7 @@ class Loop:
         for layer, cache in zip(self.twin.layers, self.cache, strict=True):
             block = cast(Block, layer)
             q, k, v = before(block, x, table)
-            x = after(block, x, self.attend(q, k, v, cache, at))
+            x = after(block, x, self.attend(q, k, v, cache, at, self.starts))
         self._choose(self.twin.predict(x[:, 0]), self.position)
         self.position.add_(1)
 
@@ -147,7 +149,10 @@ class Loop:
             if self.twin is not self.model:  # a few milliseconds, and the copy is never behind
                 pairs = [*zip(self.twin.parameters(), self.model.parameters(), strict=True)]
                 torch._foreach_copy_([ours for ours, _ in pairs], [theirs.detach() for _, theirs in pairs])
-            self.front_embeddings.copy_(sampler.embeddings(self.twin, condition, self.shape.guided))
+            embedded, starts = sampler.front(self.twin, condition, self.shape.guided)
+            self.front_embeddings.copy_(embedded)
+            if starts is not None:
+                self.starts.copy_(starts)
             self.numbers.copy_(sampler.uniforms(seeds, self.codes.shape[1]))
             self.temperature.fill_(temperature)
             self.scales.copy_(scales)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 @triton.jit
 def _attend(
-    q, k, v, cache, out, at,
+    q, k, v, cache, out, at, starts,
     q_row, q_head, k_row, k_head, v_row, v_head, value_offset,
     heads, room, scale,
     WIDTH: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
@@ -39,7 +39,7 @@ def _attend(
     query = tl.load(q + row * q_row + head * q_head + lanes, mask=inside, other=0.0).to(tl.float32) * scale
     key = tl.load(k + row * k_row + head * k_head + lanes, mask=inside, other=0.0)
     value = tl.load(v + row * v_row + head * v_head + lanes, mask=inside, other=0.0)
-    position = tl.load(at)
+    position, first = tl.load(at), tl.load(starts + row)
     keys = cache + program * room * WIDTH
     values = keys + value_offset
     tl.store(keys + position * WIDTH + lanes, key, mask=inside)
@@ -48,7 +48,7 @@ def _attend(
     best = tl.zeros([BLOCK], tl.float32) + tl.sum(query * key.to(tl.float32), axis=0)  # the new position sees itself
     total = tl.where(slots == 0, 1.0, 0.0)
     found = tl.where((slots == 0)[:, None], value.to(tl.float32)[None, :], 0.0)
-    for start in range(0, position, BLOCK):
+    for start in range(first, position, BLOCK):
         places = start + slots
         there = (places < position)[:, None] & inside[None, :]
         where = places[:, None] * WIDTH + lanes[None, :]
@@ -64,14 +64,14 @@ def _attend(
     tl.store(out + program * WIDTH + lanes, found_by_all, mask=inside)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, at: Tensor) -> Tensor:
-    """``vapi.models.gpt.attend`` for one position (B, H, 1, E) and a layer's cache (2, B, H, P, E), with the position ``at`` (1,) on the
-    device."""
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, at: Tensor, starts: Tensor) -> Tensor:
+    """``vapi.models.gpt.attend`` for one position (B, H, 1, E) and a layer's cache (2, B, H, P, E), with the position ``at`` (1,) and the
+    first position that each row may see, ``starts`` (B,), on the device (int64)."""
     rows, heads, _, width = q.shape
     assert cache.is_contiguous() and q.stride(3) == k.stride(3) == v.stride(3) == 1, (cache.stride(), q.stride(), k.stride(), v.stride())
     out = torch.empty(rows, heads, 1, width, dtype=q.dtype, device=q.device)
     _attend[(rows * heads,)](
-        q, k, v, cache, out, at,
+        q, k, v, cache, out, at, starts,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), cache.stride(0),
         heads, cache.shape[3], 1 / math.sqrt(width),
         WIDTH=width, LANES=triton.next_power_of_2(width), BLOCK=64,

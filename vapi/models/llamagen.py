@@ -1,17 +1,19 @@
-"""LlamaGen, class to image, as a ``Policy``: the transformer that is tuned and the tokenizer that is not."""
+"""LlamaGen as a ``Policy``, class to image or caption to image: the transformer that is tuned, and the tokenizer and
+(for captions) the text encoder that are not. Which of the two a generator is follows from its weights."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from vapi.config import ModelConfig
-from vapi.models import gpt, graphs, memory, sampler, vq, weights
+from vapi.models import gpt, graphs, memory, sampler, text, vq, weights
 from vapi.models.sampler import Sampling
 
 META = torch.device("meta")  # networks are made without memory, and get that of their weights
@@ -42,11 +44,7 @@ def load_generator(model: ModelConfig, name: str | Path, factor: int, device: to
         raise ValueError(f"{name} draws {meta['codes']} codes, but model.image_size {model.image_size} makes {codes} with this tokenizer")
     generator = _empty_generator(state, meta, codes)
     _require_same_training(model, name, factor, generator.config.classes, meta)
-    if generator.config.caption_dim:
-        raise ValueError(
-            f"{name} draws from captions ({generator.config.prefix} x {generator.config.caption_dim} features of a text encoder), but "
-            "model.policy llamagen draws from class ids; take class-conditional weights (c2i)"
-        )
+    _require_text_encoder(model, name, generator.config)
     weights.fill(generator, state, name, device)
     return generator.eval()
 
@@ -70,10 +68,25 @@ def _require_same_training(model: ModelConfig, name: str | Path, factor: int, cl
             raise ValueError(f"{name} was trained with {argument} {then}, but {words} {here}; they do not belong together")
 
 
+def _require_text_encoder(model: ModelConfig, name: str | Path, config: gpt.GPTConfig) -> None:
+    """Raises ValueError unless there is a text encoder for captions, and none for classes."""
+    if config.caption_dim and not model.text_encoder:
+        raise ValueError(
+            f"{name} draws from captions ({config.prefix} x {config.caption_dim} features of a text encoder), but model.text_encoder is "
+            "empty; name the encoder it was trained with (google/flan-t5-xl), or take class-conditional weights (c2i)"
+        )
+    if model.text_encoder and not config.caption_dim:
+        raise ValueError(
+            f"{name} draws from class ids, but model.text_encoder is {model.text_encoder!r}; leave it empty, or take weights of a "
+            "generator of captions (t2i)"
+        )
+
+
 def load(model: ModelConfig, generator: str | Path, device: torch.device) -> LlamaGen:
-    """Read both networks; every key must match."""
+    """Read both networks; every key must match. The text encoder is read when a caption first comes as words."""
     tokenizer = load_tokenizer(model, device)
-    return LlamaGen(load_generator(model, generator, tokenizer.config.factor, device), tokenizer, model.image_size)
+    network = load_generator(model, generator, tokenizer.config.factor, device)
+    return LlamaGen(network, tokenizer, model.image_size, model.text_encoder)
 
 
 def export(source: str | Path, target: str | Path) -> None:
@@ -96,13 +109,14 @@ def export(source: str | Path, target: str | Path) -> None:
 class LlamaGen:
     """A ``Policy`` (see vapi.models)."""
 
-    def __init__(self, generator: gpt.Transformer, tokenizer: vq.VQModel, image_size: int) -> None:
+    def __init__(self, generator: gpt.Transformer, tokenizer: vq.VQModel, image_size: int, text_encoder: str = "") -> None:
         self.generator = generator
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.num_codes = (image_size // tokenizer.config.factor) ** 2
         self.vocab = tokenizer.vocab
         self.num_classes = generator.config.classes
+        self._text_encoder = text_encoder
         self._loops = graphs.Loops()
         if generator.config.vocab != self.vocab:
             raise ValueError(
@@ -118,8 +132,37 @@ class LlamaGen:
     def device(self) -> torch.device:
         return self.generator.output.weight.device
 
-    def condition(self, labels: Sequence[int] | Tensor) -> Tensor:
-        """Class ids as a tensor (B,) on the model's device. Raises ValueError for one out of range."""
+    @functools.cached_property
+    def encoder(self) -> text.TextEncoder:
+        """The frozen text encoder. Raises ValueError for one that the generator was not made for."""
+        encoder, wanted = text.load(self._text_encoder, self.device), self.generator.config.caption_dim
+        if encoder.width != wanted:
+            raise ValueError(
+                f"model.text_encoder {self._text_encoder} gives {encoder.width} features per word, the generator reads {wanted}; "
+                "name the encoder that it was trained with"
+            )
+        return encoder
+
+    def condition(self, what: Sequence[int] | Sequence[str] | Tensor) -> Tensor:
+        """Class ids as a tensor (B,), or captions, in words or as their features (B, S, C + 1), on the model's device.
+
+        Raises ValueError for a class out of range, and for features of another encoder.
+        """
+        return self._captions(what) if self.generator.config.caption_dim else self._classes(what)
+
+    def _captions(self, what: Any) -> Tensor:
+        config = self.generator.config
+        if not isinstance(what, Tensor):
+            places = {caption: n for n, caption in enumerate(dict.fromkeys(what))}
+            what = text.pad(self.encoder.encode(list(places)), config.prefix)[[places[caption] for caption in what]]
+        if what.shape[1:] != (config.prefix, config.caption_dim + 1):
+            raise ValueError(
+                f"the generator reads captions of {config.prefix} positions x {config.caption_dim} features, and these have "
+                f"{what.shape[1]} x {what.shape[2] - 1}; encode them with the encoder that it was trained with: vapi tokens"
+            )
+        return what.to(self.device)
+
+    def _classes(self, labels: Any) -> Tensor:
         labels = torch.as_tensor(labels, dtype=torch.long, device=self.device)
         if len(labels) and (labels.min() < 0 or labels.max() >= self.num_classes):
             raise ValueError(f"class ids must lie in 0 .. {self.num_classes - 1}; got {labels.min().item()} .. {labels.max().item()}")

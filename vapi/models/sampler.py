@@ -11,8 +11,7 @@ next to never in float32, now and then in bfloat16, after which the rest of that
 ``generate`` is the plain loop, which attends to the filled part of the cache and to nothing beyond.
 ``graphs.py`` is the same loop as a CUDA graph; ``stream`` has the decoder work beside either.
 
-Left out: masks for padded captions (a condition of any length goes in front, whole); beam search;
-speculative drafts.
+Left out: beam search; speculative drafts.
 """
 
 from __future__ import annotations
@@ -50,6 +49,14 @@ class Sampling(TypedDict, total=False):
 
 
 # --- from predictions to codes -----------------------------------------------------------------
+
+
+def image_seed(seed: int, number: int) -> int:
+    """The random seed of image ``number``: its own for every image of a seed, and far from those of other seeds.
+
+    32 bits, because that is all torch's CPU generator uses; seeds lie multiples of the golden ratio apart.
+    """
+    return (number + seed * 2654435769) % 2**32
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
@@ -131,11 +138,15 @@ def lowered(model: Transformer, dtype: torch.dtype) -> Transformer:
     return twin.eval()
 
 
-def embeddings(model: Transformer, condition: Tensor, guided: bool) -> Tensor:
-    """What stands before the first code: (B, S, D), or (2 B, S, D) with nothing as the condition of the second half."""
-    if condition.is_floating_point():  # captions
+def front(model: Transformer, condition: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+    """What stands before the first code, (B, S, D), or (2 B, S, D) with nothing as the condition of the second half; and
+    where padding ends in each row, (B,) or (2 B,), if there may be some."""
+    if guided:
+        condition = torch.cat([condition, model.cls_embedding.null(condition)])
+    starts = model.cls_embedding.starts(condition)
+    if condition.is_floating_point():  # captions; their lengths first, which bfloat16 could not count
         condition = condition.to(model.output.weight.dtype)
-    return model.cls_embedding(torch.cat([condition, model.cls_embedding.null(condition)]) if guided else condition)
+    return model.cls_embedding(condition), starts
 
 
 @torch.no_grad()
@@ -150,7 +161,7 @@ def generate(
     guidance_schedule: str = "constant",
     guidance_power: float = 2.0,
 ) -> Tensor:
-    """Draw codes (B, T) for a condition (class ids (B,) or captions (B, S, C)), one seed each, all in one batch.
+    """Draw codes (B, T) for a condition (class ids (B,) or captions (B, S, C + 1)), one seed each, all in one batch.
 
     ``top_k`` 0, ``top_p`` 1 and ``guidance`` 1 leave the predictions as they are.
     """
@@ -160,14 +171,14 @@ def generate(
     with torch.autocast(device.type, enabled=False):
         scales = guidance_scales(guidance, guidance_schedule, guidance_power, count).to(device)
         numbers = uniforms(seeds, count).to(device)
-        front = embeddings(model, condition, guided)
-        cache = model.new_cache(len(front))
+        embedded, starts = front(model, condition, guided)
+        cache = model.new_cache(len(embedded))
         codes = torch.empty(len(condition), count, dtype=torch.long, device=device)
-        logits = model.prefill(front, cache)
+        logits = model.prefill(embedded, cache, starts)
         for position in range(count):
             if position > 0:
                 last = codes[:, position - 1]
-                logits = model.step(torch.cat([last, last]) if guided else last, position, cache)
+                logits = model.step(torch.cat([last, last]) if guided else last, position, cache, starts)
             logits = guide(logits, scales[position] if guided else 1.0)
             codes[:, position] = choose(logits, numbers[:, position], temperature, top_k, top_p)
     return codes
