@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import janus_world
 import pytest
 import torch
 
@@ -55,6 +56,17 @@ def captioned_model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     """The same for captions, which the embedded encoder reads."""
     model = write_tiny(tmp_path_factory.mktemp("captioned"), gpt_config=CAPTIONED_GPT)
     return dataclasses.replace(model, text_encoder="words")
+
+
+@pytest.fixture(scope="session")
+def janus_model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A tiny Janus in transformers' layout."""
+    return janus_world.write(tmp_path_factory.mktemp("janus"))
+
+
+@pytest.fixture
+def janus_policy(janus_model: ModelConfig) -> models.Policy:
+    return models.load(janus_model)
 
 
 @pytest.fixture

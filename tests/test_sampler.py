@@ -112,7 +112,7 @@ def test_the_cache_in_place_equals_one_that_grows(tiny_policy: models.Policy, mo
 def test_what_lies_in_the_cache_beyond_the_filled_part_is_never_read(tiny_policy: models.Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     clean = tiny_policy.generate(tiny_policy.condition([5]), [7])
     new_cache = gpt.Transformer.new_cache
-    monkeypatch.setattr(gpt.Transformer, "new_cache", lambda self, rows: new_cache(self, rows).fill_(torch.nan))
+    monkeypatch.setattr(gpt.Transformer, "new_cache", lambda self, *room: new_cache(self, *room).fill_(torch.nan))
     assert torch.equal(tiny_policy.generate(tiny_policy.condition([5]), [7]), clean)
 
 
@@ -247,7 +247,7 @@ def test_the_schedule_reaches_the_predictions(tiny_policy: models.Policy, monkey
 def test_only_guidance_takes_rows(tiny_policy: models.Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     new_cache = gpt.Transformer.new_cache
-    monkeypatch.setattr(gpt.Transformer, "new_cache", lambda self, count: (rows.append(count), new_cache(self, count))[1])
+    monkeypatch.setattr(gpt.Transformer, "new_cache", lambda self, count, prefix: (rows.append(count), new_cache(self, count, prefix))[1])
     for guidance in (1.0, 1.5):
         tiny_policy.generate(tiny_policy.condition([1, 2, 3]), [1, 2, 3], guidance=guidance, guidance_schedule="power-cosine")
     assert rows == [3, 6]

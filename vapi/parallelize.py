@@ -84,8 +84,8 @@ def headers() -> bool:
 
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(forward)
-    def recomputing(*given: Any) -> Tensor:
-        return checkpoint(forward, *given, use_reentrant=False) if torch.is_grad_enabled() else forward(*given)
+    def recomputing(*given: Any, **named: Any) -> Tensor:
+        return checkpoint(forward, *given, use_reentrant=False, **named) if torch.is_grad_enabled() else forward(*given, **named)
 
     return recomputing
 

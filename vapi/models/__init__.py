@@ -71,10 +71,17 @@ def _llamagen() -> ModuleType:
     return llamagen
 
 
+def _janus() -> ModuleType:
+    from vapi.models import janus
+
+    return janus
+
+
 # name -> the module, with ``load`` and ``load_tokenizer``; imported when named, so that one model's
 # dependencies are not another's.
 POLICIES: dict[str, Callable[[], ModuleType]] = {
     "llamagen": _llamagen,
+    "janus": _janus,
 }
 
 

@@ -271,10 +271,26 @@ class Transformer(nn.Module):
             x = layer(x, table, mask)
         return self.predict(x[:, self.config.prefix - 1 :])  # the condition's last position predicts the first code
 
-    def new_cache(self, rows: int) -> Tensor:
-        """Room for keys and values of every layer, (L, 2, B, H, S + T - 1, E); the last code is never read."""
+    def null(self, condition: Tensor) -> Tensor:
+        """The condition that says nothing, for as many images."""
+        return self.cls_embedding.null(condition)
+
+    def front(self, condition: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+        """What stands before the first code, (B, S, D), or (2 B, S, D) with nothing as the condition of the second half; and
+        where padding ends in each row, (B,) or (2 B,), if there may be some."""
+        if guided:
+            condition = torch.cat([condition, self.null(condition)])
+        starts = self.cls_embedding.starts(condition)
+        if condition.is_floating_point():  # captions; their lengths first, which bfloat16 could not count
+            condition = condition.to(self.output.weight.dtype)
+        return self.cls_embedding(condition), starts
+
+    def new_cache(self, rows: int, prefix: int = 0) -> Tensor:
+        """Room for keys and values of every layer, (L, 2, B, H, S + T - 1, E); the last code is never read. ``prefix``: S, which
+        the weights decide here."""
         c = self.config
         weight = self.output.weight
+        assert prefix in (0, c.prefix), (prefix, c.prefix)
         room = c.prefix + c.codes - 1
         return torch.empty(c.layers, 2, rows, c.heads, room, c.dim // c.heads, device=weight.device, dtype=weight.dtype)
 

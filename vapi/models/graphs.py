@@ -149,7 +149,7 @@ class Loop:
             if self.twin is not self.model:  # a few milliseconds, and the copy is never behind
                 pairs = [*zip(self.twin.parameters(), self.model.parameters(), strict=True)]
                 torch._foreach_copy_([ours for ours, _ in pairs], [theirs.detach() for _, theirs in pairs])
-            embedded, starts = sampler.front(self.twin, condition, self.shape.guided)
+            embedded, starts = self.twin.front(condition, self.shape.guided)
             self.front_embeddings.copy_(embedded)
             if starts is not None:
                 self.starts.copy_(starts)

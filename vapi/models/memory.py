@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from vapi.models.gpt import GPTConfig
 from vapi.models.vq import VQConfig
 
 MOST_IMAGES = 256  # beyond, a step's time grows with the batch: nothing is gained
@@ -31,7 +31,23 @@ class Footprint:
     decoded: int  # for every image being decoded
 
 
-def footprint(generator: GPTConfig, weights: int, tokenizer: VQConfig, dtype: torch.dtype, guided: bool) -> Footprint:
+class Sizes(Protocol):
+    """Of a generator."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def codes(self) -> int: ...
+    @property
+    def prefix(self) -> int:
+        """Positions of a condition; of one that varies, how many are reckoned with."""
+
+
+def footprint(generator: Sizes, weights: int, tokenizer: VQConfig, dtype: torch.dtype, guided: bool) -> Footprint:
     """Of a generator with that many ``weights`` (copied if they are to be of another type than float32)."""
     size = dtype.itemsize
     row = 2 * generator.layers * generator.dim * (generator.prefix + generator.codes - 1) * size + generator.vocab * 4

@@ -20,13 +20,12 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from vapi.models import memory
-from vapi.models.gpt import Transformer
 
 if TYPE_CHECKING:
     from vapi.models import Policy
@@ -35,6 +34,35 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 Batch = tuple[Tensor, Sequence[int]]  # condition and seeds
+
+
+class Network(Protocol):
+    """What sampling asks of a generator, a module that its ``config`` alone can make anew.
+
+    B rows, S positions of a condition, T codes, V codebook, D width.
+    """
+
+    config: Any  # with codes: T
+
+    @property
+    def output(self) -> nn.Linear:
+        """The layer that predicts: its weights' type and device are the network's."""
+
+    def front(self, condition: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+        """What stands before the first code, (B, S, D), or (2 B, S, D) with nothing as the condition of the second half; and where
+        padding ends in each row, if there may be some."""
+
+    def new_cache(self, rows: int, prefix: int) -> Tensor:
+        """Room for what attention keeps of S + T - 1 positions."""
+
+    def prefill(self, condition: Tensor, cache: Tensor, starts: Tensor | None) -> Tensor:
+        """Logits (B, V) of the first code."""
+
+    def step(self, codes: Tensor, position: int, cache: Tensor, starts: Tensor | None) -> Tensor:
+        """Logits (B, V) of code ``position``, from the codes (B,) before it; in order."""
+
+
+N = TypeVar("N", bound=Network)
 
 
 class Sampling(TypedDict, total=False):
@@ -116,17 +144,18 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float | Tensor, top_k: 
 # --- the loop ----------------------------------------------------------------------------------
 
 
-def number_type(model: Transformer) -> torch.dtype:
+def number_type(model: Network) -> torch.dtype:
     """What sampling computes in: the caller's autocast, if it is on, else the weights' own."""
     kind = model.output.weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.output.weight.dtype
 
 
-def lowered(model: Transformer, dtype: torch.dtype) -> Transformer:
+def lowered(model: N, dtype: torch.dtype) -> N:
     """The model with weights of ``dtype``: cast once, where autocast would do it at every step. Norms and residual
     stream are of that type too, rotary positions are not: so upstream samples. Shares what needs no cast."""
     if dtype == model.output.weight.dtype:
         return model
+    assert isinstance(model, nn.Module)
     with torch.device("meta"):
         twin = type(model)(model.config)
     for name, weight in model.named_parameters():
@@ -138,20 +167,9 @@ def lowered(model: Transformer, dtype: torch.dtype) -> Transformer:
     return twin.eval()
 
 
-def front(model: Transformer, condition: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
-    """What stands before the first code, (B, S, D), or (2 B, S, D) with nothing as the condition of the second half; and
-    where padding ends in each row, (B,) or (2 B,), if there may be some."""
-    if guided:
-        condition = torch.cat([condition, model.cls_embedding.null(condition)])
-    starts = model.cls_embedding.starts(condition)
-    if condition.is_floating_point():  # captions; their lengths first, which bfloat16 could not count
-        condition = condition.to(model.output.weight.dtype)
-    return model.cls_embedding(condition), starts
-
-
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: Network,
     condition: Tensor,
     seeds: Sequence[int],
     temperature: float = 1.0,
@@ -171,8 +189,8 @@ def generate(
     with torch.autocast(device.type, enabled=False):
         scales = guidance_scales(guidance, guidance_schedule, guidance_power, count).to(device)
         numbers = uniforms(seeds, count).to(device)
-        embedded, starts = front(model, condition, guided)
-        cache = model.new_cache(len(embedded))
+        embedded, starts = model.front(condition, guided)
+        cache = model.new_cache(*embedded.shape[:2])
         codes = torch.empty(len(condition), count, dtype=torch.long, device=device)
         logits = model.prefill(embedded, cache, starts)
         for position in range(count):

@@ -22,6 +22,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,29 +34,34 @@ from torch import Tensor, nn
 WRAPPERS = ("model", "module", "state_dict", "ema")  # in this order: LlamaGen's DDP, DeepSpeed, others; averages if nothing else
 WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts of names that training adds
 NO_HUB = "{} is no local file; to take it from the hub: pip install huggingface_hub"
+WHOLE_MODEL = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")  # of a hub's repository that is one model
 ARGUMENT = "args."  # metadata of this name is an argument of the script that made the checkpoint
 
 
 def locate(name: str | Path) -> Path:
-    """A local file as it is, or ``org/name/file`` from the hub (downloaded once, then from its cache)."""
+    """A local file or folder as it is, or ``org/name/file`` or all of ``org/name`` from the hub (downloaded once, then from its
+    cache)."""
     path = Path(name)
-    if path.is_file():
+    if path.exists():
         return path
     parts = _hub_parts(name)
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, snapshot_download
     except ImportError:
         raise ValueError(NO_HUB.format(name)) from None
     try:
+        if len(parts) == 2:
+            return Path(snapshot_download("/".join(parts), allow_patterns=WHOLE_MODEL))
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except Exception as error:
         raise ValueError(f"{name} is no local file, and the hub did not give it: {error}") from error
 
 
 def _hub_parts(name: str | Path) -> list[str]:
-    """``org/name/file`` in its parts. Raises ValueError for a path that leads nowhere and is no hub id."""
+    """``org/name/file`` or ``org/name`` in its parts. Raises ValueError for a path that leads nowhere and is no hub id."""
     parts = str(name).split("/")
-    if Path(name).is_absolute() or len(parts) < 3 or Path(parts[0]).exists():
+    file = len(parts) == 2 and Path(parts[1]).suffix in (".safetensors", ".pt", ".pth", ".bin")
+    if Path(name).is_absolute() or len(parts) < 2 or file or Path(parts[0]).exists():
         raise ValueError(
             f"{name} is not here" + ("; the bundled weights come with: dvc pull data.dvc" if "data/models/" in str(name) else "")
         )
@@ -63,14 +69,17 @@ def _hub_parts(name: str | Path) -> list[str]:
 
 
 def size(name: str | Path) -> int:
-    """Bytes of a local file, or of one on the hub, which is not fetched for it. Raises ValueError if it cannot be reached."""
+    """Bytes of a local file or folder, or of one on the hub, which is not fetched for it. Raises ValueError if it cannot be reached."""
     path = Path(name)
-    if path.is_file():
-        return path.stat().st_size
+    if path.exists():
+        return path.stat().st_size if path.is_file() else sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
     organisation, repository, *rest = _hub_parts(name)
     try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
+        if not rest:
+            files = HfApi().model_info(f"{organisation}/{repository}", files_metadata=True, timeout=10).siblings or []
+            return sum(file.size or 0 for file in files if any(fnmatch(file.rfilename, pattern) for pattern in WHOLE_MODEL))
         cached = try_to_load_from_cache(f"{organisation}/{repository}", "/".join(rest))
         if isinstance(cached, str):
             return Path(cached).stat().st_size
@@ -88,6 +97,8 @@ def read(name: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     the like. Raises ValueError for a file that is no checkpoint, not whole, or holds anything but data.
     """
     path = locate(name)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file of weights in it")
     with open(path, "rb") as file:
         start = file.read(9)
     if start[8:] == b"{":  # eight bytes of length, then JSON
@@ -169,7 +180,12 @@ def save(module: nn.Module, path: str | Path, metadata: dict[str, str], tensors:
 
     Raises ValueError if they cannot be written (disk full).
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or module.state_dict()).items()}
+    save_tensors(tensors or module.state_dict(), path, metadata)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Write tensors as safetensors, whole or not at all. Raises ValueError if they cannot be written (disk full)."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _whole(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt", **metadata})
         with open(temporary, "r+b") as file:

@@ -1,0 +1,471 @@
+"""Janus (Janus-Pro-1B and its kin) as a ``Policy``: a Llama that reads a caption and writes the codes of its image.
+
+The layers are transformers' own; what is between them and a picture is here. A caption becomes a prompt as deepseek
+writes it, whose last token is the beginning of the image; the codes follow at once. Prompts are padded on the left, a row's
+positions count from its first token, and nothing sees padding: what is drawn for a caption does not depend on its batch mates.
+Code t is predicted where code t - 1 stands, the first one where the prompt ends. (The released VA-pi pads between prompt and
+image, and reads every prediction one position late, where the code itself has been read already.)
+
+What is tuned: the language model's body with its embeddings, and the embeddings, aligner and head of image codes. The image
+tokenizer is LlamaGen's VQ-16 (``vq.py``: the same layers under the same names). What only understands images is not read.
+
+Left out: the recorded loop of ``graphs.py``, so sampling on a GPU launches every kernel from Python; conditions of images;
+grouped keys (no published Janus has them).
+
+Shapes: B images, S positions of a condition, T codes of an image, V codebook, D width, H heads, E = D / H.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Unpack, cast
+
+import torch
+from torch import Tensor, nn
+
+from vapi.config import ModelConfig
+from vapi.models import gpt, janus_files, memory, sampler, vq, weights
+from vapi.models.janus_files import BOS, PAD, START, Checkpoint
+from vapi.models.sampler import Sampling
+
+try:
+    from transformers import JanusVQVAEConfig, LlamaConfig
+    from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, apply_rotary_pos_emb
+except ImportError:
+    raise ValueError("Janus needs transformers: pip install 'vapi-align[janus]'") from None
+
+META = torch.device("meta")  # networks are made without memory, and get that of their weights
+NOTHING = -1  # in a condition, where there is no token
+STEP = 32  # prompts are padded to a multiple of it: few shapes, and next to no padding
+SIZES = "janus"  # metadata of this name are the sizes of a generator, as JSON
+
+
+# --- the network -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of what is tuned. ``places`` is how many positions the language model was made for."""
+
+    dim: int
+    layers: int
+    heads: int
+    hidden: int
+    words: int  # of the text tokenizer
+    pad: int  # its id of padding, which stands for the caption where nothing is asked for
+    vocab: int
+    code_dim: int
+    codes: int
+    aligner_layers: int = 2
+    places: int = 16384
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    prefix: ClassVar[int] = 128
+    """Positions of a condition that memory is reckoned with; captions may be longer."""
+
+    @property
+    def room(self) -> int:
+        """The longest condition; the last code is never read."""
+        return self.places - self.codes + 1
+
+
+class Body(nn.Module):
+    """The language model without its head."""
+
+    def __init__(self, llama: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(llama.vocab_size, llama.hidden_size)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(llama, number) for number in range(llama.num_hidden_layers))
+        self.norm = LlamaRMSNorm(llama.hidden_size, llama.rms_norm_eps)
+
+
+class Generator(nn.Module):
+    """p(code t | condition, codes before t), for all t at once or one at a time. A ``sampler.Network``."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: Sizes) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = Body(_llama(config))
+        pictures = JanusVQVAEConfig(
+            embed_dim=config.code_dim, num_embeddings=config.vocab, projection_dim=config.dim, image_token_embed_dim=config.dim,
+            num_hidden_layers=config.aligner_layers,
+        )  # fmt: skip
+        self.generation_embeddings = nn.Embedding(config.vocab, config.code_dim)
+        self.generation_aligner = JanusVQVAEAlignerMLP(pictures)
+        self.generation_head = JanusVQVAEHead(pictures)
+        # on the CPU even where parameters are made without memory (device meta): this is computed, not read
+        turns = torch.arange(0, config.dim // config.heads, 2, device="cpu").float() / (config.dim // config.heads)
+        self.register_buffer("frequencies", 1.0 / config.rope_base**turns, persistent=False)
+
+    @property
+    def output(self) -> nn.Linear:
+        return cast(nn.Linear, self.generation_head.vision_head)
+
+    def forward(self, condition: Tensor, context: Tensor) -> Tensor:
+        """Teacher-forced logits (B, T, V), float32, of a condition (B, S) and codes (B, T).
+
+        ``logits[:, t]`` depends on ``context[:, :t]`` only; the last code is never read.
+        """
+        x = torch.cat([self.words(condition), self.pictures(context[:, :-1])], dim=1)
+        starts = self.starts(condition)
+        table, mask = self.rotary(starts, 0, x.shape[1]), gpt.visible(starts, x.shape[1])
+        for layer in self.language_model.layers:
+            x = layer(x, attention_mask=mask, position_embeddings=table)
+        return self.predict(x[:, condition.shape[1] - 1 :])  # the condition's last position predicts the first code
+
+    def words(self, condition: Tensor) -> Tensor:
+        """Vectors (B, S, D) of a condition's tokens."""
+        return self.language_model.embed_tokens(condition.clamp(min=0))
+
+    def pictures(self, codes: Tensor) -> Tensor:
+        """Vectors (B, T, D) of codes (B, T)."""
+        return self.generation_aligner(self.generation_embeddings(codes))
+
+    def starts(self, condition: Tensor) -> Tensor:
+        """The position of each prompt's first token (B,), where padding ends."""
+        return (condition == NOTHING).sum(1)
+
+    def rotary(self, starts: Tensor, at: int, count: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of ``count`` positions from ``at`` on, each (B, count, E), counted from every row's first token."""
+        positions = at + torch.arange(count, device=starts.device) - starts[:, None]
+        angles = (positions.clamp(min=0)[..., None] * self.frequencies).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (..., V), float32, of what the last layer says (..., D)."""
+        return self.generation_head(self.language_model.norm(x)).float()
+
+    def null(self, condition: Tensor) -> Tensor:
+        """The condition that says nothing: a prompt of the same length, padding between its first and its last token, which is
+        seen, as deepseek samples."""
+        place = torch.arange(condition.shape[1], device=condition.device)
+        between = (place > self.starts(condition)[:, None]) & (place < condition.shape[1] - 1)
+        return condition.masked_fill(between, self.config.pad)
+
+    def front(self, condition: Tensor, guided: bool) -> tuple[Tensor, Tensor]:
+        """See ``sampler.Network``."""
+        if guided:
+            condition = torch.cat([condition, self.null(condition)])
+        return self.words(condition), self.starts(condition)
+
+    def new_cache(self, rows: int, prefix: int) -> Tensor:
+        """Room for keys and values of every layer, (L, 2, B, H, S + T - 1, E); the last code is never read."""
+        c, weight = self.config, self.output.weight
+        shape = (c.layers, 2, rows, c.heads, prefix + c.codes - 1, c.dim // c.heads)
+        return torch.empty(shape, device=weight.device, dtype=weight.dtype)
+
+    def prefill(self, condition: Tensor, cache: Tensor, starts: Tensor | None) -> Tensor:
+        """Logits (B, V) of the first code, from the vectors (B, S, D) of a condition."""
+        return self._advance(condition, 0, cache, starts)
+
+    def step(self, codes: Tensor, position: int, cache: Tensor, starts: Tensor | None) -> Tensor:
+        """Logits (B, V) of code ``position``, from the codes (B,) at ``position - 1``; positions must come in order."""
+        prefix = cache.shape[4] - self.config.codes + 1
+        return self._advance(self.pictures(codes[:, None]), prefix + position - 1, cache, starts)
+
+    def _advance(self, x: Tensor, at: int, cache: Tensor, starts: Tensor | None) -> Tensor:
+        """Put x (B, S, D) at the places from ``at`` on, and predict what follows the last of them."""
+        assert starts is not None
+        table = self.rotary(starts, at, x.shape[1])
+        for layer, layer_cache in zip(self.language_model.layers, cache, strict=True):
+            q, k, v = before(layer, x, table, self.config.heads)
+            x = after(layer, x, gpt.attend(q, k, v, layer_cache, at, starts))
+        return self.predict(x[:, -1])
+
+
+def before(layer: Any, x: Tensor, table: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of x (B, S, D) in a layer of transformers', each (B, H, S, E)."""
+    attention, normed = layer.self_attn, layer.input_layernorm(x)
+    q, k, v = (
+        project(normed).unflatten(-1, (heads, -1)).transpose(1, 2) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    q, k = apply_rotary_pos_emb(q, k, *table)
+    return q.to(v.dtype), k.to(v.dtype), v
+
+
+def after(layer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The layer's output, from its input x (B, S, D) and what attention found there, y (B, H, S, E)."""
+    x = x + layer.self_attn.o_proj(y.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def _llama(config: Sizes) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=config.words, hidden_size=config.dim, intermediate_size=config.hidden, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, num_key_value_heads=config.heads, max_position_embeddings=config.places,
+        rms_norm_eps=config.norm_eps, attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+# --- captions ----------------------------------------------------------------------------------
+
+
+class Prompts:
+    """Captions as deepseek asks for their images, in its tokens. The library of tokenizers reads its file as it is: a
+    tokenizer that transformers makes of it depends on transformers' version."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError for a folder without tokenizer.json, or one without the tokens that Janus needs."""
+        from tokenizers import Tokenizer
+
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path} is not here; Janus is a folder with config.json, tokenizer.json and weights")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library has no kinds
+            raise ValueError(f"{path} is no tokenizer: {error}") from None
+        ids = {token: self.tokenizer.token_to_id(token) for token in (BOS, PAD, START)}
+        if missing := [token for token, number in ids.items() if number is None]:
+            raise ValueError(f"{path} knows no {', '.join(missing)}; it is not the tokenizer of a model that draws")
+        self.bos, self.pad, self.start = (int(number) for number in ids.values())
+
+    @staticmethod
+    def text(caption: str) -> str:
+        """The prompt: a conversation in which the assistant's turn is the image."""
+        caption = caption.strip()
+        return f"<|User|>: {caption}\n\n<|Assistant|>:{START}" if caption else f"<|User|>:<|Assistant|>:{START}"
+
+    def ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """Tokens of each prompt. Raises ValueError for a caption with a mark in it that is the model's own."""
+        found = [[self.bos, *one.ids] for one in self.tokenizer.encode_batch([*map(self.text, captions)], add_special_tokens=False)]
+        for caption, ids in zip(captions, found, strict=True):
+            if ids[-1] != self.start or any(ids.count(mark) != 1 for mark in (self.bos, self.start)):
+                raise ValueError(f"the caption {caption!r} holds {BOS} or {START}, which are the model's own marks; take them out")
+        return found
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def sizes_of(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], prompts: Prompts, codes: int) -> Sizes:
+    """The sizes that config.json describes. Raises ValueError if it is no Janus's, or other weights lie beside it.
+
+    ``state``: what is tuned, under the names that it has in ``Generator``.
+    """
+    try:
+        if config.get("model_type") == "multi_modality":
+            text, code_dim = config["language_config"], config["gen_vision_config"]["params"]["n_embed"]
+            vocab, aligner_layers = config["gen_vision_config"]["params"]["image_token_size"], config["gen_aligner_config"]["params"]["depth"]
+        elif config.get("model_type") == "janus":
+            text, pictures = config["text_config"], JanusVQVAEConfig(**config["vq_config"])
+            vocab, code_dim, aligner_layers = pictures.num_embeddings, pictures.embed_dim, pictures.num_hidden_layers
+        else:
+            raise ValueError(f"{folder}/config.json describes a model of type {config.get('model_type')!r}, not a Janus")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json does not describe a Janus: {error}") from None
+    llama = LlamaConfig(**text)
+    _require_plain(llama, folder)
+    sizes = Sizes(
+        dim=llama.hidden_size, layers=llama.num_hidden_layers, heads=llama.num_attention_heads, hidden=llama.intermediate_size,
+        words=llama.vocab_size, pad=prompts.pad, vocab=vocab, code_dim=code_dim, codes=codes, aligner_layers=aligner_layers,
+        places=llama.max_position_embeddings, rope_base=float(llama.rope_parameters["rope_theta"]), norm_eps=llama.rms_norm_eps,
+    )  # fmt: skip
+    _require_same(sizes, state, folder)
+    if (known := prompts.tokenizer.get_vocab_size()) > sizes.words:
+        raise ValueError(f"{folder}: its text tokenizer knows {known} tokens and its weights {sizes.words}")
+    return sizes
+
+
+def _require_plain(llama: LlamaConfig, folder: Path) -> None:
+    """Raises ValueError for a Llama with something that no published Janus has, and ``Generator`` neither."""
+    wanted = {
+        "rope_type": (llama.rope_parameters.get("rope_type", "default"), "default"),
+        "num_key_value_heads": (llama.num_key_value_heads, llama.num_attention_heads),
+        "head_dim": (llama.head_dim, llama.hidden_size // llama.num_attention_heads),
+        "hidden_act": (llama.hidden_act, "silu"),
+        "attention_bias": (llama.attention_bias, False),
+        "mlp_bias": (llama.mlp_bias, False),
+    }
+    if odd := [f"{name} {here}, not {there}" for name, (here, there) in wanted.items() if here != there]:
+        raise ValueError(f"{folder}/config.json describes a language model that no Janus here has: {', '.join(odd)}")
+
+
+def _require_same(sizes: Sizes, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises ValueError if config.json and weights are of different models: Pro-7B's weights with the 1B's configuration."""
+    words = state.get("language_model.embed_tokens.weight")
+    layers = {name.split(".")[2] for name in state if name.startswith("language_model.layers.")}
+    if words is not None and (words.shape[1], len(layers)) != (sizes.dim, sizes.layers):
+        raise ValueError(
+            f"{folder}/config.json describes a model of width {sizes.dim} and {sizes.layers} layers, and the weights beside it have "
+            f"{words.shape[1]} and {len(layers)}; they do not belong together"
+        )
+
+
+def _side(config: Mapping[str, Any]) -> int | None:
+    """Side of the images of a Janus in pixels, which config.json says of those that it understands."""
+    vision = config.get("vision_config", {})
+    return vision.get("params", vision).get("image_size")
+
+
+def load_tokenizer(model: ModelConfig, device: torch.device) -> vq.VQModel:
+    """The frozen image tokenizer, from a whole Janus or from a file of its own. Raises ValueError for what is none, or does not fit."""
+    path = weights.locate(model.tokenizer)
+    state, groups = (janus_files.read(path).tokenizer(), 0) if path.is_dir() else _tokenizer_file(path)
+    with META:
+        tokenizer = vq.VQModel(vq.infer_config(weights.shapes(state), groups))
+    weights.fill(tokenizer, state, model.tokenizer, device)
+    if model.image_size % tokenizer.config.factor:
+        raise ValueError(
+            f"model.image_size is {model.image_size}; it must be a multiple of {tokenizer.config.factor}, the tokenizer's pixels per code"
+        )
+    return tokenizer.eval().requires_grad_(False)
+
+
+def _tokenizer_file(path: Path) -> tuple[dict[str, Tensor], int]:
+    state, meta = weights.read(path)
+    return state, int(meta.get("groups", 0))
+
+
+def load_generator(model: ModelConfig, name: str | Path, factor: int, device: torch.device) -> tuple[Generator, Prompts]:
+    """What is tuned, ready to train, and the tokens it reads. ``name``: a whole Janus, or a file of tuned weights of ``model.generator``.
+
+    Raises ValueError for weights that do not fit in every key, or were made for other images.
+    """
+    base = janus_files.read(model.generator)
+    prompts = Prompts(base.folder)
+    side, codes = _side(base.config), (model.image_size // factor) ** 2
+    if side not in (None, model.image_size):
+        raise ValueError(f"model.image_size is {model.image_size}, and {model.generator} draws {side} pixels")
+    sizes = sizes_of(base.folder, base.config, base.trained(), prompts, codes)
+    if str(name) == str(model.generator):
+        state = base.trained()
+        _say_unread(base)
+    else:
+        state = tuned(name, sizes)
+    with META:
+        generator = Generator(sizes)
+    weights.fill(generator, state, name, device)
+    return generator.eval(), prompts
+
+
+def tuned(name: str | Path, sizes: Sizes | None = None) -> dict[str, Tensor]:
+    """Tuned weights, from a file that ``Janus.save`` wrote or from a whole Janus. Raises ValueError for one of other sizes."""
+    path = weights.locate(name)
+    if path.is_dir():
+        return janus_files.read(path).trained()
+    state, meta = weights.read(path)
+    if SIZES not in meta:
+        raise ValueError(f"{path} holds no tuned Janus; name the file that the stage tune wrote, or a folder")
+    made = Sizes(**json.loads(meta[SIZES]))
+    if sizes is not None and replace(made, pad=sizes.pad) != sizes:
+        other = [f"{field} {value}, not {asdict(sizes)[field]}" for field, value in asdict(made).items() if value != asdict(sizes)[field]]
+        raise ValueError(f"{path} was tuned from another Janus than model.generator: {', '.join(other)}")
+    return state
+
+
+def _say_unread(base: Checkpoint) -> None:
+    parts = ", ".join(f"{part} ({count})" for part, count in base.unread().items())
+    if parts:
+        print(f"{base.folder}: tensors that only understand images stay unread: {parts}", file=sys.stderr)
+
+
+def load(model: ModelConfig, generator: str | Path, device: torch.device) -> Janus:
+    """Read both networks and the text tokenizer; every key must match."""
+    if model.text_encoder:
+        raise ValueError(f"model.text_encoder is {model.text_encoder!r}; Janus reads captions itself: leave it empty")
+    tokenizer = load_tokenizer(model, device)
+    network, prompts = load_generator(model, generator, tokenizer.config.factor, device)
+    return Janus(network, tokenizer, prompts, model.image_size)
+
+
+def export(base: str | Path, source: str | Path, target: str | Path, layout: str = "transformers") -> None:
+    """A whole Janus with tuned weights, in float32, which ``JanusForConditionalGeneration.from_pretrained`` loads, or (layout
+    deepseek) deepseek's own code. ``source``: a file of tuned weights, or what the stage tune wrote. ``target``: a new folder.
+
+    Raises ValueError for weights of another model, and where ``target`` cannot be written.
+    """
+    source = Path(source) / "model.safetensors" if (Path(source) / "model.safetensors").is_file() else source
+    janus_files.write(janus_files.read(base), tuned(source), target, layout)
+
+
+# --- the policy --------------------------------------------------------------------------------
+
+
+class Janus:
+    """A ``Policy`` (see vapi.models)."""
+
+    num_classes = 0
+
+    def __init__(self, generator: Generator, tokenizer: vq.VQModel, prompts: Prompts, image_size: int) -> None:
+        self.generator = generator
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.image_size = image_size
+        self.num_codes = (image_size // tokenizer.config.factor) ** 2
+        self.vocab = tokenizer.vocab
+        if generator.config.vocab != self.vocab:
+            raise ValueError(
+                f"the generator predicts {generator.config.vocab} codes, the tokenizer has {self.vocab}; they do not belong together"
+            )
+        assert generator.config.codes == self.num_codes, (generator.config.codes, self.num_codes)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.generator.language_model.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.output.weight.device
+
+    def condition(self, what: Sequence[int] | Sequence[str] | Tensor) -> Tensor:
+        """Captions as tokens (B, S), on the model's device: prompts on the right, ``NOTHING`` where there is no token. As many positions
+        as the longest needs, to a multiple of ``STEP``.
+
+        Raises ValueError for a caption that is too long, or holds a mark that is the model's own.
+        """
+        if isinstance(what, Tensor):
+            assert what.dim() == 2 and not what.is_floating_point(), what.shape
+            return what.to(self.device)
+        captions, room = [str(caption) for caption in what], self.generator.config.room
+        prompts = self.prompts.ids(captions)
+        longest = max(map(len, prompts), default=1)
+        if longest > room:
+            caption = captions[[len(prompt) for prompt in prompts].index(longest)]
+            raise ValueError(
+                f"a caption makes {longest} tokens, and {room} fit before {self.num_codes} codes: {caption[:60]!r}...; shorten it, or leave it out"
+            )
+        condition = torch.full((len(prompts), min(room, STEP * math.ceil(longest / STEP))), NOTHING)
+        for row, prompt in zip(condition, prompts, strict=True):
+            row[len(row) - len(prompt) :] = torch.tensor(prompt)
+        return condition.to(self.device)
+
+    def logits(self, condition: Tensor, context: Tensor) -> Tensor:
+        """Teacher-forced logits (B, T, V); ``logits[:, t]`` depends on ``context[:, :t]`` only."""
+        return self.generator(condition, context)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to codes (B, T)."""
+        return self.tokenizer.encode(images)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, T) to (B, 3, H, W), not clamped."""
+        return self.tokenizer.decode(codes)
+
+    def generate(self, condition: Tensor, seeds: Sequence[int], images_per_batch: int = 0, **how: Unpack[Sampling]) -> Tensor:
+        """Free-running codes (B, T); image n depends on seed n alone. In batches of exactly ``images_per_batch``; 0: all at once."""
+        assert not self.generator.training, "put the generator in eval mode before sampling"
+        if not images_per_batch:
+            return sampler.generate(self.generator, condition, seeds, **how)
+        with memory.advice(images_per_batch, self.footprint(how.get("guidance", 1.0) != 1.0), self.device):
+            batches = sampler.filled_up(condition, seeds, images_per_batch)
+            return torch.cat([sampler.generate(self.generator, part, its, **how)[:count] for part, its, count in batches])
+
+    def footprint(self, guided: bool = False) -> memory.Footprint:
+        """Bytes that sampling takes, in the arithmetic that the caller is in, for captions of ``Sizes.prefix`` tokens."""
+        count = sum(weight.numel() for weight in self.generator.parameters())
+        dtype = sampler.number_type(self.generator)
+        return memory.footprint(self.generator.config, count, self.tokenizer.config, dtype, guided)
+
+    def save(self, path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write what is tuned, in float32; ``tensors``, if they are not at hand in the module (sharded). See ``export``."""
+        weights.save(self.generator, path, {SIZES: json.dumps(asdict(self.generator.config))}, tensors)
