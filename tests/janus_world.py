@@ -59,7 +59,7 @@ def network(seed: int = 0, **text: Any) -> Any:
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.dim() == 2:
-                parameter.normal_(0, 2.0 * parameter.shape[1] ** -0.5 if "embed" not in name else 1.0)
+                parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5 if "embed" not in name else 1.0)
     return made
 
 

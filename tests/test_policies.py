@@ -13,13 +13,19 @@ from vapi import models
 from vapi.config import ModelConfig
 from vapi.models import gpt, sampler, vq, weights
 
+POLICIES = {"llamagen": "tiny", "llamagen, captions": "captioned", "janus": "janus"}
+OF_CAPTIONS = [name for name in POLICIES if name != "llamagen"]
 
-@pytest.fixture(params=["classes", "captions"])
+
+@pytest.fixture(params=POLICIES)
 def asked(request: pytest.FixtureRequest) -> tuple[models.Policy, list]:
     """A policy, and four things that it can be asked for."""
-    if request.param == "classes":
-        return request.getfixturevalue("tiny_policy"), [3, 0, 9, 5]
-    return request.getfixturevalue("captioned_policy"), list(CAPTIONS)
+    policy = request.getfixturevalue(f"{POLICIES[request.param]}_policy")
+    return policy, [3, 0, 9, 5] if policy.num_classes else list(CAPTIONS)
+
+
+def test_every_policy_is_tested() -> None:
+    assert {name.split(",")[0] for name in POLICIES} == set(models.POLICIES)
 
 
 def codes_of(policy: models.Policy, rows: int, seed: int = 0) -> torch.Tensor:
@@ -51,8 +57,8 @@ def test_sampler_sees_the_teacher_forced_logits(asked: tuple[models.Policy, list
     policy, things = asked
     condition, context = policy.condition(things[:3]), codes_of(policy, 3)
     model = policy.generator
-    cache = model.new_cache(3)
-    embedded, starts = sampler.front(model, condition, guided=False)
+    embedded, starts = model.front(condition, guided=False)
+    cache = model.new_cache(*embedded.shape[:2])
     stepped = [model.prefill(embedded, cache, starts)]
     stepped += [model.step(context[:, t - 1], t, cache, starts) for t in range(1, policy.num_codes)]
     torch.testing.assert_close(torch.stack(stepped, 1), policy.logits(condition, context), rtol=1e-5, atol=1e-5)
@@ -77,14 +83,15 @@ def test_image_n_depends_on_seed_n_alone(asked: tuple[models.Policy, list], guid
 
 
 @torch.no_grad()
-def test_guidance_pairs_a_caption_with_its_own_image(captioned_policy: models.Policy) -> None:
+@pytest.mark.parametrize("kind", OF_CAPTIONS)
+def test_guidance_pairs_a_caption_with_its_own_image(request: pytest.FixtureRequest, kind: str) -> None:
     """Row n's guided prediction is made of row n's two predictions, whatever its neighbours are asked for."""
-    policy = captioned_policy
+    policy = request.getfixturevalue(f"{POLICIES[kind]}_policy")
     greedy = policy.generate(policy.condition(CAPTIONS), [0] * 4, top_k=1, guidance=2.5)
     for n, caption in enumerate(CAPTIONS):
         condition = policy.condition([caption])
         said = policy.logits(condition, greedy[n : n + 1])
-        nothing = policy.logits(policy.generator.cls_embedding.null(condition), greedy[n : n + 1])
+        nothing = policy.logits(policy.generator.null(condition), greedy[n : n + 1])
         assert torch.equal((nothing + 2.5 * (said - nothing)).argmax(-1)[0], greedy[n])
 
 
@@ -109,19 +116,28 @@ def test_top_k_and_top_p_keep_the_likeliest() -> None:
     assert torch.equal(sampler.keep_likely(logits, 0, 1.0), logits)
 
 
-def test_low_temperature_is_greedy(tiny_policy: models.Policy) -> None:
-    labels = tiny_policy.condition([1, 1])
-    cold = tiny_policy.generate(labels, [1, 2], temperature=1e-4)
+def test_low_temperature_is_greedy(asked: tuple[models.Policy, list]) -> None:
+    policy, things = asked
+    condition = policy.condition([things[1], things[1]])
+    cold = policy.generate(condition, [1, 2], temperature=1e-5)
     assert torch.equal(cold[0], cold[1])
-    greedy = tiny_policy.logits(labels, cold).argmax(-1)
+    greedy = policy.logits(condition, cold).argmax(-1)
     assert torch.equal(greedy, cold)
 
 
-def test_decode_of_encode_has_the_shape_of_the_image(tiny_policy: models.Policy) -> None:
+def test_a_batch_filled_up_changes_no_bit(asked: tuple[models.Policy, list]) -> None:
+    policy, things = asked
+    condition = policy.condition(things)
+    filled = policy.generate(condition, [3, 1, 4, 1], 3, guidance=1.5)
+    assert torch.equal(filled[3:], policy.generate(condition[[3, 3, 3]], [1, 1, 1], guidance=1.5)[:1])
+
+
+def test_decode_of_encode_has_the_shape_of_the_image(asked: tuple[models.Policy, list]) -> None:
+    policy, _ = asked
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    codes = tiny_policy.encode(images)
+    codes = policy.encode(images)
     assert codes.shape == (2, 16) and codes.max() < 32
-    assert tiny_policy.decode(codes).shape == images.shape
+    assert policy.decode(codes).shape == images.shape
 
 
 def test_nearest_code_is_the_nearest() -> None:
@@ -133,12 +149,15 @@ def test_nearest_code_is_the_nearest() -> None:
     assert torch.equal(quantizer.nearest(z), distance.argmin(-1))
 
 
-def test_save_and_load_again(tiny_policy: models.Policy, tiny_model: ModelConfig, tmp_path: Path) -> None:
-    tiny_policy.save(tmp_path / "m.safetensors")
-    again = models.load(tiny_model, tmp_path / "m.safetensors")
-    for (name, a), (_, b) in zip(tiny_policy.generator.state_dict().items(), again.generator.state_dict().items(), strict=True):
+@pytest.mark.parametrize("kind", POLICIES)
+def test_save_and_load_again(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+    model = request.getfixturevalue(f"{POLICIES[kind]}_model")
+    policy = models.load(model)
+    policy.save(tmp_path / "m.safetensors")
+    again = models.load(model, tmp_path / "m.safetensors")
+    for (name, a), (_, b) in zip(policy.generator.state_dict().items(), again.generator.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
-    assert again.generator.config == tiny_policy.generator.config
+    assert again.generator.config == policy.generator.config
 
 
 @pytest.mark.parametrize("wrap", ["", "model", "module", "state_dict"])

@@ -81,24 +81,27 @@ def test_bad_rewards_are_refused() -> None:
         flat.score(images(2, 3, 3, 8, 8), images(2, 3, 8, 8))
 
 
-@pytest.fixture(scope="module")
-def package() -> Iterator[torch.nn.Module]:
+@pytest.fixture(scope="module", params=["vgg", "alex"])
+def package(request: pytest.FixtureRequest) -> Iterator[tuple[str, torch.nn.Module]]:
     import lpips
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        yield lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+        yield request.param, lpips.LPIPS(net=request.param, pnet_rand=True, verbose=False)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
-def test_vgg_equals_the_lpips_package(package: torch.nn.Module, tmp_path: Path) -> None:
-    names = {k.split(".", 1)[1]: v for k, v in package.net.state_dict().items()}  # slice3.10.weight -> 10.weight
-    torch.save({f"features.{k}": v for k, v in names.items()}, tmp_path / rewards.VGG_FILE)
-    torch.save({k: v for k, v in package.state_dict().items() if k.startswith("lin") and "lins" not in k}, tmp_path / rewards.LPIPS_FILE)
-    a, b = images(3, 3, 48, 48), images(3, 3, 48, 48, seed=1)
+def test_published_networks_equal_the_lpips_package(package: tuple[str, torch.nn.Module], tmp_path: Path) -> None:
+    name, theirs = package
+    names = {k.split(".", 1)[1]: v for k, v in theirs.net.state_dict().items()}  # slice3.10.weight -> 10.weight
+    classifier = {"classifier.1.weight": torch.zeros(1)}  # torchvision's files hold one, which LPIPS has no use for
+    torch.save({f"features.{k}": v for k, v in names.items()} | classifier, tmp_path / rewards.NETWORKS[name][1])
+    torch.save({k: v for k, v in theirs.state_dict().items() if k.startswith("lin") and "lins" not in k}, tmp_path / f"{name}.pth")
+    a, b = images(3, 3, 64, 64), images(3, 3, 64, 64, seed=1)
     with torch.no_grad():
-        expected = package(a, b).flatten()
-    torch.testing.assert_close(-rewards.load_lpips("vgg", str(tmp_path))(a, b), expected, rtol=1e-5, atol=1e-5)
+        expected = theirs(a, b).flatten()
+    torch.testing.assert_close(-rewards.load_lpips(name, str(tmp_path))(a, b), expected, rtol=1e-5, atol=1e-5)
+    assert rewards.network_files(name, str(tmp_path))["lpips"] == tmp_path / f"{name}.pth"
 
 
 def test_distances_are_float32_under_autocast() -> None:

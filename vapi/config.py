@@ -38,18 +38,22 @@ def _require_seed(name: str, seed: int) -> None:
     require(0 <= seed < 2**32, f"{name} holds {seed}; a seed lies in 0 .. 4294967295")
 
 
+READERS = ("janus",)
+"""Policies that read captions themselves, in words; what others know of a caption is what model.text_encoder makes of it."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The base generator and its frozen tokenizer."""
 
     policy: str = "llamagen"
-    """Adapter of the base model: a name in vapi.models.POLICIES."""
+    """Adapter of the base model: a name in vapi.models.POLICIES (llamagen, janus)."""
     generator: str = "data/models/generator.safetensors"
-    """Weights of the base generator: a local path, or a hub id as org/name/file."""
+    """Weights of the base generator: a local path, or a hub id as org/name/file; for janus a folder, or org/name."""
     tokenizer: str = "data/models/tokenizer.safetensors"
-    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file."""
+    """Weights of the frozen image tokenizer: a local path, or a hub id as org/name/file; for janus the same folder again."""
     text_encoder: str = ""
-    """What a generator of captions reads them with: words (embedded), or a T5, a folder or a hub id (google/flan-t5-xl); empty: classes."""
+    """What reads a generator's captions for it: words (embedded), or a T5, a folder or a hub id; empty: classes, or Janus, which reads."""
     image_size: int = 32
     """Side of the square image in pixels that the generator draws."""
     device: str = "auto"
@@ -59,6 +63,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(self.image_size >= 8, f"model.image_size is {self.image_size}; it must be at least 8 pixels")
+
+    @property
+    def captions(self) -> bool:
+        """Whether it draws from captions; else it draws classes."""
+        return bool(self.text_encoder) or self.policy in READERS
 
 
 @dataclass(frozen=True)
@@ -163,9 +172,9 @@ class TuneConfig:
     rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 10.0})
     """Weight of each part of the reward (eq. 10), names in vapi.rewards.REWARDS; with VGG, whose distances are larger, lpips is 1."""
     perceptual: str = "data/models/reward.safetensors"
-    """Network behind the lpips reward: a .safetensors of ours, or vgg (LPIPS on torchvision's VGG-16)."""
+    """Network behind the lpips reward: a .safetensors of ours, or LPIPS on torchvision's VGG-16 (vgg) or AlexNet (alex)."""
     perceptual_weights: str = ""
-    """For perceptual vgg: folder with vgg16-397923af.pth; empty: torch's own cache."""
+    """For perceptual vgg or alex: folder with vgg16-397923af.pth or alexnet-owt-7be5be79.pth; empty: torch's own cache."""
     images_per_reward: int = 64
     """Decoded images that the tokenizer and the perceptual network take at a time."""
     policy_dropout: Literal["none", "official"] = "none"

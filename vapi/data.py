@@ -82,8 +82,9 @@ def state_dir(*parts: str) -> Path:
     return folder
 
 
-def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file; of a folder: over the sorted relative names and digests of its files, provenance.json aside."""
+def file_digest(path: Path, of: Callable[[Path], str] | None = None) -> str:
+    """sha256 (hex) of a file; of a folder: over the sorted relative names and digests of its files, provenance.json aside. ``of``
+    gives these."""
     path = Path(path)
     if path.is_file():
         with path.open("rb") as file:
@@ -94,13 +95,15 @@ def file_digest(path: Path) -> str:
     # linked folders too: so data sets are often put together
     files = [Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names if name != "provenance.json"]
     for part in sorted(file for file in files if file.is_file()):
-        whole.update(f"{part.relative_to(path).as_posix()}\0{file_digest(part)}\n".encode())
+        whole.update(f"{part.relative_to(path).as_posix()}\0{(of or file_digest)(part)}\n".encode())
     return whole.hexdigest()
 
 
 def known_digest(path: Path) -> str:
-    """``file_digest`` of a large file, remembered until the file's size or time of change differ."""
+    """``file_digest`` of a large file, or of a folder of some, remembered until a file's size or time of change differ."""
     path = Path(path).resolve()
+    if path.is_dir():
+        return file_digest(path, known_digest)
     stat = path.stat()
     name = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:32]
     known = state_dir("digests") / name
@@ -487,11 +490,14 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
     """Write what DVC depends on in place of the weights, which may lie on a hub: generator.json, tokenizer.json, text_encoder.json."""
     for name, where in (("generator", model.generator), ("tokenizer", model.tokenizer)):
         path = Path(where)
-        if not path.is_file():
+        if path.is_file():
+            size = path.stat().st_size
+        else:
             from vapi.models import weights
 
             path = weights.locate(where)
-        write_json(folder / f"{name}.json", {"bytes": path.stat().st_size, "sha256": known_digest(path)})
+            size = weights.size(path)
+        write_json(folder / f"{name}.json", {"bytes": size, "sha256": known_digest(path)})
     write_json(folder / "text_encoder.json", {"sha256": encoder_digest(model) if model.text_encoder else "none"})
 
 

@@ -558,7 +558,7 @@ def painter(policy: Policy, model: ModelConfig, evaluate: EvaluateConfig) -> Dra
 
 def generate(model: ModelConfig, evaluate: EvaluateConfig, out: Path) -> None:
     """Pictures of ``model.generator`` for ``evaluate.prompts`` as a folder. Raises ValueError for a generator of classes."""
-    if not model.text_encoder:
+    if not model.captions:
         raise ValueError("model.text_encoder is empty: this generator draws classes, and knows no captions")
     prompts = metric.read_prompts(evaluate.prompts, None, None)
     made_by = {

@@ -40,6 +40,7 @@ HIGHER = (
 OWN = {"fid": "min_fid_drop", "geneval": "min_geneval_gain"}
 """Metrics with a field of their own, in which a model must get better, not just no worse."""
 REQUIREMENTS = ("torch", "numpy", "pandas", "pillow", "safetensors", "pyyaml", "mlflow")
+FOR_JANUS = ("transformers",)
 FOR_T5 = ("transformers", "sentencepiece", "beautifulsoup4", "ftfy")
 
 Scores = dict[str, Any]
@@ -315,12 +316,13 @@ class Registry:
                 code_paths=[str(Path(__file__).parent)],
                 # never our own name: on the public index it is somebody else's
                 pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _requirements(model)],
-                signature=_signature(mlflow, best, asked=("string", "prompt") if model.text_encoder else ("long", "class_id")),
+                signature=_signature(mlflow, best, asked=("string", "prompt") if model.captions else ("long", "class_id")),
             )
 
 
 def _requirements(model: ModelConfig) -> tuple[str, ...]:
-    return (*REQUIREMENTS, *(FOR_T5 if model.text_encoder not in ("", "words") else ()))
+    readers = FOR_JANUS if model.policy == "janus" else FOR_T5 if model.text_encoder not in ("", "words") else ()
+    return (*REQUIREMENTS, *readers)
 
 
 def _signature(mlflow: Any, best: Scores, asked: tuple[str, str]) -> Any:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ from vapi.models import features, weights
 
 RewardFunction = Callable[[Tensor, Tensor], Tensor]
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name for VGG-16 trained on ImageNet
-LPIPS_FILE = "vgg.pth"  # the lpips package's name for its linear weights, v0.1
+ALEX_FILE = "alexnet-owt-7be5be79.pth"  # and for AlexNet
+LPIPS_FILE = "vgg.pth"  # the lpips package's name for its linear weights on VGG-16, v0.1
 
 
 def mse(images: Tensor, targets: Tensor) -> Tensor:
@@ -77,22 +79,26 @@ def _normalised(maps: Tensor) -> Tensor:
     return maps / (maps.norm(dim=1, keepdim=True) + 1e-10)
 
 
-class Vgg(nn.Module):
-    """The five feature maps of VGG-16 that LPIPS compares, from images in [-1, 1]."""
+class Published(nn.Module):
+    """The five feature maps that LPIPS compares of a network that torchvision publishes, from images in [-1, 1]."""
 
     shift: Tensor
     scale: Tensor
-    ends = (4, 9, 16, 23, 30)  # after relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+    ends: ClassVar[tuple[int, ...]]  # layers after which a map is taken
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
-        from torchvision.models import vgg16
-
-        self.body = vgg16(weights=None, init_weights=False).features[: self.ends[-1]].eval().requires_grad_(False)
-        self.body.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
+        self.body = self.layers()[: self.ends[-1]].eval().requires_grad_(False)
+        used = {f"features.{name}" for name in self.body.state_dict()}
+        self.body.load_state_dict({name.removeprefix("features."): tensor for name, tensor in state.items() if name in used})
         # ImageNet's mean and standard deviation, for images in [-1, 1] (lpips's scaling layer)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+
+    @staticmethod
+    def layers() -> nn.Sequential:
+        """The convolutional part, with weights of no use."""
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps, x = [], (images - self.shift) / self.scale
@@ -103,35 +109,67 @@ class Vgg(nn.Module):
         return maps
 
 
-def network_files(perceptual: str, folder: str = "") -> dict[str, Path]:
-    """The files behind the lpips reward. ``perceptual`` is a .safetensors of ours, or ``vgg``: then ``folder``
-    holds vgg16-397923af.pth (torchvision's VGG-16), torch's own cache if it is empty, and the v0.1 weights of LPIPS
-    are those of the installed lpips package, unless a vgg.pth lies in the folder too.
+class Vgg(Published):
+    """VGG-16, as the training of LlamaGen and the released VA-pi of it have."""
 
-    Raises ValueError with the expected file if one is missing; VGG is never downloaded.
+    ends = (4, 9, 16, 23, 30)  # after relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+
+    @staticmethod
+    def layers() -> nn.Sequential:
+        from torchvision.models import vgg16
+
+        return vgg16(weights=None, init_weights=False).features
+
+
+class Alex(Published):
+    """AlexNet, the lpips package's default, as the released VA-pi of Janus has."""
+
+    ends = (2, 5, 8, 10, 12)  # after each relu
+
+    @staticmethod
+    def layers() -> nn.Sequential:
+        from torchvision.models import alexnet
+
+        return alexnet(weights=None).features
+
+
+NETWORKS: dict[str, tuple[type[Published], str]] = {"vgg": (Vgg, VGG_FILE), "alex": (Alex, ALEX_FILE)}
+"""What ``tune.perceptual`` calls by a word, with torchvision's name of the weights."""
+
+
+def network_files(perceptual: str, folder: str = "") -> dict[str, Path]:
+    """The files behind the lpips reward. ``perceptual`` is a .safetensors of ours, ``vgg`` or ``alex``: then ``folder``
+    holds vgg16-397923af.pth or alexnet-owt-7be5be79.pth (torchvision's), torch's own cache if it is empty, and the v0.1 weights of
+    LPIPS are those of the installed lpips package, unless a vgg.pth or alex.pth lies in the folder too.
+
+    Raises ValueError with the expected file if one is missing; nothing is downloaded.
     """
-    if perceptual != "vgg":
+    if perceptual not in NETWORKS:
         return {"perceptual": weights.locate(perceptual)}
     package = importlib.util.find_spec("lpips")
     assert package is not None and package.origin is not None
-    vgg = Path(folder) / VGG_FILE if folder else Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
-    lines = Path(folder) / LPIPS_FILE
+    _, file = NETWORKS[perceptual]
+    network = Path(folder) / file if folder else Path(torch.hub.get_dir()) / "checkpoints" / file
+    lines = Path(folder) / f"{perceptual}.pth"
     if not (folder and lines.is_file()):
-        lines = Path(package.origin).parent / "weights" / "v0.1" / LPIPS_FILE
-    if not vgg.is_file():
-        raise ValueError(f"the lpips reward with perceptual vgg needs {vgg}; put https://download.pytorch.org/models/{VGG_FILE} there")
-    return {"vgg": vgg, "lpips": lines}
+        lines = Path(package.origin).parent / "weights" / "v0.1" / f"{perceptual}.pth"
+    if not network.is_file():
+        raise ValueError(
+            f"the lpips reward with perceptual {perceptual} needs {network}; put https://download.pytorch.org/models/{file} there"
+        )
+    return {perceptual: network, "lpips": lines}
 
 
 def load_lpips(perceptual: str, folder: str = "", device: str | torch.device = "cpu") -> Lpips:
-    """The lpips reward: LPIPS as published (``vgg``), or with uniform weights on a network of ours. See ``network_files``."""
+    """The lpips reward: LPIPS as published (``vgg``, ``alex``), or with uniform weights on a network of ours. See ``network_files``."""
     files = network_files(perceptual, folder)
-    if perceptual != "vgg":
+    if perceptual not in NETWORKS:
         return Lpips(features.load(files["perceptual"], device).features)
+    kind, _ = NETWORKS[perceptual]
     lines, _ = weights.read(files["lpips"])
     return Lpips(
-        Vgg(weights.read(files["vgg"])[0]).to(device),
-        [lines[f"lin{i}.model.1.weight"].flatten().to(device) for i in range(len(Vgg.ends))],
+        kind(weights.read(files[perceptual])[0]).to(device),
+        [lines[f"lin{i}.model.1.weight"].flatten().to(device) for i in range(len(kind.ends))],
     )
 
 

@@ -188,11 +188,12 @@ def _num_codes(tokenizer: Any, device: torch.device, size: int) -> int:
 
 
 def require_captions(model: ModelConfig, picked: Subset, folder: Path) -> None:
-    """Raises ValueError if captions are to be encoded and images of a subset have none."""
+    """Raises ValueError if the model draws from captions and images of a subset have none."""
     without = [key for key, caption in zip(picked.keys, picked.captions, strict=True) if not caption.strip()]
-    if model.text_encoder and without:
+    if model.captions and without:
+        reader = f"model.text_encoder is {model.text_encoder}" if model.text_encoder else f"model.policy {model.policy} reads captions"
         raise ValueError(
-            f"model.text_encoder is {model.text_encoder}, and {len(without)} of {len(picked)} images of {folder} have no caption "
+            f"{reader}, and {len(without)} of {len(picked)} images of {folder} have no caption "
             f"({', '.join(without[:3])}); name their column in subset.caption_column, set subset.classes 0, and run: vapi subset"
         )
 

@@ -84,9 +84,11 @@ class Examples:
             raise ValueError(f"the tokens hold code {codes.max()}, the generator knows 0 .. {policy.vocab - 1}; run: vapi tokens")
         if policy.num_classes:
             self._fit_labels(policy)
-        else:
-            policy.condition(self._captions(self.held[:1], policy))  # it knows what it can read
+        elif self.model.text_encoder:
+            policy.condition(self._features(self.held[:1], policy))  # it knows what it can read
             self._mention_cuts(policy)
+        else:
+            policy.condition(self.subset.captions)
 
     def _mention_cuts(self, policy: Policy) -> None:
         words = self.tokens.captions.places[:, 1] if self.tokens.captions else np.zeros(0)
@@ -121,7 +123,11 @@ class Examples:
         condition = policy.condition(labels if policy.num_classes else self._captions(rows, policy))
         return Batch(rows, images.to_float(pixels, policy.device), codes, condition)
 
-    def _captions(self, rows: Tensor, policy: Policy) -> Tensor:
+    def _captions(self, rows: Tensor, policy: Policy) -> list[str] | Tensor:
+        """What a policy of captions is asked: their features, if an encoder reads for it, else the words."""
+        return self._features(rows, policy) if self.model.text_encoder else [self.subset.captions[row] for row in rows.tolist()]
+
+    def _features(self, rows: Tensor, policy: Policy) -> Tensor:
         """The cached features of images' captions, as the generator reads them: (B, S, C + 1)."""
         return text.pad(self.tokens.features(rows.tolist()), cast(Any, policy.generator).config.prefix)
 

@@ -31,6 +31,7 @@ from vapi.config import STAGES, Config
 
 MLFLOW_SECONDS = 5
 
+PUBLISHED = ("vgg", "alex")  # what tune.perceptual calls by a word
 IMAGE_BYTES = 150_000
 """Of an image in a subset: ImageNet's have 110,000 on average."""
 FEATURE_BYTES = 20_000
@@ -178,11 +179,12 @@ def _readable(settings: Config, there: Mapping[str, int]) -> Iterator[Check]:
 
 def _networks(settings: Config) -> Iterator[Check]:
     """Published weights that a configuration calls by a word."""
-    if settings.tune.perceptual == "vgg" and "lpips" in settings.tune.rewards:
+    if settings.tune.perceptual in PUBLISHED and "lpips" in settings.tune.rewards:
         with _field("tune.perceptual") as (field, found):
             from vapi import rewards
 
-            found.append(ok(field, str(rewards.network_files("vgg", settings.tune.perceptual_weights)["vgg"])))
+            named = settings.tune.perceptual
+            found.append(ok(field, str(rewards.network_files(named, settings.tune.perceptual_weights)[named])))
         yield from found
     if settings.evaluate.extractor == "inception":
         with _field("evaluate.extractor") as (field, found):

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Unpack, cast
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ class Generator(nn.Module):
 
     @property
     def output(self) -> nn.Linear:
-        return cast(nn.Linear, self.generation_head.vision_head)
+        return self.generation_head.vision_head
 
     def forward(self, condition: Tensor, context: Tensor) -> Tensor:
         """Teacher-forced logits (B, T, V), float32, of a condition (B, S) and codes (B, T).
@@ -199,11 +199,13 @@ def after(layer: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _llama(config: Sizes) -> LlamaConfig:
-    return LlamaConfig(
+    llama = LlamaConfig(
         vocab_size=config.words, hidden_size=config.dim, intermediate_size=config.hidden, num_hidden_layers=config.layers,
         num_attention_heads=config.heads, num_key_value_heads=config.heads, max_position_embeddings=config.places,
-        rms_norm_eps=config.norm_eps, attn_implementation="sdpa",
+        rms_norm_eps=config.norm_eps,
     )  # fmt: skip
+    llama._attn_implementation = "sdpa"
+    return llama
 
 
 # --- captions ----------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ class Prompts:
         ids = {token: self.tokenizer.token_to_id(token) for token in (BOS, PAD, START)}
         if missing := [token for token, number in ids.items() if number is None]:
             raise ValueError(f"{path} knows no {', '.join(missing)}; it is not the tokenizer of a model that draws")
-        self.bos, self.pad, self.start = (int(number) for number in ids.values())
+        self.bos, self.pad, self.start = (number for number in ids.values() if number is not None)
 
     @staticmethod
     def text(caption: str) -> str:
@@ -255,7 +257,10 @@ def sizes_of(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor
     try:
         if config.get("model_type") == "multi_modality":
             text, code_dim = config["language_config"], config["gen_vision_config"]["params"]["n_embed"]
-            vocab, aligner_layers = config["gen_vision_config"]["params"]["image_token_size"], config["gen_aligner_config"]["params"]["depth"]
+            vocab, aligner_layers = (
+                config["gen_vision_config"]["params"]["image_token_size"],
+                config["gen_aligner_config"]["params"]["depth"],
+            )
         elif config.get("model_type") == "janus":
             text, pictures = config["text_config"], JanusVQVAEConfig(**config["vq_config"])
             vocab, code_dim, aligner_layers = pictures.num_embeddings, pictures.embed_dim, pictures.num_hidden_layers
@@ -264,22 +269,26 @@ def sizes_of(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json does not describe a Janus: {error}") from None
     llama = LlamaConfig(**text)
+    _require_same(llama, state, folder)
     _require_plain(llama, folder)
     sizes = Sizes(
         dim=llama.hidden_size, layers=llama.num_hidden_layers, heads=llama.num_attention_heads, hidden=llama.intermediate_size,
         words=llama.vocab_size, pad=prompts.pad, vocab=vocab, code_dim=code_dim, codes=codes, aligner_layers=aligner_layers,
-        places=llama.max_position_embeddings, rope_base=float(llama.rope_parameters["rope_theta"]), norm_eps=llama.rms_norm_eps,
+        places=llama.max_position_embeddings, rope_base=float(_rope(llama).get("rope_theta", 10_000.0)), norm_eps=llama.rms_norm_eps,
     )  # fmt: skip
-    _require_same(sizes, state, folder)
     if (known := prompts.tokenizer.get_vocab_size()) > sizes.words:
         raise ValueError(f"{folder}: its text tokenizer knows {known} tokens and its weights {sizes.words}")
     return sizes
 
 
+def _rope(llama: LlamaConfig) -> dict[str, Any]:
+    return dict(llama.rope_parameters or {})
+
+
 def _require_plain(llama: LlamaConfig, folder: Path) -> None:
     """Raises ValueError for a Llama with something that no published Janus has, and ``Generator`` neither."""
     wanted = {
-        "rope_type": (llama.rope_parameters.get("rope_type", "default"), "default"),
+        "rope_type": (_rope(llama).get("rope_type", "default"), "default"),
         "num_key_value_heads": (llama.num_key_value_heads, llama.num_attention_heads),
         "head_dim": (llama.head_dim, llama.hidden_size // llama.num_attention_heads),
         "hidden_act": (llama.hidden_act, "silu"),
@@ -290,13 +299,14 @@ def _require_plain(llama: LlamaConfig, folder: Path) -> None:
         raise ValueError(f"{folder}/config.json describes a language model that no Janus here has: {', '.join(odd)}")
 
 
-def _require_same(sizes: Sizes, state: Mapping[str, Tensor], folder: Path) -> None:
+def _require_same(llama: LlamaConfig, state: Mapping[str, Tensor], folder: Path) -> None:
     """Raises ValueError if config.json and weights are of different models: Pro-7B's weights with the 1B's configuration."""
     words = state.get("language_model.embed_tokens.weight")
     layers = {name.split(".")[2] for name in state if name.startswith("language_model.layers.")}
-    if words is not None and (words.shape[1], len(layers)) != (sizes.dim, sizes.layers):
+    described = llama.hidden_size, llama.num_hidden_layers
+    if words is not None and (words.shape[1], len(layers)) != described:
         raise ValueError(
-            f"{folder}/config.json describes a model of width {sizes.dim} and {sizes.layers} layers, and the weights beside it have "
+            f"{folder}/config.json describes a model of width {described[0]} and {described[1]} layers, and the weights beside it have "
             f"{words.shape[1]} and {len(layers)}; they do not belong together"
         )
 
@@ -327,17 +337,19 @@ def _tokenizer_file(path: Path) -> tuple[dict[str, Tensor], int]:
 
 
 def load_generator(model: ModelConfig, name: str | Path, factor: int, device: torch.device) -> tuple[Generator, Prompts]:
-    """What is tuned, ready to train, and the tokens it reads. ``name``: a whole Janus, or a file of tuned weights of ``model.generator``.
+    """What is tuned, ready to train, and the tokens it reads. ``name``: a whole Janus, or a file of tuned weights. What is no weights
+    (config.json, tokenizer.json) is the base's, which is ``model.generator``, or ``model.tokenizer`` where that is a tuned file too.
 
     Raises ValueError for weights that do not fit in every key, or were made for other images.
     """
-    base = janus_files.read(model.generator)
+    whole = model.tokenizer if weights.locate(model.generator).is_file() else model.generator
+    base = janus_files.read(whole)
     prompts = Prompts(base.folder)
     side, codes = _side(base.config), (model.image_size // factor) ** 2
     if side not in (None, model.image_size):
-        raise ValueError(f"model.image_size is {model.image_size}, and {model.generator} draws {side} pixels")
+        raise ValueError(f"model.image_size is {model.image_size}, and {whole} draws {side} pixels")
     sizes = sizes_of(base.folder, base.config, base.trained(), prompts, codes)
-    if str(name) == str(model.generator):
+    if str(name) == str(whole):
         state = base.trained()
         _say_unread(base)
     else:
@@ -384,8 +396,10 @@ def export(base: str | Path, source: str | Path, target: str | Path, layout: str
 
     Raises ValueError for weights of another model, and where ``target`` cannot be written.
     """
-    source = Path(source) / "model.safetensors" if (Path(source) / "model.safetensors").is_file() else source
-    janus_files.write(janus_files.read(base), tuned(source), target, layout)
+    path, inside = Path(source), Path(source) / "model.safetensors"
+    if inside.is_file() and not (path / "tokenizer.json").is_file():  # of the stage tune, not a whole Janus
+        path = inside
+    janus_files.write(janus_files.read(base), tuned(path), target, layout)
 
 
 # --- the policy --------------------------------------------------------------------------------
@@ -432,7 +446,8 @@ class Janus:
         if longest > room:
             caption = captions[[len(prompt) for prompt in prompts].index(longest)]
             raise ValueError(
-                f"a caption makes {longest} tokens, and {room} fit before {self.num_codes} codes: {caption[:60]!r}...; shorten it, or leave it out"
+                f"a caption makes {longest} tokens, and {room} fit before {self.num_codes} codes: {caption[:60]!r}...; "
+                "shorten it, or leave it out"
             )
         condition = torch.full((len(prompts), min(room, STEP * math.ceil(longest / STEP))), NOTHING)
         for row, prompt in zip(condition, prompts, strict=True):

@@ -66,6 +66,7 @@ class Checkpoint:
 
 # --- names -------------------------------------------------------------------------------------
 
+MIDDLE = ("block_1", "attn_1", "block_2")
 Rules = tuple[tuple[str, str], ...]  # deepseek's beginning of a name, transformers'; {} stands for a number
 
 VQ: Rules = (
@@ -73,8 +74,8 @@ VQ: Rules = (
     ("encoder.conv_blocks.", "encoder.down."),
     ("decoder.conv_blocks.{}.res.", "decoder.up.{}.block."),
     ("decoder.conv_blocks.", "decoder.up."),
-    *((f"{half}.mid.{i}.", f"{half}.mid.{name}.") for half in ("encoder", "decoder") for i, name in enumerate(("block_1", "attn_1", "block_2"))),
-)  # fmt: skip
+    *((f"{half}.mid.{i}.", f"{half}.mid.{name}.") for half in ("encoder", "decoder") for i, name in enumerate(MIDDLE)),
+)
 SIGLIP: Rules = (
     ("blocks.{}.norm1.", "encoder.layers.{}.layer_norm1."),
     ("blocks.{}.norm2.", "encoder.layers.{}.layer_norm2."),

@@ -51,7 +51,7 @@ def locate(name: str | Path) -> Path:
         raise ValueError(NO_HUB.format(name)) from None
     try:
         if len(parts) == 2:
-            return Path(snapshot_download("/".join(parts), allow_patterns=WHOLE_MODEL))
+            return Path(snapshot_download("/".join(parts), allow_patterns=[*WHOLE_MODEL]))
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except Exception as error:
         raise ValueError(f"{name} is no local file, and the hub did not give it: {error}") from error
