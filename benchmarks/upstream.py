@@ -1,6 +1,6 @@
 """LlamaGen's and VA-pi's own code, run from checkouts of theirs beside ours: what parity is measured against.
 
-A checkout is a folder that holds ``autoregressive/`` and ``tokenizer/`` (of the VA-pi repository, its ``LlamaGen/``).
+A checkout is a folder that holds ``autoregressive/`` and ``tokenizer/`` (of the VA-pi repository, its ``LlamaGen/``), or ``janus/``.
 Nothing of it is copied or installed; what it imports and does not need here (wandb, datasets) is put aside. Weights
 are random and follow from a seed bit by bit on any machine, so that they need not be stored: whole numbers from
 numpy's PCG64, scaled. Sizes are those of our configurations.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import copy
 import importlib
 import sys
 import types
@@ -102,12 +103,12 @@ def generator(config: gpt.GPTConfig, state: State) -> nn.Module:
     return network.eval()
 
 
-def tokenizer(config: vq.VQConfig, state: State) -> nn.Module:
+def tokenizer(config: vq.VQConfig, state: State, module_name: str = "tokenizer.tokenizer_image.vq_model") -> nn.Module:
     """Their tokenizer of our sizes. Theirs is always 128 channels wide; ours may be narrower, so its halves are made singly."""
-    module = theirs("tokenizer.tokenizer_image.vq_model")
+    module = theirs(module_name)
     levels = list(config.multipliers)
     network = module.VQModel(module.ModelArgs(config.vocab, config.code_dim, encoder_ch_mult=levels, decoder_ch_mult=levels))
-    sizes = {"ch": config.channels, "ch_mult": levels, "z_channels": config.z_channels}
+    sizes = {"ch": config.channels, "ch_mult": levels, "z_channels": config.z_channels, "num_res_blocks": config.blocks}
     network.encoder, network.decoder = module.Encoder(**sizes), module.Decoder(**sizes)
     network.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
     network.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
@@ -175,6 +176,71 @@ def lpips_state(seed: int) -> tuple[State, State]:
     vgg = {f"features.{name}": tensor for name, tensor in random_state(body, seed).items()}
     widths = (64, 128, 256, 512, 512)
     return vgg, {f"lin{i}.model.1.weight": uniform((1, width, 1, 1), seed, i).abs() for i, width in enumerate(widths)}
+
+
+# --- Janus -------------------------------------------------------------------------------------
+
+
+def janus(config: Mapping[str, Any], siglip: Mapping[str, Any], tokens: vq.VQConfig, state: State) -> Any:
+    """Their whole model, in sizes that its configuration and its table of SigLIPs do not know; every name of ``state`` must match
+    theirs, and all of theirs be there, but for SigLIP's attention pool, which they make and do not use."""
+    with _plain_configurations():
+        modeling = theirs("janus.models.modeling_vlm")
+    theirs("janus.models.siglip_vit").SigLIP_MODEL_CONFIG["siglip_tiny"] = dict(siglip)
+    values = copy.deepcopy(dict(config))
+    values["vision_config"]["params"]["model_name"] = "siglip_tiny"
+    tokenizer_state = {name.removeprefix("gen_vision_model."): t for name, t in state.items() if name.startswith("gen_vision_model.")}
+    network = modeling.MultiModalityCausalLM(modeling.MultiModalityConfig(**values))
+    network.gen_vision_model = tokenizer(tokens, tokenizer_state, "janus.models.vq_model")
+    told = network.load_state_dict(state, strict=False)
+    lacking = [name for name in told.missing_keys if ".attn_pool." not in name and "rotary_emb" not in name]
+    assert not told.unexpected_keys and not lacking, told
+    return network.eval()
+
+
+@contextlib.contextmanager
+def _plain_configurations() -> Iterator[None]:
+    """Their configurations were written for transformers 4, of which 5 would make dataclasses."""
+    from transformers import PretrainedConfig
+
+    known = PretrainedConfig.__dict__["__init_subclass__"]
+    PretrainedConfig.__init_subclass__ = classmethod(lambda cls, **named: None)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        PretrainedConfig.__init_subclass__ = known  # type: ignore[method-assign]
+
+
+def janus_prompt(caption: str) -> str:
+    """What their script for images asks, as text."""
+    conversation = theirs("janus.utils.conversation").get_conv_template("deepseek")
+    conversation.set_system_message("")
+    conversation.append_message("<|User|>", caption.strip())
+    conversation.append_message("<|Assistant|>", "")
+    return conversation.get_prompt().strip() + "<begin_of_image>"
+
+
+@torch.no_grad()
+def janus_logits(network: Any, ids: Sequence[int], codes: Tensor) -> Tensor:
+    """Logits (T, V) of one caption's codes (T,), each predicted where their sampling predicts it."""
+    words = network.language_model.get_input_embeddings()(torch.tensor([ids]))
+    inputs = torch.cat([words, network.prepare_gen_img_embeds(codes[None, :-1])], dim=1)
+    seen = network.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    return network.gen_head(seen[0, len(ids) - 1 :])
+
+
+@torch.no_grad()
+def janus_greedy(network: Any, ids: Sequence[int], pad: int, count: int, guidance: float) -> Tensor:
+    """The likeliest codes (T,) of one caption, in the order of their generation_inference.py, without its cache."""
+    tokens = torch.tensor([ids, [ids[0], *[pad] * (len(ids) - 2), ids[-1]]])
+    inputs = network.language_model.get_input_embeddings()(tokens)
+    drawn = []
+    for _ in range(count):
+        seen = network.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        with_caption, without = network.gen_head(seen[:, -1])
+        drawn.append((without + guidance * (with_caption - without)).argmax())
+        inputs = torch.cat([inputs, network.prepare_gen_img_embeds(drawn[-1].repeat(2))[:, None]], dim=1)
+    return torch.stack(drawn)
 
 
 # --- the released loop -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ours equals LlamaGen's and VA-pi's own code, on random weights: to 1e-5 in float32, codes and greedy draws exactly.
+"""Ours equals LlamaGen's, VA-pi's and Janus's own code, on random weights: to 1e-5 in float32, codes and greedy draws exactly.
 
 The answers of theirs are stored (tests/golden/make.py made them from checkouts); weights and inputs are made here
 again. benchmarks/parity.py compares at full size.
@@ -6,17 +6,19 @@ again. benchmarks/parity.py compares at full size.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
+import janus_world
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vapi import grpo, images, rewards
-from vapi.config import TuneConfig
-from vapi.models import gpt, llamagen, sampler, vq
+from vapi import grpo, images, models, rewards
+from vapi.config import ModelConfig, TuneConfig
+from vapi.models import gpt, janus_files, llamagen, sampler, vq
 from vapi.objective import Batch, Draws, Objective
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -139,3 +141,50 @@ def test_the_step_is_the_released_one_with_dropout_off(lpips: rewards.Lpips) -> 
     difference = sum((gradient[name] - g).double().square().sum() for name, g in released.items())
     size = sum(g.double().square().sum() for g in released.values())
     assert float((difference / size).sqrt()) < 1e-6
+
+
+# --- Janus -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def janus_policy(tmp_path_factory: pytest.TempPathFactory) -> models.Policy:
+    folder = tmp_path_factory.mktemp("janus")
+    janus_world.write_words(folder)
+    (folder / "config.json").write_text(janus_world.config().to_json_string(use_diff=False))
+    save_file(problems.janus_state(), folder / "model.safetensors")
+    return models.load(ModelConfig(policy="janus", generator=str(folder), tokenizer=str(folder), image_size=16, device="cpu"))
+
+
+@torch.no_grad()
+def test_janus_predicts_what_deepseeks_code_does(janus_policy: models.Policy) -> None:
+    """Three captions of three lengths in one batch, each as if it were alone."""
+    equal(janus_policy.logits(janus_policy.condition(problems.ASKED), problems.janus_codes()), golden("janus")["logits"])
+
+
+def test_janus_draws_what_deepseeks_code_does(janus_policy: models.Policy) -> None:
+    drawn = janus_policy.generate(janus_policy.condition(problems.ASKED), [0, 1, 2], top_k=1, guidance=problems.JANUS_GUIDANCE)
+    assert torch.equal(drawn, golden("janus")["greedy"]) and len(drawn.unique()) > 5
+
+
+@torch.no_grad()
+def test_janus_codes_and_pixels_are_those_of_deepseeks_code(janus_policy: models.Policy) -> None:
+    codes = janus_policy.encode(problems.small_images())
+    assert torch.equal(codes, golden("janus")["codes"]) and len(codes.unique()) > 5
+    equal(janus_policy.decode(codes), golden("janus")["decoded"])
+
+
+def test_janus_prompts_are_those_of_deepseeks_code(janus_policy: models.Policy) -> None:
+    for i, caption in enumerate(problems.ASKED):
+        assert janus_policy.prompts.text(caption) == bytes(golden("janus")[f"prompt.{i}"].tolist()).decode()
+
+
+def test_deepseeks_names_of_all_tensors_are_known() -> None:
+    """Every one of theirs has a name in transformers' layout and back, but for what neither uses."""
+    theirs = bytes(golden("janus")["names"].tolist()).decode().split("\n")
+    unused = [name for name in theirs if name.startswith(janus_files.UNUSED) or name.endswith(janus_files.COUNTER)]
+    assert 0 < len(unused) < len(theirs) / 5
+    for name in set(theirs) - set(unused):
+        assert janus_files.to_deepseek(janus_files.to_transformers(name)) == name
+    ours = {janus_files.to_transformers(name) for name in set(theirs) - set(unused)}
+    merged = {re.sub(r"(vision_model\..*\.)[qkv]_proj", r"\1qkv", name) for name in problems.janus_state()}
+    assert ours == merged

@@ -1,11 +1,12 @@
 """The problems that upstream's code has answered (make.py) and ours must answer alike (test_parity.py).
 
 Small, but whole: a transformer of two layers over 4 x 4 codes, with classes and with captions of 120
-positions; VQ-16 and VQ-8 at a quarter of their width; LPIPS on VGG-16 as it is.
+positions; VQ-16 and VQ-8 at a quarter of their width; LPIPS on VGG-16 as it is; a Janus of two layers.
 """
 
 from __future__ import annotations
 
+import janus_world
 import numpy as np
 import torch
 import upstream
@@ -55,6 +56,32 @@ def captions() -> Tensor:
     place = torch.arange(T2I.prefix)
     words = torch.stack([place >= T2I.prefix - count for count in WORDS])[..., None].float()
     return torch.cat([upstream.uniform((len(LABELS), T2I.prefix, T2I.caption_dim), 4) * words, words], dim=-1)
+
+
+ASKED = ("a photo of a red three", "two sevens", "  a blue eight left of a green one  ")
+JANUS_GUIDANCE = 5.0
+SIGLIP = {"image_size": 16, "patch_size": 4, "width": 32, "layers": 1, "heads": 1, "mlp_ratio": 2.0, "global_pool": "map"}
+JANUS_VQ = vq.VQConfig(vocab=32, code_dim=4, channels=32, multipliers=(1, 1, 2), blocks=1, z_channels=32)
+
+
+def janus_state() -> upstream.State:
+    """Random weights of a whole Janus under transformers' names."""
+    from transformers import JanusForConditionalGeneration
+
+    with torch.device("meta"):
+        network = JanusForConditionalGeneration(janus_world.config())
+    state = upstream.random_state(network, 8)
+    state["model.generation_head.vision_head.weight"] *= 3
+    return state
+
+
+def janus_codes() -> Tensor:
+    return upstream.integers(JANUS_VQ.vocab, (len(ASKED), 16), 9)
+
+
+def small_images() -> Tensor:
+    """(2, 3, 16, 16)."""
+    return upstream.uniform((2, 3, 16, 16), 10)
 
 
 def images() -> Tensor:
