@@ -42,20 +42,22 @@ def write_words(folder: Path, special: tuple[str, ...] = SPECIAL) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "pad_token": SPECIAL[2]}))
 
 
-def config(**text: Any) -> Any:
+def config(side: int = 16, **text: Any) -> Any:
     from transformers import JanusConfig
 
+    grid = side // VISION["patch_size"]
     return JanusConfig(
-        text_config={"model_type": "llama", **TEXT, **text}, vision_config=VISION, vq_config=PICTURES, tie_word_embeddings=False
-    )
+        text_config={"model_type": "llama", **TEXT, **text}, tie_word_embeddings=False, vq_config={**PICTURES, "num_patches": grid},
+        vision_config={**VISION, "image_size": side, "num_image_tokens": grid**2},
+    )  # fmt: skip
 
 
-def network(seed: int = 0, **text: Any) -> Any:
+def network(seed: int = 0, side: int = 16, **text: Any) -> Any:
     """transformers' Janus with lively random weights."""
     from transformers import JanusForConditionalGeneration
 
     torch.manual_seed(seed)
-    made = JanusForConditionalGeneration(config(**text)).eval()
+    made = JanusForConditionalGeneration(config(side, **text)).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.dim() == 2:
@@ -63,8 +65,8 @@ def network(seed: int = 0, **text: Any) -> Any:
     return made
 
 
-def write(folder: Path, seed: int = 0, shard: str = "50GB", **text: Any) -> ModelConfig:
+def write(folder: Path, seed: int = 0, side: int = 16, **text: Any) -> ModelConfig:
     """A whole one in transformers' layout, as a ModelConfig."""
     write_words(folder)
-    network(seed, **text).save_pretrained(folder, max_shard_size=shard)
-    return ModelConfig(policy="janus", generator=str(folder), tokenizer=str(folder), image_size=16, device="cpu")
+    network(seed, side, **text).save_pretrained(folder)
+    return ModelConfig(policy="janus", generator=str(folder), tokenizer=str(folder), image_size=side, device="cpu")

@@ -15,7 +15,7 @@ from conftest import CAPTIONS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vapi import models
+from vapi import cli, data, models
 from vapi.config import ModelConfig, TuneConfig
 from vapi.models import janus, janus_files, weights
 from vapi.objective import optimizer_of
@@ -206,6 +206,19 @@ def test_a_tuned_one_loads_in_transformers(whole: Path, deepseek: Path, tmp_path
         assert theirs(**inputs).logits.isfinite().all()
     again = models.load(config(tmp_path / "out"))
     same(again.generator.state_dict(), policy.generator.state_dict())
+
+
+def test_the_command_line_exports(whole: Path, janus_policy: models.Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tune").mkdir()
+    janus_policy.save(tmp_path / "tune/model.safetensors")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["export", str(tmp_path / "tune"), str(tmp_path / "out")])
+    assert "name the whole one that it was tuned from with --base" in capsys.readouterr().err
+    data.write_json(tmp_path / "tune/config.json", {"sections": {"model": {"generator": str(whole)}}})
+    for layout in ("transformers", "deepseek"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["export", str(tmp_path / "tune"), str(tmp_path / layout), "--layout", layout])
+        same(models.load(config(tmp_path / layout)).generator.state_dict(), janus_policy.generator.state_dict())
 
 
 def test_a_hundred_small_steps_survive_save_and_load(whole: Path, tmp_path: Path) -> None:

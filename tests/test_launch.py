@@ -87,6 +87,14 @@ def test_processes_give_the_gradient_of_one(processes: int, kind: str, inputs: d
     require_same_gradient(processes, inputs, dataclasses.replace(tune, images_per_forward=7), tune, tmp_path)
 
 
+def test_processes_give_the_gradient_of_one_of_janus(janus_model: ModelConfig, tmp_path: Path) -> None:
+    """With shards and recomputed layers, which are transformers' own."""
+    subset, tokens = write_inputs(tmp_path / "inputs", janus_model)
+    given = {"model": janus_model, "subset": str(subset), "tokens": str(tokens)}
+    tune = config(**{"images_per_step": 7, "holdout_images": 5, "images_per_reward": 4, **KINDS["sharded"], "max_grad_norm": 0.0})
+    require_same_gradient(2, given, dataclasses.replace(tune, images_per_forward=7), tune, tmp_path)
+
+
 def test_shards_lower_what_autocast_lowers(inputs: dict[str, Any], tmp_path: Path) -> None:
     """bfloat16 with shards is the arithmetic of bfloat16 without, one image at a time."""
     low = {**inputs, "model": dataclasses.replace(inputs["model"], precision="bfloat16")}

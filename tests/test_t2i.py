@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import janus_world
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -20,13 +21,14 @@ from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, Tun
 from vapi.digits import build_scenes
 from vapi.evaluate import evaluate
 from vapi.metrics import geneval
+from vapi.models import weights
 from vapi.objective import Batch, Objective, optimizer_of, update
 from vapi.recipes import recipe
 from vapi.register import register
 from vapi.rewards import Reward
 from vapi.run import Run
 from vapi.subset import subset
-from vapi.tokens import tokens
+from vapi.tokens import require_captions, tokens
 from vapi.tune import tune
 
 
@@ -151,6 +153,29 @@ def test_the_gates_of_a_generator_of_captions(project: Path) -> None:
     gates = {gate["metric"]: gate for gate in told["against"]["challenger"]["gates"]}
     assert set(gates) == {"geneval", "geneval_second"} and not gates["geneval"]["passed"]
     assert gates["geneval"]["limit"] == pytest.approx(0.3)
+
+
+def test_janus_goes_through_the_same_stages(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions reach it in words: nothing is kept of them but the subset."""
+    shutil.copytree(scenes, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    made = settings()
+    model = janus_world.write(tmp_path / "data/janus", side=40, max_position_embeddings=400)
+    few = replace(made.evaluate, temperatures=[1.0], images_per_prompt=1)
+    subset(made.subset, Path("artifacts/subset"))
+    tokens(model, made.tokens, Path("artifacts/subset"), Path("artifacts/tokens"))
+    assert data.read_tokens(Path("artifacts/tokens")).captions is None
+    tune(model, made.tune, Path("artifacts/subset"), Path("artifacts/tokens"), Path("artifacts/tune"))
+    evaluate(model, few, Path("artifacts/tune"), Path("artifacts/evaluate"))
+    found = results()
+    assert found["prompts"]["prompts"] == 18 and 0 <= found["tuned"]["geneval"] <= 1
+    tuned_weights = weights.read("artifacts/tune/model.safetensors")[0]
+    assert tuned_weights.keys() == models.load(model).generator.state_dict().keys()
+    bare = data.read_subset(Path("artifacts/subset"))
+    bare.captions[3] = "  "
+    with pytest.raises(ValueError, match="model.policy janus reads captions, and 1 of 40 images .* have no caption"):
+        require_captions(model, bare, Path("artifacts/subset"))
 
 
 # --- what is refused ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny
+from conftest import CAPTIONS, write_tiny
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -46,7 +46,8 @@ def write_inputs(folder: Path, model: ModelConfig, labels: list[int] | None = No
     """A subset of ``count`` patterns and its tokens, as the first two stages write them."""
     subset, tokens = folder / "subset", folder / "tokens"
     labels = labels or [i % 10 for i in range(count)]
-    rows = [data.Row(f"{i:03d}.png", labels[i], "", 16, 16, "RGB", png(i), f"{i:064x}") for i in range(count)]
+    captions = [CAPTIONS[i % len(CAPTIONS)] if model.captions else "" for i in range(count)]
+    rows = [data.Row(f"{i:03d}.png", labels[i], captions[i], 16, 16, "RGB", png(i), f"{i:064x}") for i in range(count)]
     for made in (subset, tokens):
         made.mkdir(parents=True)
     data.write_subset(subset, rows)
@@ -71,6 +72,14 @@ def inputs(tiny_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) ->
     yield {"model": tiny_model, "subset": subset, "tokens": tokens}
 
 
+@pytest.fixture(scope="module", params=["tiny_model", "janus_model"])
+def of_any(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same of every policy."""
+    model = request.getfixturevalue(request.param)
+    subset, tokens = write_inputs(tmp_path_factory.mktemp(request.param), model)
+    return {"model": model, "subset": subset, "tokens": tokens}
+
+
 def config(**changes: Any) -> TuneConfig:
     small = {"steps": 4, "images_per_step": 6, "images_per_forward": 4, "group_size": 4, "rewards": {"mse": 1.0}, "lr": 1e-3}
     every = {"holdout_images": 4, "holdout_every": 2, "sheet_every": 4, "checkpoint_every": 1}
@@ -89,9 +98,9 @@ def same(a: Path, b: Path) -> bool:
 # --- what it makes -----------------------------------------------------------------------------
 
 
-def test_output(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_output(of_any: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "artifacts" / "tune"
-    stage.tune(**inputs, tune=config(rewards={"mse": 1.0, "l1": 0.5}), out=out)
+    stage.tune(**of_any, tune=config(rewards={"mse": 1.0, "l1": 0.5}), out=out)
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     sheets = {"sheets/step-000000.png", "sheets/step-000004.png"}
     assert names == {"model.safetensors", "metrics.jsonl", "summary.json", "config.json", "provenance.json"} | sheets
@@ -108,15 +117,15 @@ def test_output(inputs: dict[str, Any], tmp_path: Path) -> None:
     assert summary["holdout"]["first"]["step"] == 0 and summary["holdout"]["last"]["step"] == 4 and summary["images_seen"] == 24
     assert data.read_json(out / "config.json")["sections"]["tune"]["group_size"] == 4
     assert data.read_json(out / "provenance.json")["seconds_per_step"] > 0
-    models.load(inputs["model"], out / "model.safetensors")  # strictly
+    models.load(of_any["model"], out / "model.safetensors")  # strictly
     assert not list((tmp_path / ".vapi" / "resume" / "tune").iterdir())
 
 
-def test_repeats_to_the_bit(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_repeats_to_the_bit(of_any: dict[str, Any], tmp_path: Path) -> None:
     for name in ("a", "b"):
-        stage.tune(**inputs, tune=config(), out=tmp_path / name)
+        stage.tune(**of_any, tune=config(), out=tmp_path / name)
     assert same(tmp_path / "a", tmp_path / "b")
-    stage.tune(**inputs, tune=config(seed=1), out=tmp_path / "c")
+    stage.tune(**of_any, tune=config(seed=1), out=tmp_path / "c")
     assert not same(tmp_path / "a", tmp_path / "c")
 
 
@@ -361,18 +370,18 @@ def reached(project: Path, step: int, process: subprocess.Popen[str]) -> None:
     pytest.fail(f"step {step} was never reached")
 
 
-def test_kill_nine_and_continue(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_kill_nine_and_continue(of_any: dict[str, Any], tmp_path: Path) -> None:
     tune = config(steps=40, checkpoint_every=7, holdout_every=20, sheet_every=20, context_noise=0.2)
-    stage.tune(**inputs, tune=tune, out=tmp_path / "undisturbed")
+    stage.tune(**of_any, tune=tune, out=tmp_path / "undisturbed")
     out, dice = tmp_path / "killed", random.Random(time.time_ns())
     for step in sorted(dice.sample(range(1, 38), 2)):
-        process = child(inputs, tune, out)
+        process = child(of_any, tune, out)
         reached(tmp_path, step, process)
         time.sleep(dice.uniform(0, 0.02))
         process.kill()
         process.communicate()
         assert not out.exists()
-    stage.tune(**inputs, tune=tune, out=out)
+    stage.tune(**of_any, tune=tune, out=out)
     assert same(tmp_path / "undisturbed", out)
 
 

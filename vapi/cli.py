@@ -375,10 +375,28 @@ def _listing(words: list[str], flags: Flags) -> int:
 def _export(words: list[str], flags: Flags) -> int:
     if len(words) != 2:
         raise ValueError("vapi export takes two paths: vapi export artifacts/tune tuned.pt")
-    from vapi.models import llamagen
+    from vapi.models import janus_files, llamagen
 
+    if janus_files.is_tuned(words[0]):
+        return _export_janus(*words, flags)
+    if flags:
+        raise ValueError(f"--{next(iter(flags))} is for Janus, and {words[0]} holds none; LlamaGen's scripts read one layout")
     llamagen.export(*words)
     print(f"{words[1]} holds the weights of {words[0]} in the layout of LlamaGen's scripts")
+    return 0
+
+
+def _export_janus(source: str, target: str, flags: Flags) -> int:
+    made = Path(source) / "config.json"
+    if "base" not in flags and not made.is_file():
+        raise ValueError(f"{source} is the tuned part of a Janus; name the whole one that it was tuned from with --base")
+    from vapi import data
+    from vapi.models import janus
+
+    (base,) = flags["base"] if "base" in flags else [data.read_json(made)["sections"]["model"]["generator"]]
+    (layout,) = flags.get("layout", ["transformers"])
+    janus.export(base, source, target, layout)
+    print(f"{target} holds {base} with the weights of {source}, in the layout of {layout}")
     return 0
 
 
@@ -459,9 +477,11 @@ COMMANDS = {
         flags=None,
     ),
     "export": Command(
-        "Write weights in the layout that LlamaGen's own scripts read; SOURCE is a file of weights, or what the stage tune wrote.",
+        "Write weights in the layout that LlamaGen's own scripts read, or a tuned Janus as a whole one, which transformers loads (or "
+        "deepseek's own code); SOURCE is a file of weights, or what the stage tune wrote.",
         _export,
-        "SOURCE TARGET.pt",
+        "SOURCE TARGET.pt | SOURCE FOLDER [--layout transformers|deepseek] [--base FOLDER]",
+        ("layout", "base"),
     ),
     "geneval": Command(
         "Text to image by GenEval's rules: score, generate, convert-detector, compare; no second environment.", _geneval, flags=None

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from vapi.config import ModelConfig
 from vapi.models import gpt, janus_files, memory, sampler, vq, weights
-from vapi.models.janus_files import BOS, PAD, START, Checkpoint
+from vapi.models.janus_files import BOS, PAD, SIZES, START, Checkpoint
 from vapi.models.sampler import Sampling
 
 try:
@@ -43,7 +43,6 @@ except ImportError:
 META = torch.device("meta")  # networks are made without memory, and get that of their weights
 NOTHING = -1  # in a condition, where there is no token
 STEP = 32  # prompts are padded to a multiple of it: few shapes, and next to no padding
-SIZES = "janus"  # metadata of this name are the sizes of a generator, as JSON
 
 
 # --- the network -------------------------------------------------------------------------------

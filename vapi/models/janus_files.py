@@ -37,6 +37,7 @@ INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 KINDS = ("*.safetensors", "*.bin")
 UNUSED = "vision_model.vision_tower.attn_pool."  # of SigLIP: deepseek's files carry it
 COUNTER = "quantize.codebook_used"  # of pretraining: deepseek's files carry it
+SIZES = "janus"  # metadata of this name are the sizes of what was tuned, as JSON
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -262,6 +263,12 @@ def _merged(files: list[Path]) -> State:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def is_tuned(source: str | Path) -> bool:
+    """Whether a file, or a folder of the stage tune, holds the tuned part of a Janus."""
+    path = Path(source) / "model.safetensors" if Path(source).is_dir() else source
+    return SIZES in weights.read(path)[1]
 
 
 # --- writing -----------------------------------------------------------------------------------
