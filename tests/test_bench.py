@@ -171,6 +171,17 @@ def test_published_sizes_have_as_many_parameters_as_published() -> None:
 def test_a_missing_checkpoint_is_replaced_by_its_size(tiny_model: ModelConfig) -> None:
     assert world._size_in("c2i_XXL_384", "x") == "GPT-XXL" and world._size_in("c2i_B_256", "x") == "GPT-B"
     assert world._size_in("t2i_XL_stage1_256", "x") == "GPT-XL"
+    assert world._size_in("Janus-Pro-1B", "x") == "Janus-Pro-1B"
+
+
+def test_operations_of_janus_pro() -> None:
+    """On shapes alone. Two operations for each weight and position, of what a position passes through."""
+    counted = world.count_published("Janus-Pro-1B", 384, perceptual="alex")
+    policy = world.random_policy("Janus-Pro-1B", ModelConfig(image_size=384), "meta")
+    passed = sum(p.numel() for name, p in policy.generator.named_parameters() if "layers" in name or "head" in name)
+    assert counted.forward == pytest.approx(2 * passed * (576 + 63), rel=0.1)
+    ratio = sum(counted.released(8).values()) / sum(counted.shared(8).values())
+    assert ratio > 4
 
 
 # --- pieces ------------------------------------------------------------------------------------
@@ -185,10 +196,11 @@ def test_pieces_of_a_step_are_the_step(tiny_policy: models.Policy) -> None:
     assert min(shares.values()) > 0
 
 
-def test_random_vgg_has_the_layers_of_lpips() -> None:
-    lpips = world.random_lpips("cpu")
-    images = torch.rand(1, 3, 32, 32) * 2 - 1
-    assert [m.shape[1] for m in lpips.layers(images)] == list(world.VGG_WIDTHS)
+@pytest.mark.parametrize("name", ["vgg", "alex"])
+def test_random_networks_have_the_layers_of_lpips(name: str) -> None:
+    lpips = world.random_lpips("cpu", name)
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert [m.shape[1] for m in lpips.layers(images)] == list(world.WIDTHS[name])
     assert lpips(images, images).item() == 0 and lpips(images, -images).item() < 0
 
 

@@ -314,7 +314,7 @@ def test_out_of_memory_says_what_to_turn_and_what_would_fit() -> None:
 
 
 def test_an_allocator_that_fails_while_sampling_is_put_into_words(tiny_policy: models.Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: gpt.Transformer, rows: int) -> Tensor:
+    def fails(self: gpt.Transformer, *room: int) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gpt.Transformer, "new_cache", fails)
@@ -328,7 +328,7 @@ def test_an_allocator_that_fails_while_sampling_is_put_into_words(tiny_policy: m
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop's parts on a CPU: the kernel interpreted by Triton (conftest), nothing compiled, nothing recorded."""
-    monkeypatch.setattr(graphs, "_compiled", lambda: (gpt.Block.before, gpt.Block.after, sampler.choose))
+    monkeypatch.setattr(graphs, "_compiled", lambda kind: (kind.before, kind.after, sampler.choose))
 
 
 @needs_triton
@@ -337,6 +337,17 @@ def test_the_loop_of_a_gpu_draws_the_same_codes(tiny_policy: models.Policy, inte
     condition, seeds = tiny_policy.condition([3, 1]), [4, 5]
     found = graphs.Loops().generate(tiny_policy.generator, condition, seeds, **how)
     assert torch.equal(found, tiny_policy.generate(condition, seeds, **how))
+
+
+@needs_triton
+def test_the_loop_of_a_gpu_draws_the_same_codes_of_janus(janus_policy: models.Policy, interpreted: None) -> None:
+    """For captions of any length up to the loop's."""
+    loops = graphs.Loops()
+    for caption in ("nine", "a red seven left of a blue one"):
+        condition, before = janus_policy.condition([caption]), loops.last
+        found = loops.generate(janus_policy.generator, condition, [4], **EVERYTHING)
+        assert torch.equal(found, janus_policy.generate(condition, [4], **EVERYTHING))
+        assert before in (None, loops.last), "recorded once"
 
 
 @needs_triton
@@ -405,19 +416,23 @@ def test_weights_that_changed_are_sampled_from_at_once(tiny_policy: models.Polic
     assert loop is not None and torch.equal(loop.twin.output.weight, model.output.weight.bfloat16())
 
 
-def test_one_compilation_serves_all_layers(tiny_policy: models.Policy) -> None:
+@pytest.mark.parametrize("kind", ["tiny", "janus"])
+def test_one_compilation_serves_all_layers(request: pytest.FixtureRequest, kind: str) -> None:
+    network = request.getfixturevalue(f"{kind}_policy").generator
     graphs_made = []
 
     def keeps(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         graphs_made.append(graph)
         return graph.forward
 
-    before, after = (torch.compile(part, backend=keeps, dynamic=False, fullgraph=True) for part in (gpt.Block.before, gpt.Block.after))
-    x, table = torch.randn(3, 1, 32), tiny_policy.generator.rotary[1:2]
+    before, after = (torch.compile(part, backend=keeps, dynamic=False, fullgraph=True) for part in (network.before, network.after))
+    x, table = torch.randn(3, 1, 32), network.table(torch.tensor([1]), torch.zeros(3, dtype=torch.long))
     with torch.no_grad():
-        for block in tiny_policy.generator.layers:
-            q, _, _ = before(block, x, table)
-            torch.testing.assert_close(after(block, x, q), block.after(x, q))
+        for layer in network.layers:
+            q, k, v = before(layer, x, table)
+            for ours, theirs in zip((q, k, v), network.before(layer, x, table), strict=True):
+                torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(after(layer, x, q), network.after(layer, x, q))
     assert len(graphs_made) == 2
 
 

@@ -371,7 +371,7 @@ class BenchConfig:
     """How `vapi bench` measures. It decides no result, so params.yaml does not hold it."""
 
     size: str = ""
-    """A published generator (GPT-B, GPT-L, GPT-XL, ...) with random weights, VQ-16 and VGG; empty: the recipe's networks."""
+    """A published generator (GPT-B, GPT-XL, ..., Janus-Pro-1B) with random weights, VQ-16 and VGG or AlexNet; empty: the recipe's."""
     rounds: int = 3
     """Measured rounds, after one that is not; ours and the naive reference take turns in each, and medians count."""
     dimensions: int = 2048

@@ -22,6 +22,8 @@ def sample(settings: Measured) -> dict[str, Any]:
     """Time a batch of ``evaluate.images_per_batch`` images with the recipe's sampling."""
     built = world.world(settings)
     policy, device, precision, wanted = built.policy, built.device, settings.model.precision, settings.evaluate
+    if not hasattr(policy.generator, "cls_embedding"):
+        raise ValueError(f"{built.weights}: there is no naive loop to compare the sampling of Janus with; measure a LlamaGen")
     guided = wanted.guidance != 1.0
     with models.autocast(precision, device):
         images = wanted.images_per_batch or memory.images_per_batch(policy.footprint(guided), device)

@@ -1,7 +1,7 @@
 """What is measured: the recipe's networks, or others of the same sizes with random weights.
 
 Nothing is downloaded and no file is needed. Which sizes a missing checkpoint has is read off its name
-(``c2i_XXL_384.pt`` is GPT-XXL's) unless ``--size`` says it; a figure says which weights it was taken with.
+(``c2i_XXL_384.pt`` is GPT-XXL's, a folder Janus-Pro-1B is what it says) unless ``--size`` says it; a figure says which weights it was taken with.
 
 Shapes: B images, G group, T codes.
 """
@@ -21,11 +21,12 @@ from torch import Tensor
 from vapi import models
 from vapi.bench import meter, naive, say
 from vapi.config import Measured, ModelConfig, TuneConfig, nearest
-from vapi.models import Policy, features, gpt, llamagen, vq
+from vapi.models import Policy, features, gpt, janus_files, llamagen, vq
 from vapi.objective import Batch
-from vapi.rewards import Lpips, Reward, Vgg
+from vapi.rewards import NETWORKS, Lpips, Reward
 
-VGG_WIDTHS = (64, 128, 256, 512, 512)
+TOKENS = 64  # of a prompt of Janus
+WIDTHS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}  # channels of the maps that LPIPS compares
 TOKENIZERS = {8: vq.VQConfig(multipliers=(1, 2, 2, 4)), 16: vq.VQConfig()}  # pixels per code -> LlamaGen's sizes
 
 
@@ -44,19 +45,22 @@ class World:
 def world(settings: Measured) -> World:
     """The policy to measure, in eval mode, its tokenizer frozen. Raises ValueError where not even its sizes are known."""
     model, size = settings.model, settings.bench.size
-    missing = [name for name in (model.generator, model.tokenizer) if not Path(name).is_file()]
+    missing = [name for name in (model.generator, model.tokenizer) if not Path(name).exists()]
     if not size and not missing:
         policy = models.load(model)
         policy.generator.eval()
         return World(policy, model.generator)
-    size = size or _size_in(Path(model.generator).stem, missing[0])
-    if size not in gpt.PUBLISHED:
-        raise ValueError(f"no generator is called {size!r}; {nearest(size, gpt.PUBLISHED)}")
+    size = size or _size_in(Path(model.generator).stem, missing[0])  # a hub id's last part, too
+    if size not in (known := [*gpt.PUBLISHED, *janus_files.PUBLISHED]):
+        raise ValueError(f"no generator is called {size!r}; {nearest(size, known)}")
     say(f"random weights of {size}" + ("" if settings.bench.size else f", since {missing[0]} is not here"))
     return World(random_policy(size, model, models.device_of(model)), f"random, {size}")
 
 
 def _size_in(name: str, missing: str) -> str:
+    for size in janus_files.PUBLISHED:
+        if size in name:
+            return size
     words = re.split(r"[^A-Za-z0-9]+", name)
     for size in gpt.PUBLISHED:
         if size.removeprefix("GPT-") in words:
@@ -64,39 +68,48 @@ def _size_in(name: str, missing: str) -> str:
     raise ValueError(f"{missing} is not here, and its sizes are not known; say --size with one of {', '.join(gpt.PUBLISHED)}")
 
 
-def random_policy(size: str, model: ModelConfig, device: torch.device | str) -> llamagen.LlamaGen:
-    """A LlamaGen of a published size with random weights, for images of ``model.image_size``."""
+def random_policy(size: str, model: ModelConfig, device: torch.device | str) -> Policy:
+    """A LlamaGen or a Janus of a published size with random weights, for images of ``model.image_size``."""
     with torch.device(device):
         torch.manual_seed(0)
         tokenizer = vq.VQModel(TOKENIZERS[8 if "ds8" in model.tokenizer else 16]).eval().requires_grad_(False)
         if model.image_size % tokenizer.config.factor:
             raise ValueError(f"model.image_size is {model.image_size}; it must be a multiple of {tokenizer.config.factor}")
         codes = (model.image_size // tokenizer.config.factor) ** 2
+        if size in janus_files.PUBLISHED:
+            return _random_janus(size, tokenizer, codes, model.image_size)
         generator = gpt.Transformer(gpt.published(size, tokenizer.vocab, codes, captions=bool(model.text_encoder)))
     # the table of positions is computed on the CPU whatever the device of the weights
     return llamagen.LlamaGen(generator.to(device).eval(), tokenizer, model.image_size)
 
 
+def _random_janus(size: str, tokenizer: vq.VQModel, codes: int, image_size: int) -> Policy:
+    from vapi.models import janus  # it needs transformers
+
+    config = tokenizer.config
+    generator = janus.Generator(janus.published(size, config.vocab, config.code_dim, codes))
+    return janus.Janus(generator.to(generator.output.weight.device).eval(), tokenizer, None, image_size)
+
+
 def reward(settings: Measured, device: torch.device | str) -> Reward:
-    """The recipe's reward; its network has random weights where a file is missing or ``--size`` asks for VGG."""
+    """The recipe's reward; its network has random weights where a file is missing or ``--size`` asks for a published one."""
     tune = settings.tune
     given = "lpips" in tune.rewards and not settings.bench.size
-    if given and (tune.perceptual == "vgg" or Path(tune.perceptual).is_file()):
+    if given and (tune.perceptual in NETWORKS or Path(tune.perceptual).is_file()):
         try:
             return Reward(tune.rewards, tune.perceptual, tune.perceptual_weights, device)
         except ValueError as error:
-            say(f"a random VGG, since {error}")
-    published = settings.bench.size or tune.perceptual == "vgg"
-    lpips = random_lpips(device) if published else Lpips(features.random_twin().to(device).features)
+            say(f"random weights, since {error}")
+    named = tune.perceptual if tune.perceptual in NETWORKS else "vgg" if settings.bench.size else ""
+    lpips = random_lpips(device, named) if named else Lpips(features.random_twin().to(device).features)
     return Reward(tune.rewards, functions={"lpips": lpips})
 
 
-def random_lpips(device: torch.device | str) -> Lpips:
-    """LPIPS on a VGG-16 with random weights."""
-    from torchvision.models import vgg16
-
+def random_lpips(device: torch.device | str, name: str = "vgg") -> Lpips:
+    """LPIPS on a published network, a name in ``rewards.NETWORKS``, with random weights."""
+    kind, _ = NETWORKS[name]
     with torch.device("meta"):
-        shapes = vgg16(weights=None, init_weights=False).features.state_dict()
+        shapes = kind.layers().state_dict()
     random = torch.Generator().manual_seed(0)
 
     def tensor(shape: torch.Size) -> Tensor:
@@ -104,8 +117,8 @@ def random_lpips(device: torch.device | str) -> Lpips:
         return torch.randn(shape, generator=random) * spread
 
     state = {f"features.{name}": tensor(value.shape) for name, value in shapes.items()}
-    lines = [torch.rand(width, generator=random).to(device) for width in VGG_WIDTHS]
-    return Lpips(Vgg(state).to(device), lines)
+    lines = [torch.rand(width, generator=random).to(device) for width in WIDTHS[name]]
+    return Lpips(kind(state).to(device), lines)
 
 
 def batch(policy: Policy, images: int) -> Batch:
@@ -117,11 +130,13 @@ def batch(policy: Policy, images: int) -> Batch:
 
 
 def condition(policy: Policy, images: int) -> Tensor:
-    """Classes in turn, or captions of 10 to 59 random words."""
+    """Classes in turn, or captions of 10 to 59 random words (of Janus: prompts of 64 tokens)."""
     if policy.num_classes:
         return policy.condition(torch.arange(images) % policy.num_classes)
     config: Any = policy.generator.config
     random = torch.Generator().manual_seed(1)
+    if not hasattr(config, "caption_dim"):
+        return policy.condition(torch.randint(config.words, (images, TOKENS), generator=random))
     words = torch.randint(min(10, config.prefix), min(60, config.prefix + 1), (images, 1, 1), generator=random)
     there = (torch.arange(config.prefix)[None, :, None] >= config.prefix - words).float()
     features = torch.randn(images, config.prefix, config.caption_dim, generator=random) * there
@@ -177,9 +192,7 @@ def count(policy: Policy, reward: Reward) -> Operations:
     policy, reward = meter.weightless((policy, reward), _tensors(policy, reward))
     codes = torch.zeros(1, policy.num_codes, dtype=torch.long, device="meta")
     pixels = torch.zeros(1, 3, policy.image_size, policy.image_size, device="meta")
-    config: Any = policy.generator.config
-    captions = torch.zeros(1, config.prefix, config.caption_dim + 1, device="meta")
-    what = captions if config.caption_dim else torch.zeros(1, dtype=torch.long, device="meta")
+    what = _nothing(policy.generator.config)
     logits: list[Tensor] = []
     forward = meter.flops(lambda: logits.append(policy.logits(what, codes)))
     backward = meter.flops(lambda: logits[0].sum().backward())
@@ -188,8 +201,17 @@ def count(policy: Policy, reward: Reward) -> Operations:
     return Operations(forward, backward, decode, pair // 2)
 
 
-def count_published(size: str, image_size: int, captions: bool = False) -> Operations:
-    """The same for a published size, without any weights. ``Operations`` of LlamaGen with VQ-16 and LPIPS on VGG-16."""
+def _nothing(config: Any) -> Tensor:
+    """A condition's shape, of one image."""
+    if not hasattr(config, "caption_dim"):
+        return torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    if config.caption_dim:
+        return torch.zeros(1, config.prefix, config.caption_dim + 1, device="meta")
+    return torch.zeros(1, dtype=torch.long, device="meta")
+
+
+def count_published(size: str, image_size: int, captions: bool = False, perceptual: str = "vgg") -> Operations:
+    """The same for a published size, without any weights: with VQ-16 and LPIPS on a published network."""
     settings = Measured()
     policy = random_policy(size, replace(settings.model, image_size=image_size, text_encoder="words" if captions else ""), "meta")
-    return count(policy, Reward(TuneConfig().rewards, functions={"lpips": random_lpips("meta")}))
+    return count(policy, Reward(TuneConfig().rewards, functions={"lpips": random_lpips("meta", perceptual)}))

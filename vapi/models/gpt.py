@@ -271,6 +271,26 @@ class Transformer(nn.Module):
             x = layer(x, table, mask)
         return self.predict(x[:, self.config.prefix - 1 :])  # the condition's last position predicts the first code
 
+    @property
+    def padded(self) -> bool:
+        """Whether there may be padding in front of a condition."""
+        return bool(self.config.caption_dim)
+
+    def positions(self, condition: Tensor) -> int:
+        """S of a condition: as the weights were made."""
+        return self.config.prefix
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D)."""
+        return self.tok_embeddings(codes)
+
+    def table(self, at: Tensor, starts: Tensor) -> Tensor:
+        """cos and sin of the position ``at`` (1,), in every row the same."""
+        return self.rotary.index_select(0, at)
+
+    before = staticmethod(Block.before)
+    after = staticmethod(Block.after)
+
     def null(self, condition: Tensor) -> Tensor:
         """The condition that says nothing, for as many images."""
         return self.cls_embedding.null(condition)

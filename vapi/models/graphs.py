@@ -9,7 +9,7 @@ all layers, and so is the choice of codes; attention is a kernel of ours (``kern
 filled part of the cache alone. What bounds a step is then memory: weights once, and the cache so far.
 
 Without Triton or a C compiler, which Triton needs, sampling goes without all this (``missing``).
-Left out: graphs for prefixes that differ in length; a pool of loops (the last one is kept).
+Conditions that are shorter than the loop's have more padding in front. Left out: a pool of loops (the last one is kept).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from vapi.models import sampler
-from vapi.models.gpt import Block, Transformer
-from vapi.models.sampler import Sampling
+from vapi.models.sampler import Network, Sampling
 
 if TYPE_CHECKING:
     from torch.cuda import Stream
@@ -47,11 +47,17 @@ class Shape:
     top_p: float
     dtype: torch.dtype
     weights: tuple[int, ...]  # addresses: a loop is of no use for weights that moved
+    prefix: int  # positions of a condition; there is room for shorter ones
 
     @classmethod
-    def of(cls, model: Transformer, rows: int, guidance: float, top_k: int, top_p: float) -> Shape:
+    def of(cls, model: Network, condition: Tensor, guidance: float, top_k: int, top_p: float) -> Shape:
         places = tuple(weight.data_ptr() for weight in model.parameters())
-        return cls(rows, guidance != 1.0, top_k, top_p, sampler.number_type(model), places)
+        prefix = max(model.positions(condition), model.config.prefix)
+        return cls(len(condition), guidance != 1.0, top_k, top_p, sampler.number_type(model), places, prefix)
+
+    def holds(self, other: Shape) -> bool:
+        """Whether a loop of this shape serves for the other."""
+        return self.prefix >= other.prefix and self == replace(other, prefix=self.prefix)
 
 
 def missing() -> str:
@@ -66,19 +72,19 @@ def missing() -> str:
 
 
 @functools.cache
-def _compiled() -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor], Callable[..., Tensor]]:
+def _compiled(kind: Any) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor], Callable[..., Tensor]]:
     """What comes before and after attention in a block, and the choice of codes; one compilation serves all layers.
 
     Not ``fullgraph``: a process that goes through more shapes than torch likes to compile is to be slow, not to fail.
     """
     fuse = functools.partial(torch.compile, dynamic=False)
-    return fuse(Block.before), fuse(Block.after), fuse(sampler.choose)
+    return fuse(kind.before), fuse(kind.after), fuse(sampler.choose)
 
 
 class Loop:
     """Sampling in one shape. On a CPU, where nothing is recorded, the same steps run one by one: for tests."""
 
-    def __init__(self, model: Transformer, shape: Shape) -> None:
+    def __init__(self, model: Network, shape: Shape) -> None:
         from vapi.models import kernels  # needs Triton
 
         self.attend = kernels.attend
@@ -87,8 +93,8 @@ class Loop:
         rows = shape.rows * (2 if shape.guided else 1)
         with torch.inference_mode(False), torch.no_grad():
             self.twin = sampler.lowered(model, shape.dtype)
-            self.cache = self.twin.new_cache(rows)
-            self.front_embeddings = self.cache.new_zeros(rows, model.config.prefix, model.config.dim)
+            self.cache = self.twin.new_cache(rows, shape.prefix)
+            self.front_embeddings = self.cache.new_zeros(rows, shape.prefix, model.config.dim)
             self.starts = torch.zeros(rows, dtype=torch.long, device=device)  # where padding ends
             self.codes = torch.zeros(shape.rows, count, dtype=torch.long, device=device)
             self.numbers = torch.zeros(shape.rows, count, dtype=torch.float64, device=device)
@@ -114,25 +120,24 @@ class Loop:
 
     def _front(self) -> None:
         """The first code, from the condition."""
-        starts = self.starts if self.twin.config.caption_dim else None  # without a mask attention is faster
+        starts = self.starts if self.twin.padded else None  # without a mask attention is faster
         self._choose(self.twin.prefill(self.front_embeddings, self.cache, starts), 0 * self.position)
 
     def _step(self) -> None:
         """The code at ``position``, from those before it; then one further."""
-        before, after, _ = _compiled()
+        before, after, _ = _compiled(type(self.twin))
         last = self.codes.index_select(1, self.position - 1)  # (B, 1)
-        x = self.twin.tok_embeddings(torch.cat([last, last]) if self.shape.guided else last)
-        at = self.position + (self.twin.config.prefix - 1)
-        table = self.twin.rotary.index_select(0, at)
+        x = self.twin.embed(torch.cat([last, last]) if self.shape.guided else last)
+        at = self.position + (self.shape.prefix - 1)
+        table = self.twin.table(at, self.starts)
         for layer, cache in zip(self.twin.layers, self.cache, strict=True):
-            block = cast(Block, layer)
-            q, k, v = before(block, x, table)
-            x = after(block, x, self.attend(q, k, v, cache, at, self.starts))
+            q, k, v = before(layer, x, table)
+            x = after(layer, x, self.attend(q, k, v, cache, at, self.starts))
         self._choose(self.twin.predict(x[:, 0]), self.position)
         self.position.add_(1)
 
     def _choose(self, logits: Tensor, position: Tensor) -> None:
-        _, _, choose = _compiled()
+        _, _, choose = _compiled(type(self.twin))
         if self.shape.guided:
             logits = sampler.guide(logits, self.scales.index_select(0, position))
         number = self.numbers.index_select(1, position).squeeze(1)
@@ -150,9 +155,11 @@ class Loop:
                 pairs = [*zip(self.twin.parameters(), self.model.parameters(), strict=True)]
                 torch._foreach_copy_([ours for ours, _ in pairs], [theirs.detach() for _, theirs in pairs])
             embedded, starts = self.twin.front(condition, self.shape.guided)
-            self.front_embeddings.copy_(embedded)
+            before = self.shape.prefix - embedded.shape[1]  # more padding
+            self.front_embeddings[:, :before] = 0
+            self.front_embeddings[:, before:] = embedded
             if starts is not None:
-                self.starts.copy_(starts)
+                self.starts.copy_(starts + before)
             self.numbers.copy_(sampler.uniforms(seeds, self.codes.shape[1]))
             self.temperature.fill_(temperature)
             self.scales.copy_(scales)
@@ -173,11 +180,20 @@ class Loops:
     def __init__(self) -> None:
         self.last: Loop | None = None
 
-    def generate(self, model: Transformer, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
+    def sample(self, model: Network, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
+        """As ``sampler.generate``: on a GPU, if this machine can, with a recorded loop."""
+        if condition.device.type != "cuda":
+            return sampler.generate(model, condition, seeds, **how)
+        if lacking := missing():
+            warnings.warn(f"sampling goes step by step, several times slower: {lacking}", stacklevel=2)
+            return sampler.generate(model, condition, seeds, **how)
+        return self.generate(model, condition, seeds, **how)
+
+    def generate(self, model: Network, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
         """As ``sampler.generate``, with a recorded loop of this many rows."""
         guidance = how.get("guidance", 1.0)
-        shape = Shape.of(model, len(seeds), guidance, how.get("top_k", 0), how.get("top_p", 1.0))
-        if self.last is None or self.last.shape != shape:
+        shape = Shape.of(model, condition, guidance, how.get("top_k", 0), how.get("top_p", 1.0))
+        if self.last is None or not self.last.shape.holds(shape):
             self.last = None  # its memory first
             self.last = Loop(model, shape)
         schedule = how.get("guidance_schedule", "constant")

@@ -9,8 +9,7 @@ image, and reads every prediction one position late, where the code itself has b
 What is tuned: the language model's body with its embeddings, and the embeddings, aligner and head of image codes. The image
 tokenizer is LlamaGen's VQ-16 (``vq.py``: the same layers under the same names). What only understands images is not read.
 
-Left out: the recorded loop of ``graphs.py``, so sampling on a GPU launches every kernel from Python; conditions of images;
-grouped keys (no published Janus has them).
+Left out: conditions of images; grouped keys (no published Janus has them).
 
 Shapes: B images, S positions of a condition, T codes of an image, V codebook, D width, H heads, E = D / H.
 """
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from vapi.config import ModelConfig
-from vapi.models import gpt, janus_files, memory, sampler, vq, weights
+from vapi.models import gpt, graphs, janus_files, memory, sampler, vq, weights
 from vapi.models.janus_files import BOS, PAD, SIZES, START, Checkpoint
 from vapi.models.sampler import Sampling
 
@@ -75,6 +74,12 @@ class Sizes:
         return self.places - self.codes + 1
 
 
+def published(name: str, vocab: int = 16384, code_dim: int = 8, codes: int = 576) -> Sizes:
+    """The sizes of a published Janus, a name in ``janus_files.PUBLISHED``; 576 codes are 384 pixels."""
+    dim, layers, heads, hidden = janus_files.PUBLISHED[name]
+    return Sizes(dim, layers, heads, hidden, words=102_400, pad=0, vocab=vocab, code_dim=code_dim, codes=codes)
+
+
 class Body(nn.Module):
     """The language model without its head."""
 
@@ -89,6 +94,7 @@ class Generator(nn.Module):
     """p(code t | condition, codes before t), for all t at once or one at a time. A ``sampler.Network``."""
 
     frequencies: Tensor
+    padded = True
 
     def __init__(self, config: Sizes) -> None:
         super().__init__()
@@ -114,18 +120,22 @@ class Generator(nn.Module):
 
         ``logits[:, t]`` depends on ``context[:, :t]`` only; the last code is never read.
         """
-        x = torch.cat([self.words(condition), self.pictures(context[:, :-1])], dim=1)
+        x = torch.cat([self.words(condition), self.embed(context[:, :-1])], dim=1)
         starts = self.starts(condition)
         table, mask = self.rotary(starts, 0, x.shape[1]), gpt.visible(starts, x.shape[1])
         for layer in self.language_model.layers:
             x = layer(x, attention_mask=mask, position_embeddings=table)
         return self.predict(x[:, condition.shape[1] - 1 :])  # the condition's last position predicts the first code
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.language_model.layers
+
     def words(self, condition: Tensor) -> Tensor:
         """Vectors (B, S, D) of a condition's tokens."""
         return self.language_model.embed_tokens(condition.clamp(min=0))
 
-    def pictures(self, codes: Tensor) -> Tensor:
+    def embed(self, codes: Tensor) -> Tensor:
         """Vectors (B, T, D) of codes (B, T)."""
         return self.generation_aligner(self.generation_embeddings(codes))
 
@@ -133,7 +143,15 @@ class Generator(nn.Module):
         """The position of each prompt's first token (B,), where padding ends."""
         return (condition == NOTHING).sum(1)
 
-    def rotary(self, starts: Tensor, at: int, count: int) -> tuple[Tensor, Tensor]:
+    def positions(self, condition: Tensor) -> int:
+        """S of a condition."""
+        return condition.shape[1]
+
+    def table(self, at: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the position ``at`` (1,), each (B, 1, E)."""
+        return self.rotary(starts, at, 1)
+
+    def rotary(self, starts: Tensor, at: int | Tensor, count: int) -> tuple[Tensor, Tensor]:
         """cos and sin of ``count`` positions from ``at`` on, each (B, count, E), counted from every row's first token."""
         positions = at + torch.arange(count, device=starts.device) - starts[:, None]
         angles = (positions.clamp(min=0)[..., None] * self.frequencies).repeat(1, 1, 2)
@@ -169,32 +187,31 @@ class Generator(nn.Module):
     def step(self, codes: Tensor, position: int, cache: Tensor, starts: Tensor | None) -> Tensor:
         """Logits (B, V) of code ``position``, from the codes (B,) at ``position - 1``; positions must come in order."""
         prefix = cache.shape[4] - self.config.codes + 1
-        return self._advance(self.pictures(codes[:, None]), prefix + position - 1, cache, starts)
+        return self._advance(self.embed(codes[:, None]), prefix + position - 1, cache, starts)
 
     def _advance(self, x: Tensor, at: int, cache: Tensor, starts: Tensor | None) -> Tensor:
         """Put x (B, S, D) at the places from ``at`` on, and predict what follows the last of them."""
         assert starts is not None
         table = self.rotary(starts, at, x.shape[1])
         for layer, layer_cache in zip(self.language_model.layers, cache, strict=True):
-            q, k, v = before(layer, x, table, self.config.heads)
-            x = after(layer, x, gpt.attend(q, k, v, layer_cache, at, starts))
+            q, k, v = self.before(layer, x, table)
+            x = self.after(layer, x, gpt.attend(q, k, v, layer_cache, at, starts))
         return self.predict(x[:, -1])
 
+    @staticmethod
+    def before(layer: Any, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, S, D) in a layer of transformers', each (B, H, S, E)."""
+        attention, normed = layer.self_attn, layer.input_layernorm(x)
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        q, k, v = (project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for project in projections)
+        q, k = apply_rotary_pos_emb(q, k, *table)
+        return q.to(v.dtype), k.to(v.dtype), v
 
-def before(layer: Any, x: Tensor, table: tuple[Tensor, Tensor], heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of x (B, S, D) in a layer of transformers', each (B, H, S, E)."""
-    attention, normed = layer.self_attn, layer.input_layernorm(x)
-    q, k, v = (
-        project(normed).unflatten(-1, (heads, -1)).transpose(1, 2) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    q, k = apply_rotary_pos_emb(q, k, *table)
-    return q.to(v.dtype), k.to(v.dtype), v
-
-
-def after(layer: Any, x: Tensor, y: Tensor) -> Tensor:
-    """The layer's output, from its input x (B, S, D) and what attention found there, y (B, H, S, E)."""
-    x = x + layer.self_attn.o_proj(y.transpose(1, 2).flatten(2))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    @staticmethod
+    def after(layer: Any, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output, from its input x (B, S, D) and what attention found there, y (B, H, S, E)."""
+        x = x + layer.self_attn.o_proj(y.transpose(1, 2).flatten(2))
+        return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def _llama(config: Sizes) -> LlamaConfig:
@@ -409,11 +426,13 @@ class Janus:
 
     num_classes = 0
 
-    def __init__(self, generator: Generator, tokenizer: vq.VQModel, prompts: Prompts, image_size: int) -> None:
+    def __init__(self, generator: Generator, tokenizer: vq.VQModel, prompts: Prompts | None, image_size: int) -> None:
+        """Without ``prompts`` it reads no words, and conditions must come as tokens (for measurements)."""
         self.generator = generator
         self.tokenizer = tokenizer
         self.prompts = prompts
         self.image_size = image_size
+        self._loops = graphs.Loops()
         self.num_codes = (image_size // tokenizer.config.factor) ** 2
         self.vocab = tokenizer.vocab
         if generator.config.vocab != self.vocab:
@@ -439,6 +458,7 @@ class Janus:
         if isinstance(what, Tensor):
             assert what.dim() == 2 and not what.is_floating_point(), what.shape
             return what.to(self.device)
+        assert self.prompts is not None
         captions, room = [str(caption) for caption in what], self.generator.config.room
         prompts = self.prompts.ids(captions)
         longest = max(map(len, prompts), default=1)
@@ -466,13 +486,17 @@ class Janus:
         return self.tokenizer.decode(codes)
 
     def generate(self, condition: Tensor, seeds: Sequence[int], images_per_batch: int = 0, **how: Unpack[Sampling]) -> Tensor:
-        """Free-running codes (B, T); image n depends on seed n alone. In batches of exactly ``images_per_batch``; 0: all at once."""
+        """Free-running codes (B, T); image n depends on seed n alone.
+
+        ``images_per_batch``: batches of exactly that many, the last one filled up; on a GPU their loop is recorded, which
+        takes a minute and is kept for the next call. 0: all at once, and nothing is kept.
+        """
         assert not self.generator.training, "put the generator in eval mode before sampling"
         if not images_per_batch:
             return sampler.generate(self.generator, condition, seeds, **how)
         with memory.advice(images_per_batch, self.footprint(how.get("guidance", 1.0) != 1.0), self.device):
             batches = sampler.filled_up(condition, seeds, images_per_batch)
-            return torch.cat([sampler.generate(self.generator, part, its, **how)[:count] for part, its, count in batches])
+            return torch.cat([self._loops.sample(self.generator, part, its, **how)[:count] for part, its, count in batches])
 
     def footprint(self, guided: bool = False) -> memory.Footprint:
         """Bytes that sampling takes, in the arithmetic that the caller is in, for captions of ``Sizes.prefix`` tokens."""

@@ -37,6 +37,7 @@ INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 KINDS = ("*.safetensors", "*.bin")
 UNUSED = "vision_model.vision_tower.attn_pool."  # of SigLIP: deepseek's files carry it
 COUNTER = "quantize.codebook_used"  # of pretraining: deepseek's files carry it
+PUBLISHED = {"Janus-Pro-1B": (2048, 24, 16, 5632), "Janus-Pro-7B": (4096, 30, 32, 11008)}  # width, layers, heads, feed-forward
 SIZES = "janus"  # metadata of this name are the sizes of what was tuned, as JSON
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 

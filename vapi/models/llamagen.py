@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -191,15 +190,7 @@ class LlamaGen:
             return sampler.generate(self.generator, condition, seeds, **how)
         with memory.advice(images_per_batch, self.footprint(how.get("guidance", 1.0) != 1.0), self.device):
             batches = sampler.filled_up(condition, seeds, images_per_batch)
-            return torch.cat([self._batch(part, its, **how)[:count] for part, its, count in batches])
-
-    def _batch(self, condition: Tensor, seeds: Sequence[int], **how: Unpack[Sampling]) -> Tensor:
-        if self.device.type != "cuda":
-            return sampler.generate(self.generator, condition, seeds, **how)
-        if lacking := graphs.missing():
-            warnings.warn(f"sampling goes step by step, several times slower: {lacking}", stacklevel=2)
-            return sampler.generate(self.generator, condition, seeds, **how)
-        return self._loops.generate(self.generator, condition, seeds, **how)
+            return torch.cat([self._loops.sample(self.generator, part, its, **how)[:count] for part, its, count in batches])
 
     def footprint(self, guided: bool = False) -> memory.Footprint:
         """Bytes that sampling takes, in the arithmetic that the caller is in."""

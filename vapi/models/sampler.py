@@ -42,7 +42,7 @@ class Network(Protocol):
     B rows, S positions of a condition, T codes, V codebook, D width.
     """
 
-    config: Any  # with codes: T
+    config: Any  # with codes: T, and prefix
 
     @property
     def output(self) -> nn.Linear:
@@ -60,6 +60,33 @@ class Network(Protocol):
 
     def step(self, codes: Tensor, position: int, cache: Tensor, starts: Tensor | None) -> Tensor:
         """Logits (B, V) of code ``position``, from the codes (B,) before it; in order."""
+
+    # --- a step in its parts, for the recorded loop (graphs.py) ---
+
+    padded: bool  # whether there may be padding in front of a condition
+
+    def positions(self, condition: Tensor) -> int:
+        """S of a condition. ``config.prefix`` of them are recorded at least."""
+
+    @property
+    def layers(self) -> nn.ModuleList: ...
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D)."""
+
+    def table(self, at: Tensor, starts: Tensor) -> Any:
+        """What ``before`` needs to know of the position ``at`` (1,)."""
+
+    @staticmethod
+    def before(layer: Any, x: Tensor, table: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x (B, 1, D), each (B, H, 1, E)."""
+
+    @staticmethod
+    def after(layer: Any, x: Tensor, y: Tensor) -> Tensor:
+        """A layer's output, from its input x (B, 1, D) and what attention found there, y (B, H, 1, E)."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (B, V) of what the last layer says (B, D)."""
 
 
 N = TypeVar("N", bound=Network)
