@@ -378,7 +378,7 @@ def _export(words: list[str], flags: Flags) -> int:
     from vapi.models import janus_files, llamagen
 
     if janus_files.is_tuned(words[0]):
-        return _export_janus(*words, flags)
+        return _export_janus(words[0], words[1], flags)
     if flags:
         raise ValueError(f"--{next(iter(flags))} is for Janus, and {words[0]} holds none; LlamaGen's scripts read one layout")
     llamagen.export(*words)

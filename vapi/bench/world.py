@@ -1,7 +1,8 @@
 """What is measured: the recipe's networks, or others of the same sizes with random weights.
 
 Nothing is downloaded and no file is needed. Which sizes a missing checkpoint has is read off its name
-(``c2i_XXL_384.pt`` is GPT-XXL's, a folder Janus-Pro-1B is what it says) unless ``--size`` says it; a figure says which weights it was taken with.
+(``c2i_XXL_384.pt`` is GPT-XXL's, Janus-Pro-1B is what it says) unless ``--size`` says it; a figure says which weights
+it was taken with.
 
 Shapes: B images, G group, T codes.
 """

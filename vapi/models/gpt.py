@@ -288,8 +288,15 @@ class Transformer(nn.Module):
         """cos and sin of the position ``at`` (1,), in every row the same."""
         return self.rotary.index_select(0, at)
 
-    before = staticmethod(Block.before)
-    after = staticmethod(Block.after)
+    @staticmethod
+    def before(layer: Block, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Block.before``."""
+        return layer.before(x, table)
+
+    @staticmethod
+    def after(layer: Block, x: Tensor, y: Tensor) -> Tensor:
+        """See ``Block.after``."""
+        return layer.after(x, y)
 
     def null(self, condition: Tensor) -> Tensor:
         """The condition that says nothing, for as many images."""

@@ -42,7 +42,11 @@ class Network(Protocol):
     B rows, S positions of a condition, T codes, V codebook, D width.
     """
 
-    config: Any  # with codes: T, and prefix
+    @property
+    def config(self) -> Any:
+        """With codes: T, and prefix."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     @property
     def output(self) -> nn.Linear:
@@ -63,7 +67,9 @@ class Network(Protocol):
 
     # --- a step in its parts, for the recorded loop (graphs.py) ---
 
-    padded: bool  # whether there may be padding in front of a condition
+    @property
+    def padded(self) -> bool:
+        """Whether there may be padding in front of a condition."""
 
     def positions(self, condition: Tensor) -> int:
         """S of a condition. ``config.prefix`` of them are recorded at least."""
@@ -78,11 +84,11 @@ class Network(Protocol):
         """What ``before`` needs to know of the position ``at`` (1,)."""
 
     @staticmethod
-    def before(layer: Any, x: Tensor, table: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def before(layer: Any, x: Tensor, table: Any, /) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x (B, 1, D), each (B, H, 1, E)."""
 
     @staticmethod
-    def after(layer: Any, x: Tensor, y: Tensor) -> Tensor:
+    def after(layer: Any, x: Tensor, y: Tensor, /) -> Tensor:
         """A layer's output, from its input x (B, 1, D) and what attention found there, y (B, H, 1, E)."""
 
     def predict(self, x: Tensor) -> Tensor:
