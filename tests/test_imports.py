@@ -15,7 +15,7 @@ from imports import MODULES, ROOT, imported, libraries, ours, reached
 from vapi.config import STAGES
 
 STAGE_MODULES = {f"vapi.{stage}" for stage in STAGES}
-# weights named by a hub id, DINOv2, T5s, Janus and their captions (what is missing is said); comes with torch; asked by a cluster's steps alone
+# weights named by a hub id, DINOv2, T5s, Janus (what is missing is said); comes with torch; asked by a cluster's steps alone
 OPTIONAL = {"huggingface_hub", "transformers", "tokenizers", "bs4", "ftfy", "triton", "kubernetes", "urllib3"}
 ENTRY_POINTS = {"vapi.cli", "vapi.__main__"}
 
