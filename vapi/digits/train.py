@@ -183,27 +183,36 @@ def cross_entropy(model: Transformer, codes: Tensor, labels: Tensor, batch: int 
 # --- feature networks --------------------------------------------------------------------------
 
 
-def train_metric_network(images: np.ndarray, labels: Tensor, schedule: Schedule, log: Log) -> FeatureNet:
+def train_metric_network(images: np.ndarray, labels: Tensor, schedule: Schedule, log: Log, places: Tensor | None = None) -> FeatureNet:
     """Recognise the digit, tell the ground (mean colour of each quarter, how rough), and tell what was done to the
     picture: a judge that learned only the digit would not see a patch out of place.
 
-    ``labels`` are one digit each, int64 (N,), or which digits are there and what else is, float (N, 10 + M) of zeros and ones.
+    ``labels`` are one digit each, int64 (N,). Of pictures with several they are which digits are there and what else is, float
+    (N, 10 + M) of zeros and ones, and ``places`` says where: the digit at each place of the last map, or -1, int64 (N, S/4, S/4).
     """
     torch.manual_seed(schedule.seed)
     network, ground, harm = FeatureNet().train(), nn.Linear(WIDTHS[-1], 14), nn.Linear(WIDTHS[-1], 3)
-    several = labels.is_floating_point()
-    more = nn.Linear(WIDTHS[-1], labels.shape[1] - CLASSES if several else 0)
+    more = (
+        nn.ModuleList()
+        if places is None
+        else nn.ModuleList([nn.Linear(WIDTHS[-1], labels.shape[1] - CLASSES), nn.Conv2d(WIDTHS[-1], CLASSES, 1)])
+    )
 
-    def recognise(pooled: Tensor, wanted: Tensor) -> Tensor:
-        if not several:
-            return F.cross_entropy(network.head(pooled), wanted)
-        return F.binary_cross_entropy_with_logits(torch.cat([network.head(pooled), more(pooled)], dim=1), wanted)
+    def recognise(last: Tensor, indices: Tensor) -> Tensor:
+        """From the last map (B, 64, S/4, S/4)."""
+        pooled = last.mean(dim=(2, 3))
+        if places is None:
+            return F.cross_entropy(network.head(pooled), labels[indices])
+        others, where = more
+        there = F.binary_cross_entropy_with_logits(torch.cat([network.head(pooled), others(pooled)], dim=1), labels[indices])
+        return there + F.cross_entropy(where(last), places[indices], ignore_index=-1)
 
     def loss_of(step: int, indices: Tensor) -> Tensor:
         clean = to_float(images[indices.numpy()])
         seen, done = damage(clean)
-        pooled = network.pooled(seen)
-        recognised = recognise(pooled, labels[indices])
+        last = network.features(seen)[-1]
+        pooled = last.mean(dim=(2, 3))
+        recognised = recognise(last, indices)
         described = F.mse_loss(ground(pooled), describe(clean))
         judged = F.mse_loss(harm(pooled), done)
         if step % 200 == 0 or step == schedule.steps - 1:
@@ -211,7 +220,8 @@ def train_metric_network(images: np.ndarray, labels: Tensor, schedule: Schedule,
             log(f"metric network step {step}: {words}")
         return recognised + described + judged
 
-    optimise([*network.parameters(), *ground.parameters(), *harm.parameters(), *more.parameters()], schedule, 1e-2, len(images), loss_of)
+    parameters = [*network.parameters(), *ground.parameters(), *harm.parameters(), *more.parameters()]
+    optimise(parameters, schedule, 1e-2, len(images), loss_of)
     return network.eval().requires_grad_(False)
 
 

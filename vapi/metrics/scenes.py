@@ -49,7 +49,7 @@ class Classical:
     """Parts of the picture that are coloured, named after the glyph and the palette's colour that each is nearest to."""
 
     identity = Identity(name="classical", title="GenEval (scenes, classical judge)")
-    rules = Rules(threshold=0.0, counting_threshold=0.0)
+    rules = Rules(threshold=0.77, counting_threshold=0.77)
     classes = DIGITS
     colours = tuple(COLOURS)
 
