@@ -114,7 +114,7 @@ def test_prompts_are_genevals(tmp_path: Path) -> None:
     counting = next(prompt for prompt in read if prompt.tag == "counting")
     assert counting.exclude[0].count == counting.include[0].count + 1
     assert len(by_text) == 600
-    with pytest.raises(ValueError, match="counting has"):
+    with pytest.raises(ValueError, match="has 96 prompts, not 100"):
         scenes.prompts("validation", 100)
 
 
