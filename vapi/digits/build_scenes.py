@@ -47,14 +47,14 @@ class World:
     pretraining: int = 24_000
     features: dict[str, int] = field(default_factory=lambda: {"metric": 6_000, "reward": 6_000, "judge": 6_000})
     held_out: int = 600
-    tokenizer: vq.VQConfig = vq.VQConfig(vocab=1024, code_dim=8, channels=12, multipliers=(1, 2, 4), blocks=1, z_channels=64, groups=4)
+    tokenizer: vq.VQConfig = vq.VQConfig(vocab=512, code_dim=8, channels=12, multipliers=(1, 2, 4), blocks=1, z_channels=64, groups=4)
     # No dropout but the caption's: a network this small underfits as it is. Captions have at most 10 words.
     generator: gpt.GPTConfig = gpt.GPTConfig(
-        dim=128, layers=3, heads=4, hidden=352, vocab=1024, codes=100, classes=0, caption_dim=text.Words.width, prefix=12,
+        dim=128, layers=3, heads=4, hidden=352, vocab=512, codes=100, classes=0, caption_dim=text.Words.width, prefix=12,
         token_dropout=0, residual_dropout=0, hidden_dropout=0,
     )  # fmt: skip
-    tokenizer_schedule: Schedule = Schedule(1500, 24, 2e-3)
-    generator_schedule: GeneratorSchedule = GeneratorSchedule(2400, 32, 3e-3, muon_lr=0.02, flat_steps=500)
+    tokenizer_schedule: Schedule = Schedule(1400, 24, 2e-3)
+    generator_schedule: GeneratorSchedule = GeneratorSchedule(2400, 32, 3e-3, muon_lr=0.02, flat_steps=900, alone_steps=400)
     reward_schedule: Schedule = Schedule(800, 48, 4e-3, seed=2)
     metric_schedule: Schedule = Schedule(1200, 48, 4e-3, seed=3)
     judge_schedule: Schedule = Schedule(1500, 48, 4e-3, seed=4)
@@ -70,7 +70,7 @@ TINY = World(
     tokenizer=vq.VQConfig(vocab=256, code_dim=8, channels=4, multipliers=(1, 2, 4), blocks=1, z_channels=16, groups=4),
     generator=gpt.GPTConfig(dim=32, layers=1, heads=2, hidden=64, vocab=256, codes=100, classes=0, caption_dim=176, prefix=12),
     tokenizer_schedule=Schedule(10, 8, 1.5e-3),
-    generator_schedule=GeneratorSchedule(10, 8, 2e-3, flat_steps=3),
+    generator_schedule=GeneratorSchedule(10, 8, 2e-3, flat_steps=4, alone_steps=2),
     reward_schedule=Schedule(5, 8, 4e-3, seed=2),
     metric_schedule=Schedule(5, 8, 4e-3, seed=3),
     judge_schedule=Schedule(5, 8, 4e-3, seed=4),
@@ -143,7 +143,7 @@ def presence(pictures: Pictures) -> Tensor:
 def pretrain_tokenizer(out: Path, world: World, log: Log) -> tuple[vq.VQModel, dict[str, float]]:
     asked = scenes.captions("train", world.pretraining, SEEDS["pretraining"])
     pictures = scenes.paint_prompts(asked, "train", SEEDS["pretraining"])
-    tokenizer = train.train_tokenizer(pictures.images, world.tokenizer, world.tokenizer_schedule, log)
+    tokenizer = train.train_tokenizer(pictures.images, world.tokenizer, world.tokenizer_schedule, log, local=True)
     weights.save(tokenizer, out / "scenes-tokenizer.safetensors", vq.metadata(world.tokenizer))
     return tokenizer, {"tokenizer: PSNR on unseen glyphs, dB": psnr(tokenizer, held_out(world).images)}
 
@@ -164,7 +164,13 @@ def pretrain_generator(tokenizer: vq.VQModel, out: Path, world: World, seed: int
     said, theirs = conditions([prompt.text for prompt in asked], world), conditions(unseen.captions, world)
     others = train.encode_all(tokenizer, unseen.images), theirs
     schedule = dataclasses.replace(world.generator_schedule, seed=seed)
-    generator = train.train_generator(codes, flat, said, others, world.generator, schedule, log)
+    alone = torch.tensor([prompt.task in ("single_object", "colors") for prompt in asked])
+    lessons = [
+        train.Lesson(flat[alone], said[alone], schedule.alone_steps),
+        train.Lesson(flat, said, schedule.flat_steps),
+        train.Lesson(codes, said, schedule.steps),
+    ]
+    generator = train.train_generator(lessons, others, world.generator, schedule, log)
     weights.save(generator, out, gpt.metadata(world.generator))
     return {
         "tokenizer: codebook perplexity on pretraining images": perplexity(codes, world.tokenizer.vocab),

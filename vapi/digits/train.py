@@ -10,9 +10,9 @@ B images, T codes, S side in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vapi.images import to_float
 from vapi.models.features import CLASSES, WIDTHS, FeatureNet
 from vapi.models.gpt import GPTConfig, Transformer
-from vapi.models.vq import VQConfig, VQModel
+from vapi.models.vq import AttnBlock, VQConfig, VQModel
 
 Log = Callable[[str], None]
 
@@ -49,7 +49,8 @@ class GeneratorSchedule(Schedule):
     and length it learns in hundreds of steps what AdamW alone learns in thousands."""
 
     muon_lr: float = 0.02
-    flat_steps: int = 0
+    flat_steps: int = 0  # so long, grounds are flat
+    alone_steps: int = 0  # and so long, captions speak of one thing
 
     def trapezoid(self, step: int) -> float:
         """Up over 50 steps, level, and linearly to zero over the last 60 %."""
@@ -87,11 +88,21 @@ def optimise(parameters: list[nn.Parameter], schedule: Schedule, decay: float, s
 # --- tokenizer ---------------------------------------------------------------------------------
 
 
-def train_tokenizer(images: np.ndarray, config: VQConfig, schedule: Schedule, log: Log) -> VQModel:
-    """Auto-encode images uint8 (N, S, S, 3); codes that nothing uses are put back among the data."""
+def train_tokenizer(images: np.ndarray, config: VQConfig, schedule: Schedule, log: Log, local: bool = False) -> VQModel:
+    """Auto-encode images uint8 (N, S, S, 3); codes that nothing uses are put back among the data.
+
+    ``local``: what attention finds is left out (its output is held at zero), so that a code says what is near it alone. Codes
+    of empty ground then do not hang on what stands elsewhere, and a small generator has less to learn.
+    """
     torch.manual_seed(schedule.seed)
     model = VQModel(config)
     nn.init.normal_(model.quantize.embedding.weight)
+    if local:
+        for block in model.modules():
+            if isinstance(block, AttnBlock):
+                nn.init.zeros_(block.proj_out.weight)
+                nn.init.zeros_(cast(Tensor, block.proj_out.bias))
+                block.proj_out.requires_grad_(False)
     used = torch.zeros(config.vocab)
     seen = torch.empty(0, config.code_dim)  # what the encoder said one step ago
 
@@ -116,7 +127,7 @@ def train_tokenizer(images: np.ndarray, config: VQConfig, schedule: Schedule, lo
             log(f"tokenizer step {step}: pixels {pixels.item():.4f}, commitment {commitment.item():.4f}")
         return pixels + commitment
 
-    optimise(list(model.parameters()), schedule, 1e-4, len(images), loss_of)
+    optimise([p for p in model.parameters() if p.requires_grad], schedule, 1e-4, len(images), loss_of)
     return model.eval().requires_grad_(False)
 
 
@@ -138,26 +149,38 @@ def encode_all(tokenizer: VQModel, images: np.ndarray, batch: int = 256) -> Tens
 # --- generator ---------------------------------------------------------------------------------
 
 
-def train_generator(
-    codes: Tensor, flat: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], config: GPTConfig, schedule: GeneratorSchedule, log: Log
-) -> Transformer:
-    """Next-code prediction on codes (N, T), labels (N,) or captions (N, S, C + 1); logs cross-entropy on held-out glyphs.
+@dataclass(frozen=True)
+class Lesson:
+    """Codes (N, T) and what they were drawn for, labels (N,) or captions (N, S, C + 1): learned from before step ``until``."""
 
-    The first steps see the codes of the same glyphs on flat grounds, ``flat`` (N, T): there the class is a
-    large share of what is to be learned, and what was learned of it stays.
+    codes: Tensor
+    said: Tensor
+    until: int
+
+
+def train_generator(
+    lessons: Sequence[Lesson], held_out: tuple[Tensor, Tensor], config: GPTConfig, schedule: GeneratorSchedule, log: Log
+) -> Transformer:
+    """Next-code prediction; logs cross-entropy on held-out glyphs.
+
+    The first lessons show the same glyphs on flat grounds, where the class is a large share of what is to be learned, and
+    what was learned of it stays. Captions of one thing teach what words mean before who belongs to whom is asked.
     """
     torch.manual_seed(schedule.seed)
     model = Transformer(config).train()
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    hidden = [*model.layers.parameters(), *(model.cls_embedding.parameters() if config.caption_dim else [])]
+    matrices = [p for p in hidden if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     muon = Muon(matrices, schedule.muon_lr, momentum=0.95, weight_decay=0.05)
     adam = torch.optim.AdamW(rest, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    for step, indices in batches(len(codes), schedule):
+    for step, indices in batches(len(lessons[-1].codes), schedule):
+        lesson = next(lesson for lesson in lessons if step < lesson.until)
+        chosen = indices % len(lesson.codes)
         for optimizer, peak in ((muon, schedule.muon_lr), (adam, schedule.lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule.trapezoid(step)
-        batch = (flat if step < schedule.flat_steps else codes)[indices]
-        loss = F.cross_entropy(model(labels[indices], batch).flatten(0, 1), batch.flatten())
+        batch = lesson.codes[chosen]
+        loss = F.cross_entropy(model(lesson.said[chosen], batch).flatten(0, 1), batch.flatten())
         if step % 100 == 0 or step == schedule.steps - 1:
             log(f"generator step {step}: train {loss.item():.4f}, held out {cross_entropy(model, *held_out):.4f}")
         model.zero_grad(set_to_none=True)
