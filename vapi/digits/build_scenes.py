@@ -47,13 +47,13 @@ class World:
     pretraining: int = 24_000
     features: dict[str, int] = field(default_factory=lambda: {"metric": 6_000, "reward": 6_000, "judge": 6_000})
     held_out: int = 600
-    tokenizer: vq.VQConfig = vq.VQConfig(vocab=512, code_dim=8, channels=12, multipliers=(1, 2, 4), blocks=1, z_channels=64, groups=4)
+    tokenizer: vq.VQConfig = vq.VQConfig(vocab=1024, code_dim=8, channels=12, multipliers=(1, 2, 4), blocks=1, z_channels=64, groups=4)
     # No dropout but the caption's: a network this small underfits as it is. Captions have at most 10 words.
     generator: gpt.GPTConfig = gpt.GPTConfig(
-        dim=128, layers=3, heads=4, hidden=352, vocab=512, codes=100, classes=0, caption_dim=text.Words.width, prefix=12,
+        dim=128, layers=3, heads=4, hidden=352, vocab=1024, codes=100, classes=0, caption_dim=text.Words.width, prefix=12,
         token_dropout=0, residual_dropout=0, hidden_dropout=0,
     )  # fmt: skip
-    tokenizer_schedule: Schedule = Schedule(1400, 24, 2e-3)
+    tokenizer_schedule: Schedule = Schedule(1500, 24, 2e-3)
     generator_schedule: GeneratorSchedule = GeneratorSchedule(2400, 32, 3e-3, muon_lr=0.02, flat_steps=900, alone_steps=400)
     reward_schedule: Schedule = Schedule(800, 48, 4e-3, seed=2)
     metric_schedule: Schedule = Schedule(1200, 48, 4e-3, seed=3)
@@ -143,7 +143,7 @@ def presence(pictures: Pictures) -> Tensor:
 def pretrain_tokenizer(out: Path, world: World, log: Log) -> tuple[vq.VQModel, dict[str, float]]:
     asked = scenes.captions("train", world.pretraining, SEEDS["pretraining"])
     pictures = scenes.paint_prompts(asked, "train", SEEDS["pretraining"])
-    tokenizer = train.train_tokenizer(pictures.images, world.tokenizer, world.tokenizer_schedule, log, local=True)
+    tokenizer = train.train_tokenizer(pictures.images, world.tokenizer, world.tokenizer_schedule, log)
     weights.save(tokenizer, out / "scenes-tokenizer.safetensors", vq.metadata(world.tokenizer))
     return tokenizer, {"tokenizer: PSNR on unseen glyphs, dB": psnr(tokenizer, held_out(world).images)}
 

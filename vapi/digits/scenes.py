@@ -196,6 +196,7 @@ class Placed:
     scale: float  # pixels per glyph cell
     angle: float  # radians
     shear: float
+    ink: tuple[int, int, int]
 
 
 @functools.cache
@@ -218,7 +219,7 @@ def legible() -> np.ndarray:
 def _whole_pixels(angle: float) -> np.ndarray:
     """Every glyph as it is painted, less its mean: whole numbers (1797, 576)."""
     images, _ = paint.glyphs()
-    cover = coverage([Placed(0, "", glyph, 19.5, 19.5, 1.6, angle, 0.0) for glyph in range(len(images))])
+    cover = coverage([Placed(0, "", glyph, 19.5, 19.5, 1.6, angle, 0.0, (0, 0, 0)) for glyph in range(len(images))])
     pixels = np.floor(255 * cover[:, 8:-8, 8:-8] + 0.5).reshape(len(images), -1)
     return pixels * pixels.shape[1] - pixels.sum(axis=1, keepdims=True)
 
@@ -232,7 +233,7 @@ def glyphs(name: str) -> tuple[np.ndarray, ...]:
     return tuple(members[labels[members] == digit] for digit in range(10))
 
 
-UNIFORMS = 14 + 5 + 4 * 5  # ground, arrangement, four glyphs
+UNIFORMS = 14 + 5 + 4 * 11  # ground, arrangement, four glyphs (each with one to spare)
 
 
 def layout(prompt: Prompt, name: str, u: np.ndarray, pose: float = 1.0, any_colour: bool = False) -> list[Placed]:
@@ -241,34 +242,35 @@ def layout(prompt: Prompt, name: str, u: np.ndarray, pose: float = 1.0, any_colo
     wanted = [Thing(thing.digit, thing.colour) for thing in prompt.things for _ in range(thing.count)]
     centres = _centres(len(wanted), prompt.relation, u[14:19])
     placed = []
-    for thing, (x, y), v in zip(wanted, centres, u[19:].reshape(4, 5), strict=False):
+    for thing, (x, y), v in zip(wanted, centres, u[19:].reshape(4, 11), strict=False):
         members = glyphs(name)[thing.digit]
         free = [colour for colour in COLOURS if any_colour or (colour, thing.digit) not in UNSEEN]
         colour = thing.colour or free[int(v[0] * len(free))]
-        glyph, (grow, turn, slant) = int(members[int(v[1] * len(members))]), pose * (v[2:5] - 0.5)
-        placed.append(Placed(thing.digit, colour, glyph, x, y, 1.6 + 0.06 * grow, 0.1 * turn, 0.1 * slant))
+        red, green, blue = (int(np.clip(c + int(25 * j) - 12, 0, 255)) for c, j in zip(COLOURS[colour], v[1:4], strict=True))
+        glyph, (grow, turn, slant) = int(members[int(v[4] * len(members))]), pose * (v[5:8] - 0.5)
+        place = {"x": x + 1.4 * (v[8] - 0.5), "y": y + 1.4 * (v[9] - 0.5)}
+        placed.append(
+            Placed(thing.digit, colour, glyph, **place, scale=1.6 + 0.2 * grow, angle=0.2 * turn, shear=0.2 * slant, ink=(red, green, blue))
+        )
     return placed
 
 
-# Where a middle may be, across and down. Steps of the tokenizer's factor, so that a glyph has much the same codes everywhere: what
-# a small generator should learn is which digit, not how it was cut.
-PLACES = (9.5, 13.5, 17.5, 21.5, 25.5, 29.5)
+LOW, HIGH = 10.0, 29.0  # where two glyphs are side by side
 
 
 def _centres(count: int, relation: str, u: np.ndarray) -> list[tuple[float, float]]:
-    """Places of so many glyphs: one anywhere; two side by side or one above the other, a step askew at most; more in quarters."""
-    low, high = PLACES[0], PLACES[-1]
+    """Places of so many glyphs: one anywhere; two side by side or one above the other; more in quarters."""
     if count == 1:
-        return [(PLACES[int(u[0] * len(PLACES))], PLACES[int(u[1] * len(PLACES))])]
+        return [(LOW + u[0] * (HIGH - LOW), LOW + u[1] * (HIGH - LOW))]
     if count > 2:
-        quarters = [(low, low), (high, low), (low, high), (high, high)]
+        quarters = [(LOW, LOW), (HIGH, LOW), (LOW, HIGH), (HIGH, HIGH)]
         return [quarters[i] for i in np.argsort(u[:4], kind="stable")[:count]]
     across = relation in ("left of", "right of") if relation else u[0] < 0.5
     first_is_low = relation in ("left of", "above") if relation else u[1] < 0.5
-    along = (low, high) if first_is_low else (high, low)
-    first = int(u[2] * len(PLACES))
-    second = min(max(first + int(3 * u[3]) - 1, 0), len(PLACES) - 1)
-    both = list(zip(along, (PLACES[first], PLACES[second]), strict=True))
+    along = (LOW, HIGH) if first_is_low else (HIGH, LOW)
+    other = [LOW + u[2] * (HIGH - LOW) + 4 * (v - 0.5) for v in u[3:5]]
+    other = [min(max(place, LOW), HIGH) for place in other]
+    both = list(zip(along, other, strict=True))
     return both if across else [(y, x) for x, y in both]
 
 
@@ -331,7 +333,7 @@ def _render(base: np.ndarray, layouts: Sequence[Sequence[Placed]]) -> np.ndarray
     which = [i for i, placed in enumerate(layouts) for _ in placed]
     cover = coverage([glyph for placed in layouts for glyph in placed])
     for i, glyph, mask in zip(which, itertools.chain.from_iterable(layouts), cover, strict=True):
-        base[i] += (np.array(COLOURS[glyph.colour]) - base[i]) * mask[..., None]
+        base[i] += (np.array(glyph.ink) - base[i]) * mask[..., None]
     return np.floor(np.clip(base, 0, 255) + 0.5).astype(np.uint8)
 
 

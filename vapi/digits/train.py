@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vapi.images import to_float
 from vapi.models.features import CLASSES, WIDTHS, FeatureNet
 from vapi.models.gpt import GPTConfig, Transformer
-from vapi.models.vq import AttnBlock, VQConfig, VQModel
+from vapi.models.vq import VQConfig, VQModel
 
 Log = Callable[[str], None]
 
@@ -88,21 +88,11 @@ def optimise(parameters: list[nn.Parameter], schedule: Schedule, decay: float, s
 # --- tokenizer ---------------------------------------------------------------------------------
 
 
-def train_tokenizer(images: np.ndarray, config: VQConfig, schedule: Schedule, log: Log, local: bool = False) -> VQModel:
-    """Auto-encode images uint8 (N, S, S, 3); codes that nothing uses are put back among the data.
-
-    ``local``: what attention finds is left out (its output is held at zero), so that a code says what is near it alone. Codes
-    of empty ground then do not hang on what stands elsewhere, and a small generator has less to learn.
-    """
+def train_tokenizer(images: np.ndarray, config: VQConfig, schedule: Schedule, log: Log) -> VQModel:
+    """Auto-encode images uint8 (N, S, S, 3); codes that nothing uses are put back among the data."""
     torch.manual_seed(schedule.seed)
     model = VQModel(config)
     nn.init.normal_(model.quantize.embedding.weight)
-    if local:
-        for block in model.modules():
-            if isinstance(block, AttnBlock):
-                nn.init.zeros_(block.proj_out.weight)
-                nn.init.zeros_(cast(Tensor, block.proj_out.bias))
-                block.proj_out.requires_grad_(False)
     used = torch.zeros(config.vocab)
     seen = torch.empty(0, config.code_dim)  # what the encoder said one step ago
 
@@ -127,7 +117,7 @@ def train_tokenizer(images: np.ndarray, config: VQConfig, schedule: Schedule, lo
             log(f"tokenizer step {step}: pixels {pixels.item():.4f}, commitment {commitment.item():.4f}")
         return pixels + commitment
 
-    optimise([p for p in model.parameters() if p.requires_grad], schedule, 1e-4, len(images), loss_of)
+    optimise(list(model.parameters()), schedule, 1e-4, len(images), loss_of)
     return model.eval().requires_grad_(False)
 
 

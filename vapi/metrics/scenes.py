@@ -120,7 +120,7 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
     """Unit rows (K, CANVAS * CANVAS) of the judge's glyphs in nine poses, and their digits (K,)."""
     _, digits = paint.glyphs()
     placed = [
-        scenes.Placed(int(digits[glyph]), "red", int(glyph), 19.5, 19.5, scale, angle, shear)
+        scenes.Placed(int(digits[glyph]), "red", int(glyph), 19.5, 19.5, scale, angle, shear, (0, 0, 0))
         for glyph in paint.split(TEMPLATES)
         for scale, angle, shear in POSES
     ]
