@@ -1,6 +1,6 @@
 """Features of captions: this project's encoding and cache against LlamaGen's extraction script, on the same random weights.
 
-    python benchmarks/text.py > benchmarks/results/text.json       # about ten minutes on a core
+    python benchmarks/text.py > benchmarks/results/text.json       # a minute or two on a core
     python benchmarks/text.py --shape flan-t5-xl --captions 20000 --words-per-batch 16384 --device cuda
 
 LlamaGen's script (language/extract_t5_feature.py) takes one caption at a time, pads it to 120 positions, and writes a float32
@@ -150,10 +150,10 @@ def positions(lengths: list[int], words_per_batch: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="flan-t5-base")
+    parser.add_argument("--shape", choices=SHAPES, default="flan-t5-small")
     parser.add_argument("--captions", type=int, default=1000, help="encoded here")
-    parser.add_argument("--singly", type=int, default=60, help="of them, encoded one at a time")
-    parser.add_argument("--words-per-batch", type=int, default=512, help="tokens.words_per_batch")
+    parser.add_argument("--singly", type=int, default=30, help="of them, encoded one at a time")
+    parser.add_argument("--words-per-batch", type=int, default=256, help="tokens.words_per_batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
