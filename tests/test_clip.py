@@ -120,15 +120,23 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def colour(clip: clips.Clip, crop: Image.Image, name: str) -> tuple[str, float]:
-    """GenEval's rule in words of its own: the colour, and by how much it won."""
-    names = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
-    found = []
-    for one in names:
+NAMES = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+
+
+def directions(clip: clips.Clip, name: str) -> Tensor:
+    """(10, D): GenEval's rule in words of its own."""
+    rows = []
+    for one in NAMES:
         said = [f"a photo of a {one} {name}", f"a photo of a {one}-colored {name}", f"a photo of a {one} object"]
-        found.append(float(unit(see(clip, crop)) @ unit(torch.cat([unit(read(clip, line)) for line in said]).mean(0, keepdim=True)).T))
+        rows.append(unit(sum(unit(read(clip, line)) for line in said) / 3))
+    return torch.cat(rows)
+
+
+def colour(clip: clips.Clip, crop: Image.Image, name: str) -> tuple[str, float]:
+    """The colour, and by how much it won."""
+    found = (directions(clip, name) @ unit(see(clip, crop)).T).flatten().tolist()
     best = sorted(found)[-2:]
-    return names[int(np.argmax(found))], best[1] - best[0]
+    return NAMES[int(np.argmax(found))], best[1] - best[0]
 
 
 def picture(seed: int = 0, height: int = 60, width: int = 50) -> np.ndarray:
@@ -180,7 +188,9 @@ def test_colours_are_judged_by_genevals_rule(clip: clips.Clip, masks: bool) -> N
         seen = np.where(found.masks[index][..., None], shown, grey) if masks else shown
         expected.append(colour(clip, Image.fromarray(seen[box[1] : box[3], box[0] : box[2]]), "fire hydrant"))
     assert min(margin for _, margin in expected) > 1e-5
-    assert clips.ColourClassifier(clip)(shown, found) == [name for name, _ in expected]
+    judge = clips.ColourClassifier(clip)
+    assert judge(shown, found) == [name for name, _ in expected]
+    torch.testing.assert_close(judge.classifiers["fire hydrant"].T, directions(clip, "fire hydrant"), rtol=1e-4, atol=1e-5)
 
 
 def test_what_clip_is_shown() -> None:

@@ -185,7 +185,7 @@ def test_bad_checkpoints_are_refused(state: mmdet.State, source: Path, folder: P
 @pytest.mark.parametrize(
     ("size", "inner", "padded"),
     [((256, 256), (800, 800), (800, 800)), ((1024, 1024), (800, 800), (800, 800)), ((300, 100), (1333, 444), (1344, 448)),
-     ((480, 640), (800, 1067), (800, 1088)), ((512, 500), (819, 800), (832, 800))],
+     ((480, 640), (800, 1067), (800, 1088)), ((640, 480), (1067, 800), (1088, 800)), ((512, 500), (819, 800), (832, 800))],
 )  # fmt: skip
 def test_pictures_are_scaled_as_mmdet_does(size: tuple[int, int], inner: tuple[int, int], padded: tuple[int, int]) -> None:
     random = np.random.default_rng(0)
@@ -194,6 +194,7 @@ def test_pictures_are_scaled_as_mmdet_does(size: tuple[int, int], inner: tuple[i
     assert found == inner and made.shape == (1, 3, *padded)
     assert not made[..., inner[0] :, :].any() and not made[..., inner[1] :].any()
     back = made[0, :, : inner[0], : inner[1]] * torch.tensor(mask2former.STD)[:, None, None] + torch.tensor(mask2former.MEAN)[:, None, None]
+    assert (back - back.round()).abs().max() < 1e-3, "grey levels are whole"
     np.testing.assert_allclose(back.permute(1, 2, 0).numpy(), bilinear(picture, inner), atol=0.55)  # half, and float32
 
 

@@ -423,6 +423,8 @@ FILES = {
     "evaluate": ("reference", "validation", "extractor", "extractor_weights", "dinov2", "prompts", "detector", "second_detector", "clip"),
 }
 """Fields that name a file, a folder or a pattern of files (or hold a word in place of one, or nothing)."""
+FOR_CAPTIONS = ("evaluate.prompts", "evaluate.detector", "evaluate.second_detector", "evaluate.clip")
+"""Those of them that a generator of classes has no use for."""
 
 
 @dataclass(frozen=True)

@@ -568,6 +568,7 @@ def _protocol(bench: Bench) -> Scores:
         "random_extractor": "feature network with random weights, seed 0, batch norm calibrated on the reference",
         "kid": f"polynomial kernel of degree 3, {fid.KID_SUBSETS} subsets of {size}",
         "precision_recall_neighbours": neighbours.NEIGHBOURS,
+        **({"prompts": bench.panel.protocol()} if bench.panel else {}),
         "inception_score_images_per_part": min(config.samples, fid.ISC_CHUNK),
         "torch_fidelity": importlib.metadata.version("torch-fidelity"),
     }

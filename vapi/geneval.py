@@ -485,18 +485,26 @@ def generate_folder(
         missing = {number for number in range(len(prompts)) if not (out / f"{number:05d}").is_dir()}
         done = (len(prompts) - len(missing)) * images_per_prompt
         with tqdm(total=len(prompts) * images_per_prompt, initial=done, desc="generate", unit="image", disable=None) as bar:
-            # the same prompts share a batch whatever was there before: a place in a batch may decide a last bit
-            for numbers in _batches(range(len(prompts)), max(1, images_per_batch // images_per_prompt)):
-                if missing.isdisjoint(numbers):
-                    continue
-                captions = [prompts[number].text for number in numbers for _ in range(images_per_prompt)]
-                seeds = [image_seed(seed, number * images_per_prompt + i) for number in numbers for i in range(images_per_prompt)]
-                drawn = draw(captions, seeds)
-                assert drawn.dtype == np.uint8 and drawn.ndim == 4 and len(drawn) == len(seeds), (drawn.dtype, drawn.shape)
-                for number, pictures in zip(numbers, drawn.reshape(len(numbers), images_per_prompt, *drawn.shape[1:]), strict=True):
-                    if number in missing:
-                        _write_prompt(out / f"{number:05d}", prompts[number], pictures)
-                        bar.update(images_per_prompt)
+            drawn = _drawn(draw, prompts, missing, images_per_prompt, seed, images_per_batch)
+            written = data.parallel(lambda one: _write_prompt(out / f"{one[0]:05d}", prompts[one[0]], one[1]), drawn, data.cores())
+            for _ in written:  # by threads, while the next ones are drawn
+                bar.update(images_per_prompt)
+
+
+def _drawn(
+    draw: Draw, prompts: Sequence[Prompt], missing: set[int], images_per_prompt: int, seed: int, images_per_batch: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Pictures (I, H, W, 3) of every prompt that is missing, with its number."""
+    # the same prompts share a batch whatever was there before: a place in a batch may decide a last bit
+    for numbers in _batches(range(len(prompts)), max(1, images_per_batch // images_per_prompt)):
+        if missing.isdisjoint(numbers):
+            continue
+        captions = [prompts[number].text for number in numbers for _ in range(images_per_prompt)]
+        seeds = [image_seed(seed, number * images_per_prompt + i) for number in numbers for i in range(images_per_prompt)]
+        drawn = draw(captions, seeds)
+        assert drawn.dtype == np.uint8 and drawn.ndim == 4 and len(drawn) == len(seeds), (drawn.dtype, drawn.shape)
+        pictures = drawn.reshape(len(numbers), images_per_prompt, *drawn.shape[1:])
+        yield from ((number, pictures[n]) for n, number in enumerate(numbers) if number in missing)
 
 
 def _require_ours(out: Path, made: dict[str, Any]) -> None:
@@ -540,7 +548,7 @@ def painter(policy: Policy, model: ModelConfig, evaluate: EvaluateConfig) -> Dra
 
     @torch.inference_mode()
     def draw(captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        condition = cast(Any, policy).condition(captions)  # one of captions takes texts where others take class ids
+        condition = policy.condition(captions)
         with models.autocast(model.precision, policy.device):
             codes = policy.generate(condition, seeds, evaluate.images_per_batch, **how)
         return images.to_uint8(sampler.decode(policy, codes)).permute(0, 2, 3, 1).cpu().numpy()

@@ -72,6 +72,15 @@ class Panel:
         parts = [data.file_digest(Path(evaluate.prompts)), evaluate.images_per_prompt, judges, described]
         return cls(lists[0], evaluate.images_per_prompt, detectors, metrics, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
+    def protocol(self) -> Scores:
+        """What two scores must share to be compared."""
+        return {
+            "list": geneval.list_digest(self.prompts),
+            "images_per_prompt": self.images,
+            "detectors": {name: f"{judge.identity.name} {judge.identity.weights}".strip() for name, judge in self.detectors.items()},
+            "text_metrics": {name: metric.describe for name, metric in self.metrics.items()},
+        }
+
     @property
     def shown(self) -> list[int]:
         """Places of the prompts that reports show: the first of each task."""

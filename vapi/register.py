@@ -6,10 +6,11 @@ Two aliases, two questions:
 - ``champion``: does tuned at its best beat the present champion at its best (without a champion: the
   base at its best)? A model that is merely sharper than another gains nothing over it here.
 
-In both, FID must fall by ``register.min_fid_drop`` (and GenEval's score rise by ``register.min_geneval_gain``, where that is
-asked for), and no other metric may get worse by more than its allowance. A number that is missing, not finite or measured by another protocol fails its gate. A model
-that passes the first question is registered, with everything that says where it came from; one that
-does not leaves the registry alone. Repeating the command finds the version it made before.
+In both, FID must fall by ``register.min_fid_drop`` (and GenEval's score rise by ``register.min_geneval_gain``, where
+that is asked for), and no other metric may get worse by more than its allowance. A number that is missing, not finite or
+measured by another protocol fails its gate. A model that passes the first question is registered, with everything that
+says where it came from; one that does not leaves the registry alone. Repeating the command finds the version it made
+before.
 
 Left out: stages (MLflow replaced them by aliases), and deleting or archiving versions.
 """
@@ -39,6 +40,7 @@ HIGHER = (
 OWN = {"fid": "min_fid_drop", "geneval": "min_geneval_gain"}
 """Metrics with a field of their own, in which a model must get better, not just no worse."""
 REQUIREMENTS = ("torch", "numpy", "pandas", "pillow", "safetensors", "pyyaml", "mlflow")
+FOR_T5 = ("transformers", "sentencepiece", "beautifulsoup4", "ftfy")
 
 Scores = dict[str, Any]
 
@@ -312,9 +314,13 @@ class Registry:
                 },
                 code_paths=[str(Path(__file__).parent)],
                 # never our own name: on the public index it is somebody else's
-                pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
+                pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _requirements(model)],
                 signature=_signature(mlflow, best, asked=("string", "prompt") if model.text_encoder else ("long", "class_id")),
             )
+
+
+def _requirements(model: ModelConfig) -> tuple[str, ...]:
+    return (*REQUIREMENTS, *(FOR_T5 if model.text_encoder not in ("", "words") else ()))
 
 
 def _signature(mlflow: Any, best: Scores, asked: tuple[str, str]) -> Any:

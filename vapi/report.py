@@ -128,13 +128,13 @@ def verdict(results: Results) -> str:
     before, after = _fid(base["fid"]), _fid(tuned["fid"])
     change = f"{100 * (tuned['fid'] / base['fid'] - 1):+.0f} %".replace("-", "−") if base["fid"] else "was 0"
     plain = direction(base, tuned, "fid")
-    asked = f" {report_prompts.verdict(results['prompts'])}" if "prompts" in results else ""
+    asked = f"{report_prompts.verdict(results['prompts'])} " if "prompts" in results else ""
     first = {
         1: f"Tuning lowered FID from {before} to {after} ({change}).",
         0: f"Tuning did not change FID by more than chance would: {before} before, {after} after.",
         -1: f"Tuning raised FID from {before} to {after} ({change}): it did not improve the model.",
     }[plain]
-    return f"{first}{asked} {_at_best(results, plain)}"
+    return f"{asked}{first} {_at_best(results, plain)}"
 
 
 def _at_best(results: Results, plain: int) -> str:
@@ -621,6 +621,7 @@ svg{display:block;width:100%;height:auto;font:12px system-ui,-apple-system,"Sego
 .dot.hollow{fill:var(--card);stroke-width:2.5}.dot.hollow.base{stroke:var(--base)}.dot.hollow.tuned{stroke:var(--tuned)}
 .gap{stroke-width:4;opacity:.35}.gap.base{stroke:var(--base)}.gap.tuned{stroke:var(--tuned)}
 h3{margin:22px 0 10px;font-size:16px;font-weight:650}
+table.prompts th,table.prompts td{vertical-align:middle}
 table.prompts th{white-space:normal;text-align:left;font-weight:500;max-width:240px}table.prompts td{text-align:left}
 table.prompts img{width:auto;max-width:none}
 .marks{font-size:13px;color:var(--soft);letter-spacing:.2em;margin-top:3px}.marks.tuned{color:var(--tuned)}

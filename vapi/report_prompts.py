@@ -26,7 +26,7 @@ TITLES = {
     "color_attr": "colour of each",
     "overall": "overall",
 }
-STRIP = 64  # side of a picture on the page, in pixels
+STRIP = 96  # about the side of a picture on the page, in pixels
 
 
 def names(prompts: Scores) -> dict[str, str]:
@@ -35,21 +35,23 @@ def names(prompts: Scores) -> dict[str, str]:
 
 
 def verdict(prompts: Scores) -> str:
-    """One sentence for each detector: what tuning did to the overall score, and whether it is more than chance."""
-    sentences = []
-    for judged in prompts["detectors"].values():
-        row = judged["difference"]["tuned"]["overall"]
-        change = (
-            f"from {row['a']:.3f} to {row['b']:.3f} ({_signed(row['difference'])}, 95 % {_signed(row['low'])} to {_signed(row['high'])})"
-        )
-        if row["low"] > 0:
-            words = f"rose {change}"
-        elif row["high"] < 0:
-            words = f"fell {change}"
-        else:
-            words = f"did not change by more than chance would: {change}"
-        sentences.append(f"{judged['base']['title']} {words}")
-    return f"On {prompts['prompts']:,} prompts, {'; '.join(sentences)}."
+    """A sentence for each detector: what tuning did to the overall score, and whether it is more than chance."""
+    return " ".join(_sentence(judged, prompts["prompts"], n) for n, judged in enumerate(prompts["detectors"].values()))
+
+
+def _sentence(judged: Scores, count: int, number: int) -> str:
+    row = judged["difference"]["tuned"]["overall"]
+    change = f"from {row['a']:.3f} to {row['b']:.3f}"
+    interval = f"{_signed(row['difference'])}, 95 % {_signed(row['low'])} to {_signed(row['high'])}"
+    did, it = {1: ("raised", "rose"), -1: ("lowered", "fell"), 0: ("did not move", "moved no more than by chance")}[_beyond_chance(row)]
+    if number == 0:
+        return f"Tuning {did} {judged['base']['title']} on {count:,} prompts: {change} ({interval})."
+    return f"{judged['base']['title']} {it}: {change} ({interval})."
+
+
+def _beyond_chance(row: Scores) -> int:
+    """1 where all of the interval is above 0, -1 where all is below."""
+    return 1 if row["low"] > 0 else -1 if row["high"] < 0 else 0
 
 
 def _signed(value: float) -> str:
@@ -187,9 +189,9 @@ def pictures(sheets: Mapping[str, np.ndarray], shown: Sequence[Scores], count: i
 
 
 def _strip(band: np.ndarray, alt: str) -> str:
-    if band.shape[1] > 2 * STRIP:
-        band = np.stack([np.asarray(Image.fromarray(one).resize((2 * STRIP,) * 2, Image.Resampling.LANCZOS)) for one in band])
-    picture = images.sheet(band, len(band), max(1, STRIP // band.shape[1]), gap=2)
+    if band.shape[1] > STRIP:
+        band = np.stack([np.asarray(Image.fromarray(one).resize((STRIP,) * 2, Image.Resampling.LANCZOS)) for one in band])
+    picture = images.sheet(band, len(band), max(1, round(STRIP / band.shape[1])), gap=2)
     return f'<img src="{images.data_uri(images.png_bytes(picture))}" alt="{_e(alt)}" width="{picture.width}" height="{picture.height}">'
 
 

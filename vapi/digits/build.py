@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from vapi.digits.train import GeneratorSchedule, Schedule
 from vapi.images import png_bytes, to_float
 from vapi.models import gpt, vq, weights
 
+EXISTS = "{} exists; name a new folder, and move it into place when it is complete"
 # Seed of the painting, one per purpose: images of one glyph differ between purposes.
 SEEDS = {"pretraining": 100, "train": 101, "validation": 102, "reference": 103, "held out": 104, "reward": 200, "metric": 300}
 
@@ -69,9 +71,9 @@ TINY = World(
 def build(out: Path, world: World, pretraining_seed: int = 0) -> dict[str, float]:
     """Write the world into a new folder and return what was measured. Raises ValueError if it exists."""
     if out.exists():
-        raise ValueError(f"{out} exists; name a new folder, and move it into place when it is complete")
+        raise ValueError(EXISTS.format(out))
     torch.manual_seed(0)
-    log = _clock()
+    log = clock()
     pictures = {name: paint.paint(name, count, SEEDS[name]) for name, count in world.painted.items()}
     for name, (images, labels) in pictures.items():
         write_parquet(out / "digits" / f"{name}.parquet", images, labels)
@@ -122,12 +124,13 @@ def pretrain_generator(tokenizer: vq.VQModel, out: Path, world: World, seed: int
     }
 
 
-def write_parquet(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Images uint8 (N, S, S, 3) as PNG in one Parquet file, as Hugging Face lays it out."""
+def write_parquet(path: Path, images: np.ndarray, labels: np.ndarray | None = None, captions: Sequence[str] = ()) -> None:
+    """Images uint8 (N, S, S, 3) as PNG in one Parquet file, as Hugging Face lays it out, with labels or captions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cells = [{"bytes": png_bytes(Image.fromarray(image)), "path": f"{i:05d}.png"} for i, image in enumerate(images)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    pq.write_table(pa.table({"image": pa.array(cells, kind), "label": pa.array(labels, pa.int64())}), path)
+    says = {"caption": pa.array(captions, pa.string())} if labels is None else {"label": pa.array(labels, pa.int64())}
+    pq.write_table(pa.table({"image": pa.array(cells, kind), **says}), path)
 
 
 @torch.no_grad()
@@ -184,6 +187,9 @@ def readme(world: World, pictures: dict[str, tuple[np.ndarray, np.ndarray]], mea
             "learned to tell rotations and undo noise, without labels; the metrics' to recognise digits, describe grounds,",
             "and tell how far a picture was damaged (`tests/test_digits.py` shows that it sees damage).",
             "",
+            "The world of captions, in `scenes/` and `models/scenes-*`, is described in [scenes/README.md](scenes/README.md); GenEval's",
+            "own prompts, in `geneval/`, are somebody else's (MIT, see the licence there).",
+            "",
             "| measured at the build | |",
             "|---|---|",
             *numbers,
@@ -192,6 +198,7 @@ def readme(world: World, pictures: dict[str, tuple[np.ndarray, np.ndarray]], mea
     )
 
 
-def _clock() -> train.Log:
+def clock() -> train.Log:
+    """Prints lines with the seconds since now."""
     start = time.monotonic()
     return lambda line: print(f"[{time.monotonic() - start:6.0f} s] {line}", flush=True)

@@ -49,7 +49,7 @@ UNSEEN = {("red", 2), ("orange", 7), ("yellow", 5), ("green", 9), ("blue", 0), (
 # Share of a task's combinations; the remainder is for training.
 SHARES = {"test": 0.3, "validation": 0.1}
 NUMBERS = ("zero", "one", "two", "three", "four")
-MARGIN = 0.045  # of correlation, by which a glyph must be more like its own class than like any other
+MARGIN = 0.052  # of correlation, by which a glyph must be more like its own class than like any other
 
 
 @dataclass(frozen=True)
@@ -234,24 +234,23 @@ def glyphs(name: str) -> tuple[np.ndarray, ...]:
     return tuple(members[labels[members] == digit] for digit in range(10))
 
 
-UNIFORMS = 14 + 5 + 4 * 11  # ground, arrangement, four glyphs
+UNIFORMS = 14 + 5 + 4 * 11  # ground, arrangement, four glyphs (each with one to spare)
 
 
-def layout(prompt: Prompt, name: str, u: np.ndarray) -> list[Placed]:
-    """Place what a prompt asks for, with glyphs of a split, by u (UNIFORMS,)."""
+def layout(prompt: Prompt, name: str, u: np.ndarray, pose: float = 1.0, any_colour: bool = False) -> list[Placed]:
+    """Place what a prompt asks for, with glyphs of a split, by u (UNIFORMS,). ``pose`` scales how far they turn, shear and grow;
+    where the prompt names no colour, ``any_colour`` allows those that are not to be seen."""
     wanted = [Thing(thing.digit, thing.colour) for thing in prompt.things for _ in range(thing.count)]
     centres = _centres(len(wanted), prompt.relation, u[14:19])
     placed = []
     for thing, (x, y), v in zip(wanted, centres, u[19:].reshape(4, 11), strict=False):
         members = glyphs(name)[thing.digit]
-        free = [colour for colour in COLOURS if (colour, thing.digit) not in UNSEEN]
+        free = [colour for colour in COLOURS if any_colour or (colour, thing.digit) not in UNSEEN]
         colour = thing.colour or free[int(v[0] * len(free))]
         ink = tuple(int(np.clip(c + int(25 * j) - 12, 0, 255)) for c, j in zip(COLOURS[colour], v[1:4], strict=True))
-        glyph, pose = int(members[int(v[4] * len(members))]), v[5:] - 0.5
-        place = {"x": x + 1.4 * pose[3], "y": y + 1.4 * pose[4]}
-        placed.append(
-            Placed(thing.digit, colour, glyph, **place, scale=1.6 + 0.2 * pose[0], angle=0.2 * pose[1], shear=0.2 * pose[2], ink=ink)
-        )
+        glyph, (grow, turn, slant) = int(members[int(v[4] * len(members))]), pose * (v[5:8] - 0.5)
+        place = {"x": x + 1.4 * (v[8] - 0.5), "y": y + 1.4 * (v[9] - 0.5)}
+        placed.append(Placed(thing.digit, colour, glyph, **place, scale=1.6 + 0.2 * grow, angle=0.2 * turn, shear=0.2 * slant, ink=ink))
     return placed
 
 
@@ -293,7 +292,9 @@ class Pictures:
         return [prompt.text for prompt in self.prompts]
 
 
-def paint_prompts(asked: Sequence[Prompt], name: str, seed: int, textured: bool = True) -> Pictures:
+def paint_prompts(
+    asked: Sequence[Prompt], name: str, seed: int, textured: bool = True, pose: float = 1.0, any_colour: bool = False
+) -> Pictures:
     """One picture for each prompt, with glyphs of a split; picture i follows from its prompt and (seed, i) alone.
 
     Without texture the ground is one grey, and of a picture's entropy the digits are a larger share."""
@@ -302,7 +303,7 @@ def paint_prompts(asked: Sequence[Prompt], name: str, seed: int, textured: bool 
     for start in range(0, len(asked), 500):
         some = asked[start : start + 500]
         u = paint.uniforms(seed, np.arange(start, start + len(some)), UNIFORMS)
-        placed = [layout(prompt, name, row) for prompt, row in zip(some, u, strict=True)]
+        placed = [layout(prompt, name, row, pose, any_colour) for prompt, row in zip(some, u, strict=True)]
         images[start : start + len(some)] = _render(ground(u[:, :14], textured), placed)
         layouts += placed
     return Pictures(images, list(asked), layouts)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vapi.images import to_float
-from vapi.models.features import WIDTHS, FeatureNet
+from vapi.models.features import CLASSES, WIDTHS, FeatureNet
 from vapi.models.gpt import GPTConfig, Transformer
 from vapi.models.vq import VQConfig, VQModel
 
@@ -140,7 +140,7 @@ def encode_all(tokenizer: VQModel, images: np.ndarray, batch: int = 256) -> Tens
 def train_generator(
     codes: Tensor, flat: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], config: GPTConfig, schedule: GeneratorSchedule, log: Log
 ) -> Transformer:
-    """Next-code prediction on codes (N, T), labels (N,); logs cross-entropy on held-out glyphs.
+    """Next-code prediction on codes (N, T), labels (N,) or captions (N, S, C + 1); logs cross-entropy on held-out glyphs.
 
     The first steps see the codes of the same glyphs on flat grounds, ``flat`` (N, T): there the class is a
     large share of what is to be learned, and what was learned of it stays.
@@ -185,15 +185,25 @@ def cross_entropy(model: Transformer, codes: Tensor, labels: Tensor, batch: int 
 
 def train_metric_network(images: np.ndarray, labels: Tensor, schedule: Schedule, log: Log) -> FeatureNet:
     """Recognise the digit, tell the ground (mean colour of each quarter, how rough), and tell what was done to the
-    picture: a judge that learned only the digit would not see a patch out of place."""
+    picture: a judge that learned only the digit would not see a patch out of place.
+
+    ``labels`` are one digit each, int64 (N,), or which digits are there and what else is, float (N, 10 + M) of zeros and ones.
+    """
     torch.manual_seed(schedule.seed)
     network, ground, harm = FeatureNet().train(), nn.Linear(WIDTHS[-1], 14), nn.Linear(WIDTHS[-1], 3)
+    several = labels.is_floating_point()
+    more = nn.Linear(WIDTHS[-1], labels.shape[1] - CLASSES if several else 0)
+
+    def recognise(pooled: Tensor, wanted: Tensor) -> Tensor:
+        if not several:
+            return F.cross_entropy(network.head(pooled), wanted)
+        return F.binary_cross_entropy_with_logits(torch.cat([network.head(pooled), more(pooled)], dim=1), wanted)
 
     def loss_of(step: int, indices: Tensor) -> Tensor:
         clean = to_float(images[indices.numpy()])
         seen, done = damage(clean)
         pooled = network.pooled(seen)
-        recognised = F.cross_entropy(network.head(pooled), labels[indices])
+        recognised = recognise(pooled, labels[indices])
         described = F.mse_loss(ground(pooled), describe(clean))
         judged = F.mse_loss(harm(pooled), done)
         if step % 200 == 0 or step == schedule.steps - 1:
@@ -201,7 +211,7 @@ def train_metric_network(images: np.ndarray, labels: Tensor, schedule: Schedule,
             log(f"metric network step {step}: {words}")
         return recognised + described + judged
 
-    optimise([*network.parameters(), *ground.parameters(), *harm.parameters()], schedule, 1e-2, len(images), loss_of)
+    optimise([*network.parameters(), *ground.parameters(), *harm.parameters(), *more.parameters()], schedule, 1e-2, len(images), loss_of)
     return network.eval().requires_grad_(False)
 
 
@@ -250,6 +260,14 @@ def describe(images: Tensor) -> Tensor:
     across = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
     down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean(dim=(1, 2, 3))
     return torch.cat([quarters, across[:, None] * 4, down[:, None] * 4], dim=1)
+
+
+@torch.no_grad()
+def presence_accuracy(network: FeatureNet, images: np.ndarray, there: Tensor, batch: int = 500) -> float:
+    """Share of digits that are rightly said to be there or not, where half of the count is of those that are: images uint8
+    (N, S, S, 3), there (N, 10)."""
+    right = torch.cat([network.logits(to_float(images[i : i + batch])) > 0 for i in range(0, len(images), batch)]) == there.bool()
+    return float((right[there.bool()].float().mean() + right[~there.bool()].float().mean()) / 2)
 
 
 @torch.no_grad()

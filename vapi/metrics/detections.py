@@ -62,10 +62,18 @@ class Identity:
 class Detector(Protocol):
     """Pictures in, objects out."""
 
-    identity: Identity
-    rules: Rules
-    classes: Sequence[str]  # names that prompts may use
-    colours: Sequence[str]
+    @property
+    def identity(self) -> Identity: ...
+
+    @property
+    def rules(self) -> Rules: ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names that prompts may use."""
+
+    @property
+    def colours(self) -> Sequence[str]: ...
 
     def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
         """uint8 (H, W, 3) each, to what is on it."""

@@ -77,7 +77,8 @@ def load(cls: Any, folder: Path, device: torch.device | str) -> Any:
         logging.set_verbosity(verbosity)
     problems = [f"missing {name}" for name in sorted(info["missing_keys"]) if not _unused(name)]
     problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"]) if not _unused(name)]
-    problems += [f"another shape: {' '.join(map(str, found))}" for found in sorted(info["mismatched_keys"])]
+    mismatched = sorted(found if isinstance(found, str) else " ".join(map(str, found)) for found in info["mismatched_keys"])
+    problems += [f"another shape: {found}" for found in mismatched]
     if problems:
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise ValueError(f"{folder} does not fit the network:\n  {shown}")

@@ -25,6 +25,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -211,6 +212,7 @@ class T5:
 
 RULES = f"T5, version 1: cleaned as LlamaGen cleans, {MAX_WORDS} pieces, bfloat16"
 READABLE = ("config.json", "tokenizer*", "special_tokens_map.json", "spiece.model")
+NOWHERE = "model.text_encoder {!r} is neither words, nor a folder that is here, nor a hub id (google/flan-t5-xl)"
 WEIGHTS = (("*.safetensors", "*.safetensors.index.json"), ("pytorch_model*.bin", "pytorch_model*.bin.index.json"))
 
 
@@ -220,7 +222,7 @@ def _folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.count("/") != 1:
-        raise ValueError(f"model.text_encoder {name!r} is neither words, nor a folder that is here, nor a hub id (google/flan-t5-xl)")
+        raise ValueError(NOWHERE.format(name))
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -233,6 +235,24 @@ def _folder(name: str) -> Path:
     except Exception as error:
         raise ValueError(f"{name} is no local folder, and the hub did not give it: {error}") from error
     return folder
+
+
+def size(name: str) -> int:
+    """Bytes of a T5, of which nothing is fetched for it. Raises ValueError if it cannot be reached, or is none."""
+    if Path(name).is_dir():
+        return sum(path.stat().st_size for path in _files(Path(name)))
+    if name.count("/") != 1:
+        raise ValueError(NOWHERE.format(name))
+    try:
+        from huggingface_hub import HfApi
+
+        found = HfApi().model_info(name, files_metadata=True, timeout=10).siblings or []
+    except Exception as error:
+        raise ValueError(f"{name} is no local folder, and the hub does not show it: {error}") from error
+    of_kind = [[file.size or 0 for file in found if any(fnmatch(file.rfilename, pattern) for pattern in kind)] for kind in WEIGHTS]
+    if not any(of_kind):
+        raise ValueError(f"{name} holds no weights (*.safetensors or pytorch_model*.bin)")
+    return sum(next(sizes for sizes in of_kind if sizes))
 
 
 def _files(folder: Path) -> list[Path]:
