@@ -15,7 +15,9 @@ repeats included (``positions_ratio``), and what larger products gain. On a GPU 
 
 Wanted (issue 5): 8 times the throughput, a quarter of the bytes. Half the bytes is what half precision makes of LlamaGen's
 files, which hold no padding; of what its loader makes of them it is a sixteenth. A quarter would take features that are not the
-encoder's any more (8 bits), or a compressed file that cannot be mapped. Both compute in what ``models.text.T5`` does: float32 on a CPU, bfloat16 on a GPU.
+encoder's any more (8 bits), or a compressed file that cannot be mapped.
+
+Both compute in what ``models.text.T5`` does: float32 on a CPU, bfloat16 on a GPU.
 """
 
 from __future__ import annotations
