@@ -43,7 +43,7 @@ data: setup
 
 # After `python -m vapi.digits` rebuilt the embedded data: write data.dvc and the bundled copy anew.
 bundle: setup
-	{ echo outs:; find data/digits data/models -type f | LC_ALL=C sort | \
+	{ echo outs:; find data/digits data/models data/scenes -type f ! -name README.md | LC_ALL=C sort | \
 	  while read -r file; do printf -- '- path: %s\n  remote: bundled\n' "$$file"; done; } > data.dvc
 	dvc commit --quiet --force data.dvc
 	rm -rf .dvc/bundled

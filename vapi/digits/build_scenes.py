@@ -180,7 +180,9 @@ def conditions(captions: Sequence[str], world: World) -> Tensor:
 
 def feature_networks(out: Path, world: World, log: Log) -> dict[str, float]:
     pictures = learner_pictures("metric", world)
-    metric = train.train_metric_network(pictures.images, presence(pictures), world.metric_schedule, log)
+    here, digit, *_ = judges.targets(pictures)
+    places = torch.where(here > 0.3, digit, -1)
+    metric = train.train_metric_network(pictures.images, presence(pictures), world.metric_schedule, log, places)
     weights.save(metric, out / "scenes-metric.safetensors", {"objective": "digits, colours, ground and damage"})
     reward = train.train_reward_network(learner_pictures("reward", world).images, world.reward_schedule, log)
     weights.save(reward, out / "scenes-reward.safetensors", {"objective": "rotation and denoising"})

@@ -3,7 +3,7 @@
     classical    ink from ground by its chroma, connected parts, nearest palette colour, nearest glyph; no weights
     learned      a small network that marks the middles of digits, trained on renders that were damaged
 
-Either brings its own thresholds, since GenEval's do not transfer: fixed on renders of validation glyphs (``thresholds``
+Either brings its own thresholds, since GenEval's do not transfer: fixed on renders of validation glyphs (``threshold``
 in ``vapi/digits/judges.py``) and frozen here. Neither is part of a reward.
 
 Left out: objects that touch. The classical judge takes them for one, which is no digit.
@@ -49,7 +49,7 @@ class Classical:
     """Parts of the picture that are coloured, named after the glyph and the palette's colour that each is nearest to."""
 
     identity = Identity(name="classical", title="GenEval (scenes, classical judge)")
-    rules = Rules(threshold=0.0, counting_threshold=0.0)
+    rules = Rules(threshold=0.77, counting_threshold=0.77)
     classes = DIGITS
     colours = tuple(COLOURS)
 
@@ -191,7 +191,7 @@ class Learned:
 
     classes = DIGITS
     colours = tuple(COLOURS)
-    rules = Rules(threshold=0.0, counting_threshold=0.0)
+    rules = Rules(threshold=0.46, counting_threshold=0.46)
 
     def __init__(self, network: Marks, digest: str = "") -> None:
         self.network = network.eval().requires_grad_(False)
