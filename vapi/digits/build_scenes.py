@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from vapi.images import to_uint8
 from vapi.metrics.detections import Detector
 from vapi.metrics.scenes import Learned, classical
 from vapi.models import gpt, sampler, text, vq, weights
+from vapi.models.sampler import Sampling
 
 # Seed of the painting, one per purpose.
 SEEDS = {"pretraining": 110, "train": 111, "validation": 112, "reference": 113, "held out": 114, "reward": 210, "metric": 310}
@@ -226,7 +228,7 @@ def shuffled(asked: Sequence[scenes.Prompt]) -> list[scenes.Prompt]:
 
 @torch.no_grad()
 def draw(
-    tokenizer: vq.VQModel, generator: gpt.Transformer, asked: Sequence[scenes.Prompt], world: World, seed: int = 0, **how: float
+    tokenizer: vq.VQModel, generator: gpt.Transformer, asked: Sequence[scenes.Prompt], world: World, seed: int = 0, **how: Unpack[Sampling]
 ) -> np.ndarray:
     """One picture per prompt from a generator: uint8 (N, S, S, 3)."""
     pictures = []

@@ -23,7 +23,7 @@ from vapi.digits.scenes import COLOURS, SIDE, Pictures
 from vapi.digits.train import Log, Schedule
 from vapi.images import to_float, to_uint8
 from vapi.metrics import geneval
-from vapi.metrics.detections import Detector, Rules
+from vapi.metrics.detections import Detector, Objects, Rules
 from vapi.metrics.scenes import CELL, Marks
 from vapi.models.vq import VQModel
 
@@ -83,7 +83,7 @@ def boxes(placed: Sequence[scenes.Placed]) -> np.ndarray:
     inked = scenes.coverage(placed) > 0.3
     spans = []
     for axis in (1, 2):  # columns, rows
-        line = inked.any(axis=axis)
+        line = np.any(inked, axis=axis, keepdims=True).reshape(len(placed), -1)
         spans.append((line.argmax(axis=1), line.shape[1] - line[:, ::-1].argmax(axis=1)))
     (x0, x1), (y0, y1) = spans
     return np.stack([x0, y0, x1, y1], axis=1)
@@ -129,7 +129,7 @@ def scores(judge: Detector, images: np.ndarray, asked: Sequence[scenes.Prompt], 
     return {task: float(run.shares[rows].mean()) for task, rows in tasks.items()} | {"overall": geneval.overall(run.shares, tasks)}
 
 
-def colours_of(judge: Detector, image: np.ndarray) -> Callable[[geneval.Objects], list[str]]:
+def colours_of(judge: Detector, image: np.ndarray) -> Callable[[Objects], list[str]]:
     return lambda objects: judge.colour(image, objects)
 
 
