@@ -5,9 +5,14 @@ PYTHON ?= python3
 SETUP := .venv/.setup-done
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint evidence setup data bundle
+.PHONY: demo demo-t2i test lint evidence setup data bundle
 
 demo: setup data     ## the whole pipeline on the embedded data, then the results
+	dvc repro
+	vapi summary
+
+demo-t2i: setup data ## the same from captions to scenes; params.yaml is the recipe digits-t2i afterwards
+	vapi recipe digits-t2i --write
 	dvc repro
 	vapi summary
 

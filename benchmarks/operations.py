@@ -16,12 +16,15 @@ import torch
 from vapi.bench import world
 
 GROUP = 8
-CASES = [("GPT-B", 256), ("GPT-L", 256), ("GPT-XL", 384), ("GPT-XXL", 384), ("GPT-3B", 384)]
+CASES = [  # of classes, or of captions of 120 positions
+    ("GPT-B", 256, False), ("GPT-L", 256, False), ("GPT-XL", 384, False), ("GPT-XXL", 384, False), ("GPT-3B", 384, False),
+    ("GPT-XL", 256, True), ("GPT-XL", 512, True),
+]  # fmt: skip
 
 
-def case(size: str, image_size: int) -> dict[str, object]:
+def case(size: str, image_size: int, captions: bool) -> dict[str, object]:
     """Operations per image in units of 1e12."""
-    counted = world.count_published(size, image_size)
+    counted = world.count_published(size, image_size, captions)
     shared, released = counted.shared(GROUP), counted.released(GROUP)
     base = counted.released(GROUP, base=True)
 
@@ -31,6 +34,7 @@ def case(size: str, image_size: int) -> dict[str, object]:
     return {
         "size": size,
         "image_size": image_size,
+        "captions": captions,
         "forward": round(counted.forward / 1e12, 4),
         "shared": tera(shared),
         "released": tera(released),

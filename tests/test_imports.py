@@ -15,8 +15,8 @@ from imports import MODULES, ROOT, imported, libraries, ours, reached
 from vapi.config import STAGES
 
 STAGE_MODULES = {f"vapi.{stage}" for stage in STAGES}
-# weights named by a hub id, DINOv2 (what is missing is said); comes with torch; asked by a cluster's steps alone
-OPTIONAL = {"huggingface_hub", "transformers", "triton", "kubernetes", "urllib3"}
+# weights named by a hub id, DINOv2, T5s and their captions (what is missing is said); comes with torch; asked by a cluster's steps alone
+OPTIONAL = {"huggingface_hub", "transformers", "bs4", "ftfy", "triton", "kubernetes", "urllib3"}
 ENTRY_POINTS = {"vapi.cli", "vapi.__main__"}
 
 

@@ -19,7 +19,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from vapi import data, metrics
 from vapi.metrics import features as extractors
 from vapi.metrics import fid, neighbours, published
-from vapi.metrics.fid import Features, Moments, concatenate, frechet
+from vapi.metrics.fid import Features, Moments, frechet
 from vapi.models import features as networks
 from vapi.models import weights
 
@@ -40,6 +40,11 @@ def by_sqrtm(a: torch.Tensor, b: torch.Tensor) -> float:
     sx, sy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = scipy.linalg.sqrtm(sx @ sy).real
     return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(sx + sy - 2 * root))
+
+
+def concatenate(parts: list[Features]) -> Features:
+    tables = [part.tensors() for part in parts]
+    return Features.of({name: torch.cat([table[name] for table in tables]) for name in tables[0]})
 
 
 def test_frechet_equals_scipy_and_torch_fidelity() -> None:

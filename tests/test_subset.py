@@ -210,6 +210,75 @@ def test_captions_instead_of_labels_end_to_end(tmp_path: Path) -> None:
     assert made.labels.tolist() == [-1] * 5 and all(caption.startswith("picture") for caption in made.captions)
 
 
+BLANK = (None, "", " \n\t ", 17, ["a list"], {"a": "dict"}, True)
+"""What is no caption."""
+
+
+def as_captioned(kind: str, tmp_path: Path, captions: list[object]) -> Path:
+    """Pictures with these captions and no labels."""
+    pictures = {f"{n:04d}.png": png(n) for n in range(len(captions))}
+    if kind == "webdataset":  # as img2dataset writes LAION-COCO
+        members = {}
+        for (name, body), caption in zip(pictures.items(), captions, strict=True):
+            stem = name.partition(".")[0]
+            fields = json.dumps({"caption": caption, "url": "http://x/y.jpg", "status": "success", "key": stem})
+            beside = caption.encode(errors="ignore") if isinstance(caption, str) else b""
+            members |= {name: body, f"{stem}.json": fields.encode(), f"{stem}.txt": beside}
+        return tar(tmp_path / "00000.tar", members)
+    if kind == "table":
+        for name, body in pictures.items():
+            (tmp_path / name).write_bytes(body)
+        return table(tmp_path, [{"image": name, "caption": caption} for name, caption in zip(pictures, captions, strict=True)], "all.jsonl")
+    columns = {"image": list(pictures.values()), "caption": [caption if isinstance(caption, str) else None for caption in captions]}
+    pq.write_table(pa.table(columns), tmp_path / "all.parquet")
+    return tmp_path / "all.parquet"
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "table", "parquet"])
+def test_what_has_no_caption_is_quarantined_and_counted(kind: str, tmp_path: Path) -> None:
+    captions = ["a red  three\n", *BLANK, "two \ud83d sevens" if kind != "parquet" else "two sevens", "a red  three\n"]
+    source = as_captioned(kind, tmp_path, captions)
+    subset(config(source, classes=0), tmp_path / "subset")
+    made, summary = data.read_subset(tmp_path / "subset"), data.read_json(tmp_path / "subset" / "quality.json")
+    assert sorted(made.captions) == ["a red three", "a red three", "two sevens"], "on one line, without halves of characters"
+    assert summary["captions"] == 3 and summary["quarantined"] == len(BLANK) and summary["unreadable"] == 0
+    with (tmp_path / "subset" / "quarantine.csv").open() as file:
+        assert {row["reason"] for row in csv.DictReader(file)} == {"no caption (no text under 'caption')"}
+    assert len(picks(config(source, classes=0, images=3), tmp_path / "three")) == 3, "others take their place"
+    fails(config(source, classes=0, images=4), tmp_path / "four", "does not hold that many which can be used; .*no caption")
+    fails(config(as_captioned(kind, tmp_path, [*BLANK]), classes=0), tmp_path / "none", "no image of .* can be used: .*: no caption")
+
+
+def test_beside_a_label_a_caption_may_be_missing(tmp_path: Path) -> None:
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+    rows: list[dict[str, object]] = [{"image": f"{n}.png", "label": 0, "caption": caption} for n, caption in enumerate(("one", None, 3))]
+    subset(config(table(tmp_path, rows, "all.jsonl"), classes=1), tmp_path / "subset")
+    assert sorted(data.read_subset(tmp_path / "subset").captions) == ["", "", "one"]
+
+
+def test_tars_without_matching_json_are_refused_by_name(tmp_path: Path) -> None:
+    fields = json.dumps({"caption": "a red three"}).encode()
+    whole = {"a.jpg": png(1), "a.json": fields, "c.json": fields}  # c was not to be had: it has no picture, and is none
+    subset(config(tar(tmp_path / "whole.tar", whole), classes=0), tmp_path / "subset")
+    assert data.read_subset(tmp_path / "subset").keys == ["whole.tar/a"]
+    lacks = config(tar(tmp_path / "lacks.tar", {**whole, "b.jpg": png(2)}), classes=0)
+    fails(lacks, tmp_path / "no", "b has no caption: neither a .txt member nor 'caption' in its .json")
+    other = config(tar(tmp_path / "other.tar", whole), classes=0, caption_column="top_caption")
+    fails(other, tmp_path / "no", "a has no caption: neither a .txt member nor 'top_caption' in its .json")
+    damaged = config(tar(tmp_path / "damaged.tar", {**whole, "a.json": b"{"}), classes=0)
+    fails(damaged, tmp_path / "no", "a.json is not JSON")
+    assert len(picks(dataclasses.replace(lacks, caption_column=""), tmp_path / "bare")) == 2
+
+
+def test_the_named_caption_goes_before_the_text_beside_it(tmp_path: Path) -> None:
+    fields = json.dumps({"caption": "of the page", "top_caption": "of a model"}).encode()
+    source = tar(tmp_path / "one.tar", {"a.jpg": png(1), "a.json": fields, "a.txt": b"of the page"})
+    for name, wanted in (("caption", "of the page"), ("top_caption", "of a model"), ("none", "of the page")):
+        subset(config(source, classes=0, caption_column=name), tmp_path / name)
+        assert data.read_subset(tmp_path / name).captions == [wanted]
+
+
 def test_a_folder_without_classes_may_nest_and_hide(tmp_path: Path) -> None:
     source = folder(tmp_path / "src", classes=2, each=2)
     (source / "top.png").write_bytes(png(7))

@@ -77,7 +77,10 @@ def _dispatch(words: list[str]) -> int:
         return _stage(name, rest)
     if name not in COMMANDS:
         raise ValueError(f"vapi has no command {name!r}; {config.nearest(name, [*STAGES, *COMMANDS])}")
-    command = COMMANDS[name]
+    return _command(name, COMMANDS[name], rest)
+
+
+def _command(name: str, command: Command, rest: list[str]) -> int:
     if command.flags is None:
         return command.run(rest, {})
     if _wants_help(rest):
@@ -251,6 +254,83 @@ def _bench_help(name: str) -> str:
     return "\n".join(lines + _fields(settings, spec.sections))
 
 
+# --- vapi geneval --------------------------------------------------------------------------------
+
+
+def _geneval(words: list[str], _: Flags) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_geneval_help())
+        return 0
+    if words[0] not in GENEVAL:
+        raise ValueError(f"vapi geneval has no {words[0]!r}; {config.nearest(words[0], GENEVAL)}")
+    return _command(f"geneval {words[0]}", GENEVAL[words[0]], words[1:])
+
+
+def _geneval_help() -> str:
+    lines = ["usage: vapi geneval COMMAND ...", "", _wrap(COMMANDS["geneval"].doc), ""]
+    lines += [f"  {name:<17} {command.doc.split('; ')[0].removesuffix('.')}." for name, command in GENEVAL.items()]
+    return "\n".join([*lines, "", "vapi geneval COMMAND --help shows more. docs/geneval.md explains it all."])
+
+
+def _geneval_score(words: list[str], flags: Flags) -> int:
+    if len(words) != 1:
+        raise ValueError("vapi geneval score takes one folder: vapi geneval score IMAGES --detector FOLDER --clip FOLDER")
+    given = {name: _one(name, value) for name, value in flags.items()}
+    if "detections" in given and ("detector" in given or "clip" in given):
+        raise ValueError("--detections stands in place of --detector and --clip; give one or the other")
+    if "detections" not in given and "detector" not in given:
+        raise ValueError("who looks at the pictures? --detector FOLDER (Mask2Former's weights) or digits, or --detections FILE")
+    count = config.convert(given.get("images_per_prompt", 0), int, "--images-per-prompt")
+    config.require(count >= 0, f"--images-per-prompt is {count}; give a number of images, or 0 for GenEval's")
+    from vapi import geneval, models
+    from vapi.metrics.geneval import table
+
+    out, prompts = (Path(given[name]) if name in given else None for name in ("out", "prompts"))
+    detector: Any
+    if "detections" in given:
+        detector = geneval.recorded_detections(Path(given["detections"]))
+    else:
+        device = models.device_of(config.ModelConfig(device=given.get("device", "auto")))
+        detector = geneval.detector_of(given["detector"], given.get("clip", ""), device)
+    print(table(geneval.score_folder(Path(words[0]), detector, out, prompts, count)))
+    return 0
+
+
+def _geneval_generate(words: list[str], _: Flags) -> int:
+    if _wants_help(words):
+        command = GENEVAL["generate"]
+        print(f"usage: vapi geneval generate {command.usage}\n\n{_wrap(command.doc)}")
+        return 0
+    positional, given = parse(words)
+    if len(positional) != 1:
+        raise ValueError("vapi geneval generate takes one new folder: vapi geneval generate OUT --prompts data/geneval/prompts.jsonl")
+    settings = configure("evaluate", given)[0]
+    from vapi import geneval
+
+    geneval.generate(settings.model, settings.evaluate, Path(positional[0]))
+    return 0
+
+
+def _geneval_convert(words: list[str], _: Flags) -> int:
+    if len(words) != 2:
+        raise ValueError("vapi geneval convert-detector takes a file and a folder: vapi geneval convert-detector mask2former.pth TARGET")
+    from vapi import geneval
+
+    geneval.convert_detector(Path(words[0]), Path(words[1]))
+    print(f"{words[1]} holds the detector of {words[0]}: vapi geneval score IMAGES --detector {words[1]} --clip FOLDER")
+    return 0
+
+
+def _geneval_compare(words: list[str], flags: Flags) -> int:
+    a, b = (words, flags["with"]) if "with" in flags else (words[:1], words[1:])
+    if not a or not b or ("with" not in flags and len(words) != 2):
+        raise ValueError("vapi geneval compare takes two results, A B, or several seeds of each: A0 A1 A2 --with B0 B1 B2")
+    from vapi import geneval
+
+    print(geneval.compare([Path(place) for place in a], [Path(place) for place in b]))
+    return 0
+
+
 # --- the other commands ------------------------------------------------------------------------
 
 
@@ -343,6 +423,34 @@ class Command:
     flags: tuple[str, ...] | None = ()  # None: it reads its words by itself
 
 
+GENEVAL = {
+    "score": Command(
+        "Score a folder of pictures in GenEval's layout and print the official table; writes results.jsonl and summary.json, and "
+        "goes on where it was stopped. DETECTOR is a folder of Mask2Former's weights, or digits; FILE holds detections made elsewhere.",
+        _geneval_score,
+        "IMAGES (--detector DETECTOR [--clip FOLDER] [--device cuda] | --detections FILE) [--prompts FILE] [--images-per-prompt N] "
+        "[--out FOLDER]",
+        ("detector", "clip", "device", "detections", "prompts", "images_per_prompt", "out"),
+    ),
+    "generate": Command(
+        f"Draw pictures for prompts, as a folder in GenEval's layout; {PARAMS} says of which model and how, flags win over it. "
+        "What is there already is not drawn again.",
+        _geneval_generate,
+        "OUT [--prompts FILE] [--images-per-prompt N] [--seeds N] [--model.generator FILE] [--section.field value ...]",
+        None,
+    ),
+    "convert-detector": Command(
+        "Make a folder for --detector of OpenMMLab's checkpoint, whose scores alone are called GenEval.",
+        _geneval_convert,
+        "SOURCE.pth TARGET",
+    ),
+    "compare": Command(
+        "What run B gains on run A, paired by prompt, with a 95 % interval; each a folder with results.jsonl, or several seeds of them.",
+        _geneval_compare,
+        "A B | A0 A1 ... --with B0 B1 ...",
+        ("with",),
+    ),
+}
 COMMANDS = {
     "bench": Command(
         "Measure this machine: vapi bench tune, sample, reward, fid or gpu; the last line of output is JSON. Each is the "
@@ -354,6 +462,9 @@ COMMANDS = {
         "Write weights in the layout that LlamaGen's own scripts read; SOURCE is a file of weights, or what the stage tune wrote.",
         _export,
         "SOURCE TARGET.pt",
+    ),
+    "geneval": Command(
+        "Text to image by GenEval's rules: score, generate, convert-detector, compare; no second environment.", _geneval, flags=None
     ),
     "listing": Command("Write down which files the source of the subset holds; DVC runs subset again when that changes.", _listing),
     "recipe": Command(

@@ -115,7 +115,7 @@ class TokensConfig:
     """Threads that decode and crop images; 0 takes as many as there are cores, shared out among the processes."""
     min_codebook_usage: float = 0.0
     """Validation fails when a smaller share of the codebook occurs in the subset; 0 accepts any."""
-    words_per_batch: int = 16_384
+    words_per_batch: int = 4096
     """Captions are encoded together, sorted by length, up to this many text tokens at a time."""
 
     def __post_init__(self) -> None:
@@ -325,7 +325,9 @@ class RegisterConfig:
     model_name: str = "vapi-digits"
     """Name of the registered model."""
     min_fid_drop: float = 0.05
-    """FID must fall by at least this share of the base's."""
+    """FID must fall by at least this share of the base's; 0: FID decides nothing."""
+    min_geneval_gain: float = 0.0
+    """GenEval's overall score (by evaluate.detector) must rise by at least this share of the base's; 0: it decides nothing."""
     allowances: dict[str, float] = field(
         default_factory=lambda: {"kid": 0.0, "inception_score": 0.0, "precision": 0.05, "recall": 0.1, "class_accuracy": 0.05}
     )
@@ -334,7 +336,12 @@ class RegisterConfig:
     """Exit with code 1 when the model is not promoted."""
 
     def __post_init__(self) -> None:
-        require(0 < self.min_fid_drop < 1, f"register.min_fid_drop is {self.min_fid_drop}; it is a share above 0 and below 1")
+        require(0 <= self.min_fid_drop < 1, f"register.min_fid_drop is {self.min_fid_drop}; it is a share from 0 to less than 1")
+        require(self.min_geneval_gain >= 0, f"register.min_geneval_gain is {self.min_geneval_gain}; it must not be negative")
+        require(
+            self.min_fid_drop > 0 or self.min_geneval_gain > 0,
+            "register.min_fid_drop and register.min_geneval_gain are both 0; a model must get better at something to be promoted",
+        )
         require(all(a >= 0 for a in self.allowances.values()), f"register.allowances is {self.allowances}; they must not be negative")
         good = bool(re.fullmatch(r"[\w.-]+", self.model_name))
         require(good, f"register.model_name is {self.model_name!r}; use letters, digits, - _ .")
@@ -416,6 +423,8 @@ FILES = {
     "evaluate": ("reference", "validation", "extractor", "extractor_weights", "dinov2", "prompts", "detector", "second_detector", "clip"),
 }
 """Fields that name a file, a folder or a pattern of files (or hold a word in place of one, or nothing)."""
+FOR_CAPTIONS = ("evaluate.prompts", "evaluate.detector", "evaluate.second_detector", "evaluate.clip")
+"""Those of them that a generator of classes has no use for."""
 
 
 @dataclass(frozen=True)

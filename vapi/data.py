@@ -484,8 +484,7 @@ def encoder_digest(model: ModelConfig) -> str:
 
 
 def write_weights(model: ModelConfig, folder: Path) -> None:
-    """Write what DVC depends on in place of the weights, which may lie on a hub: generator.json and tokenizer.json, and
-    text_encoder.json where there is one."""
+    """Write what DVC depends on in place of the weights, which may lie on a hub: generator.json, tokenizer.json, text_encoder.json."""
     for name, where in (("generator", model.generator), ("tokenizer", model.tokenizer)):
         path = Path(where)
         if not path.is_file():
@@ -493,8 +492,7 @@ def write_weights(model: ModelConfig, folder: Path) -> None:
 
             path = weights.locate(where)
         write_json(folder / f"{name}.json", {"bytes": path.stat().st_size, "sha256": known_digest(path)})
-    if model.text_encoder:
-        write_json(folder / "text_encoder.json", {"sha256": encoder_digest(model)})
+    write_json(folder / "text_encoder.json", {"sha256": encoder_digest(model) if model.text_encoder else "none"})
 
 
 def read_tokens(folder: Path) -> Tokens:

@@ -10,6 +10,7 @@ questions. Images stream into features; only the sheets are written. Beside the 
   generator of codes can reach.
 - ``exposure``: what is lost between predicting on real contexts and running free (exposure bias).
 - ``fid_random``: the same distance in a network that no reward can have flattered.
+- ``prompts``: what a generator of captions makes of GenEval's (``prompted.py``), plain and at its best.
 - ``base_guided`` and ``tuned_guided``, where ``evaluate.guided`` asks for them: papers print both.
 
 The reference is a Parquet file of real images, or what OpenAI published for ADM's evaluation: moments of all
@@ -40,7 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapi import data, images, launch, metrics, models, references, report
+from vapi import data, images, launch, metrics, models, prompted, references, report, report_prompts
 from vapi.config import EvaluateConfig, ModelConfig, nearest
 from vapi.launch import ALONE, World
 from vapi.metrics import features as judges
@@ -50,6 +51,7 @@ from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
 from vapi.models import Policy, memory, sampler, weights
 from vapi.models import features as networks
 from vapi.models.sampler import image_seed
+from vapi.prompted import Panel
 from vapi.references import RealImages, Subjects
 from vapi.run import NO_RUN, Run
 
@@ -104,7 +106,7 @@ def reproducible(deterministic: bool) -> Iterator[None]:
 def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path, run: Run = NO_RUN) -> None:
     """Measure base (``model.generator``) and tuned (``tune``/model.safetensors).
 
-    ``out``: metrics.json, sweep.csv, curves.csv, sheet-*.png, report.html, config.json, provenance.json. Raises
+    ``out``: metrics.json, sweep.csv, curves.csv, sheet-*.png, report.html, config.json, provenance.json; of captions, prompts.csv. Raises
     ValueError, before anything is drawn, for a reference, checkpoint or feature network that is missing or
     does not fit. An evaluation that was killed is continued by the same call.
     """
@@ -130,7 +132,9 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
         results = _results(bench, found, holdout, anchors)
         sheets = {name: one.sheets for name, one in found.items()} | {"anchors": bench.sheets}
         inputs = _inputs(model, evaluate, tune, bench)
-        _write(folder, results, sheets, tune, inputs)
+        _write(folder, results, sheets, tune, inputs, _shown(bench, found))
+        if bench.panel:
+            _write_csv(folder / "prompts.csv", prompted.by_prompt(bench.panel, _answers(found)))
         data.describe(folder, "evaluate", {"model": model, "evaluate": evaluate}, inputs, time.perf_counter() - begin)
     prune()
     _track(run, out, results, evaluate, inputs)
@@ -233,11 +237,14 @@ class Bench:
     reconstructions: Features
     sheets: dict[str, np.ndarray]  # uint8 (N, H, W, 3): real, reconstruction
     digests: dict[str, str]  # of the two reference files
+    panel: Panel | None  # who judges what captions ask for
+    answers: prompted.Anchors  # its verdicts on real images
 
     @classmethod
     def of(cls, model: ModelConfig, evaluate: EvaluateConfig, policy: Policy, workers: int = 1, world: World = ALONE) -> Bench:
         """Read references and judge. Raises ValueError for what is missing or does not fit."""
         _require_samples(evaluate)
+        panel = None if policy.num_classes else Panel.of(evaluate, policy.device)
         size = evaluate.resize or model.image_size
         reference, moments = references.reference(evaluate, size, policy.num_classes)
         validation = references.real_images(evaluate.validation, "validation", model.image_size, policy.num_classes)
@@ -251,14 +258,19 @@ class Bench:
         at_once = evaluate.images_per_batch or min(world.gather(_images_that_fit(model, policy)))
         judge = Judge(extractor, key, at_once, evaluate.resize, workers, world)
 
-        def real(numbers: range) -> tuple[Tensor, Tensor]:
-            return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers.start : numbers.stop]
+        def real(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return judge.pixels(_floats(pixels, numbers, policy)), labels[numbers[0] : numbers[-1] + 1]
 
-        def reconstruct(numbers: range) -> tuple[Tensor, Tensor]:
+        def reconstruct(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
             codes = sampler.encode(policy, _floats(pixels, numbers, policy))
-            return judge.pixels(sampler.decode(policy, codes)), labels[numbers.start : numbers.stop]
+            return judge.pixels(sampler.decode(policy, codes)), labels[numbers[0] : numbers[-1] + 1]
+
+        def decoded(some: Tensor) -> Tensor:
+            return judge.pixels(sampler.decode(policy, sampler.encode(policy, images.to_float(some).to(policy.device))))
 
         tokenizer = data.tokenizer_digest(model)
+        real_key = {"set": digests["reference"], "tokenizer": tokenizer}
+        answers = panel.anchors(judge, reference, decoded, real_key) if panel and size == model.image_size else prompted.Anchors()
         chosen = _one_of_each(labels, evaluate.sheet_images)
         of_reference = judge.features({"set": "reference"}, len(reference), stored(reference.pixels, reference.labels), "reference")
         return cls(
@@ -270,6 +282,8 @@ class Bench:
             judge.features({"set": digests["validation"], "tokenizer": tokenizer}, len(pixels), reconstruct, "reconstructions"),
             {"real": _rows(pixels[chosen]), "reconstruction": _rows(_reconstruction(policy, pixels[chosen]))},
             digests,
+            panel,
+            answers,
         )  # fmt: skip
 
     def names(self) -> list[str]:
@@ -306,8 +320,8 @@ def _images_that_fit(model: ModelConfig, policy: Policy) -> int:
         return memory.images_per_batch(policy.footprint(guided=True), policy.device)
 
 
-def _floats(pixels: Tensor, numbers: range, policy: Policy) -> Tensor:
-    return images.to_float(pixels[numbers.start : numbers.stop]).to(policy.device)
+def _floats(pixels: Tensor, numbers: Sequence[int], policy: Policy) -> Tensor:
+    return images.to_float(pixels[numbers[0] : numbers[-1] + 1]).to(policy.device)
 
 
 @torch.inference_mode()
@@ -346,6 +360,7 @@ class Found:
     guided: Scores  # empty where nobody asked
     sweep: list[Scores]
     exposure: Scores
+    answers: dict[str, prompted.Verdicts]  # to prompts, by setting: "", _guided, _best; empty for classes
     sheets: dict[str, np.ndarray]  # uint8 (N, H, W, 3): plain, best
     sha256: str
 
@@ -361,11 +376,11 @@ class Draw:
     seed: int
     subjects: Subjects
 
-    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]:
+    def __call__(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         return next(self.stream([numbers]))
 
     @torch.inference_mode()
-    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(self, ranges: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 images and labels of each range of image numbers."""
         labels = [torch.tensor([self.subjects.label(self.seed, number) for number in numbers]) for numbers in ranges]
         seeds = [[image_seed(self.seed, number) for number in numbers] for numbers in ranges]
@@ -393,13 +408,37 @@ class Contestant:
         sweep = self.sweep()
         best = min(sweep, key=lambda point: point["fid"])
         chosen = dataclasses.replace(self.plain, temperature=best["temperature"], guidance=best["guidance"])
-        plain, top = self.scores(self.plain), self.scores(chosen)
+        plain, top, answers = self.scores(self.plain), self.scores(chosen), self.answers(chosen)
         top |= {"temperature": chosen.temperature, "guidance": chosen.guidance}
         words = f"FID {plain['fid']:.2f}; at its best, {_setting(top)}, {top['fid']:.2f}"
         if self.bench.judge.world.first:
             print(f"{self.name}: {words}", file=sys.stderr, flush=True)
-        sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen)}
-        return Found(plain, top, self.guided(), sweep, self.exposure(), sheets, self.sha256)
+        sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen), **self.pictures()}
+        return Found(plain, top, self.guided(), sweep, self.exposure(), answers, sheets, self.sha256)
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What the model makes of some prompts: uint8 (N, H, W, 3)."""
+        panel = self.bench.panel
+        if panel is None:
+            return {}
+        make = self.draw(self.plain, self.config.seeds[0], panel.subjects)
+        return {"prompts": self.bench.judge.world.once(lambda: _rows(panel.pictures(make)))}
+
+    def answers(self, best: Sampler) -> dict[str, prompted.Verdicts]:
+        """The panel's verdicts on what the model makes of prompts, at each setting that is compared."""
+        panel = self.bench.panel
+        if panel is None:
+            return {}
+        settings = {"": self.plain, "_best": best}
+        if self.config.guided != 1.0:
+            settings["_guided"] = dataclasses.replace(self.plain, guidance=self.config.guided)
+        key = {"set": "prompts", **self.made_by}
+        return {
+            setting: panel.verdicts(
+                self.bench.judge, key | dataclasses.asdict(how), functools.partial(self.draw, how), self.config.seeds, self.name
+            )
+            for setting, how in settings.items()
+        }
 
     def scores(self, how: Sampler) -> Scores:
         """Mean and standard deviation over the seeds."""
@@ -449,11 +488,11 @@ class Contestant:
         key = {"set": "teacher forced", **self.made_by, "images": self.bench.digests["validation"], "seed": seed}
 
         @torch.inference_mode()
-        def make(numbers: range) -> tuple[Tensor, Tensor]:
-            labels = self.bench.real.labels[numbers.start : numbers.stop]
+        def make(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            labels = self.bench.real.labels[numbers[0] : numbers[-1] + 1]
             true = sampler.encode(self.policy, _floats(self.bench.real.pixels, numbers, self.policy))
             rows = max(1, LOGITS_AT_ONCE[self.policy.device.type] // (self.policy.num_codes * self.policy.vocab))
-            own = torch.arange(numbers.start, numbers.start + len(true))
+            own = torch.arange(numbers[0], numbers[0] + len(true))
             parts = zip(true.split(rows), labels.split(rows), own.split(rows), strict=True)
             codes = torch.cat([self._redraw(*part, seed) for part in parts])
             return self.bench.judge.pixels(sampler.decode(self.policy, codes)), labels
@@ -531,6 +570,7 @@ def _protocol(bench: Bench) -> Scores:
         "random_extractor": "feature network with random weights, seed 0, batch norm calibrated on the reference",
         "kid": f"polynomial kernel of degree 3, {fid.KID_SUBSETS} subsets of {size}",
         "precision_recall_neighbours": neighbours.NEIGHBOURS,
+        **({"prompts": bench.panel.protocol()} if bench.panel else {}),
         "inception_score_images_per_part": min(config.samples, fid.ISC_CHUNK),
         "torch_fidelity": importlib.metadata.version("torch-fidelity"),
     }
@@ -538,19 +578,46 @@ def _protocol(bench: Bench) -> Scores:
 
 def _results(bench: Bench, found: dict[str, Found], holdout: dict[str, float | None], anchors: dict[str, Scores]) -> dict[str, Any]:
     """metrics.json."""
+
+    def answered(one: Found, setting: str) -> Scores:
+        return prompted.scores(bench.panel, one.answers[setting]) if bench.panel else {}
+
     return {
         "protocol": _protocol(bench),
-        **{name: {**one.plain, "reward": holdout[name]} for name, one in found.items()},
-        **{f"{name}_best": one.best for name, one in found.items()},
-        **{f"{name}_guided": one.guided for name, one in found.items() if one.guided},
+        **{name: {**one.plain, **answered(one, ""), "reward": holdout[name]} for name, one in found.items()},
+        **{f"{name}_best": {**one.best, **answered(one, "_best")} for name, one in found.items()},
+        **{f"{name}_guided": {**one.guided, **answered(one, "_guided")} for name, one in found.items() if one.guided},
         "anchors": anchors,
         "exposure": {name: one.exposure for name, one in found.items()},
         "sweep": [point for one in found.values() for point in one.sweep],
         "weights": {name: one.sha256 for name, one in found.items()},
+        **({"prompts": _prompts(bench, found)} if bench.panel else {}),
     }
 
 
-def _write(folder: Path, results: dict[str, Any], sheets: dict[str, dict[str, np.ndarray]], tune: Path, inputs: dict[str, str]) -> None:
+def _prompts(bench: Bench, found: dict[str, Found]) -> Scores:
+    assert bench.panel is not None
+    return prompted.results(bench.panel, _answers(found), bench.answers)
+
+
+def _answers(found: dict[str, Found]) -> dict[str, prompted.Verdicts]:
+    """All verdicts by model and setting: base, base_best, ..."""
+    return {f"{name}{setting}": verdicts for name, one in found.items() for setting, verdicts in one.answers.items()}
+
+
+def _shown(bench: Bench, found: dict[str, Found]) -> list[Scores]:
+    """The prompts whose pictures are on the sheet."""
+    return bench.panel.captions({name: one.answers[""] for name, one in found.items()}) if bench.panel else []
+
+
+def _write(
+    folder: Path,
+    results: dict[str, Any],
+    sheets: dict[str, dict[str, np.ndarray]],
+    tune: Path,
+    inputs: dict[str, str],
+    shown: list[Scores],
+) -> None:
     data.write_json(folder / "metrics.json", results)
     curves = report.read_curves(tune / "metrics.jsonl")
     _write_csv(folder / "sweep.csv", results["sweep"])
@@ -561,8 +628,12 @@ def _write(folder: Path, results: dict[str, Any], sheets: dict[str, dict[str, np
     best = {f"{name} at {_setting(top)}: FID {top['fid']:.2f}": sheets[name]["best"] for name, top in tops.items()}
     for name, rows in (("before-after", before_after), ("best", best), ("anchors", sheets["anchors"])):
         report.banded_sheet(rows, SHEET_COLUMNS).save(folder / f"sheet-{name}.png")
+    if shown:
+        count = results["prompts"]["images_per_prompt"]
+        answers = report_prompts.bands({name: sheets[name]["prompts"] for name in names}, shown, count)
+        report.banded_sheet(answers, 2 * count).save(folder / "sheet-prompts.png")
     provenance = {"code": data.code_version(), "inputs": inputs, "weights": results["weights"]}
-    (folder / "report.html").write_text(report.page(results, curves, sheets, provenance, SHEET_COLUMNS))
+    (folder / "report.html").write_text(report.page(results, curves, sheets, provenance, SHEET_COLUMNS, shown))
 
 
 def _setting(best: Scores) -> str:
@@ -587,5 +658,7 @@ def _track(run: Run, out: Path, results: dict[str, Any], evaluate: EvaluateConfi
     run.dataset("reference", inputs["reference"], evaluate.reference)
     run.image("samples/before_after", out / "sheet-before-after.png")
     run.image("samples/best", out / "sheet-best.png")
+    if (out / "sheet-prompts.png").is_file():
+        run.image("samples/prompts", out / "sheet-prompts.png")
     run.artifact(out / "report.html")
     run.artifact(out / "metrics.json")

@@ -1,4 +1,4 @@
-"""Images: bytes to pixels, the crop, [-1, 1] and back, contact sheets.
+"""Images: bytes to pixels, the crop, [-1, 1] and back, contact sheets, the seed of a drawn one.
 
 Pixels are what a model is tuned on, so this file does what LlamaGen's own loader does and nothing
 beside it: ``convert("RGB")``, ADM's centre crop, ``(x / 255 - 0.5) / 0.5``. Left out on purpose:
@@ -137,6 +137,9 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     import torch
 
     return images.float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)
+
+
+# --- randomness ----------------------------------------------------------------------------------
 
 
 # --- sheets ------------------------------------------------------------------------------------

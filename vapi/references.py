@@ -148,4 +148,4 @@ def cropped(path: str, size: int, classes: int, limit: int) -> tuple[np.ndarray,
 
     for _ in data.parallel(crop, source.read(chosen), data.cores()):
         pass
-    return pixels, np.array([entry.label for entry in chosen], dtype=np.int64), [entry.caption for entry in chosen]
+    return pixels, np.array([entry.label for entry in chosen], dtype=np.int64), [entry.caption or "" for entry in chosen]

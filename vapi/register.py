@@ -6,10 +6,11 @@ Two aliases, two questions:
 - ``champion``: does tuned at its best beat the present champion at its best (without a champion: the
   base at its best)? A model that is merely sharper than another gains nothing over it here.
 
-In both, FID must fall by ``register.min_fid_drop``, and no other metric may get worse by more than its
-allowance. A number that is missing, not finite or measured by another protocol fails its gate. A model
-that passes the first question is registered, with everything that says where it came from; one that
-does not leaves the registry alone. Repeating the command finds the version it made before.
+In both, FID must fall by ``register.min_fid_drop`` (and GenEval's score rise by ``register.min_geneval_gain``, where
+that is asked for), and no other metric may get worse by more than its allowance. A number that is missing, not finite or
+measured by another protocol fails its gate. A model that passes the first question is registered, with everything that
+says where it came from; one that does not leaves the registry alone. Repeating the command finds the version it made
+before.
 
 Left out: stages (MLflow replaced them by aliases), and deleting or archiving versions.
 """
@@ -32,8 +33,14 @@ from vapi.models import weights
 from vapi.run import NO_RUN, Run, Server
 
 LOWER = ("fid", "sfid", "kid", "fid_random", "fd_dinov2")  # better when lower
-HIGHER = ("inception_score", "inception_score_adm", "precision", "recall", "precision_adm", "recall_adm", "class_accuracy")
+HIGHER = (
+    "inception_score", "inception_score_adm", "precision", "recall", "precision_adm", "recall_adm", "class_accuracy",
+    "geneval", "geneval_second", "clipscore",
+)  # fmt: skip
+OWN = {"fid": "min_fid_drop", "geneval": "min_geneval_gain"}
+"""Metrics with a field of their own, in which a model must get better, not just no worse."""
 REQUIREMENTS = ("torch", "numpy", "pandas", "pillow", "safetensors", "pyyaml", "mlflow")
+FOR_T5 = ("transformers", "sentencepiece", "beautifulsoup4", "ftfy")
 
 Scores = dict[str, Any]
 
@@ -76,10 +83,10 @@ def _outcome(register: RegisterConfig, verdict: Verdict, made: dict[str, Any], s
 
 
 def _check_names(register: RegisterConfig) -> None:
-    known = set(LOWER + HIGHER) - {"fid"}
+    known = set(LOWER + HIGHER) - OWN.keys()
     for name in register.allowances:
-        if name == "fid":
-            raise ValueError("register.allowances names 'fid', which has a field of its own: register.min_fid_drop")
+        if name in OWN:
+            raise ValueError(f"register.allowances names {name!r}, which has a field of its own: register.{OWN[name]}")
         if name not in known:
             raise ValueError(f"register.allowances names {name!r}; {nearest(name, known)}")
 
@@ -144,8 +151,9 @@ def _number(value: Any) -> float | None:
 
 
 def gates(register: RegisterConfig, rival: Scores, candidate: Scores) -> list[Gate]:
-    """FID and every metric with an allowance."""
-    allowances = {"fid": -register.min_fid_drop, **register.allowances}
+    """What must get better, and every metric with an allowance."""
+    better = {name: -getattr(register, field) for name, field in OWN.items() if getattr(register, field) > 0}
+    allowances = {**better, **register.allowances}
     return [Gate.of(name, rival.get(name), candidate.get(name), allowance) for name, allowance in allowances.items()]
 
 
@@ -302,15 +310,21 @@ class Registry:
                     "generator": str(tune / "model.safetensors"),
                     "tokenizer": str(weights.locate(model.tokenizer)),
                     "config": str(config),
+                    **({"text_encoder": model.text_encoder} if Path(model.text_encoder or "-").is_dir() else {}),
                 },
                 code_paths=[str(Path(__file__).parent)],
                 # never our own name: on the public index it is somebody else's
-                pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS],
-                signature=_signature(mlflow, best),
+                pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _requirements(model)],
+                signature=_signature(mlflow, best, asked=("string", "prompt") if model.text_encoder else ("long", "class_id")),
             )
 
 
-def _signature(mlflow: Any, best: Scores) -> Any:
+def _requirements(model: ModelConfig) -> tuple[str, ...]:
+    return (*REQUIREMENTS, *(FOR_T5 if model.text_encoder not in ("", "words") else ()))
+
+
+def _signature(mlflow: Any, best: Scores, asked: tuple[str, str]) -> Any:
+    """``asked``: type and name of the one column that says what to draw."""
     types = mlflow.types
     params = [
         types.ParamSpec("seed", "long", 0),
@@ -321,8 +335,8 @@ def _signature(mlflow: Any, best: Scores) -> Any:
         types.ParamSpec("guidance_schedule", "string", str(best.get("guidance_schedule", "constant"))),
         types.ParamSpec("guidance_power", "double", float(best.get("guidance_power", 2.0))),
     ]
-    outputs = types.Schema([types.ColSpec("long", "class_id"), types.ColSpec("string", "png_base64")])
-    return mlflow.models.ModelSignature(types.Schema([types.ColSpec("long", "class_id")]), outputs, types.ParamSchema(params))
+    outputs = types.Schema([types.ColSpec(*asked), types.ColSpec("string", "png_base64")])
+    return mlflow.models.ModelSignature(types.Schema([types.ColSpec(*asked)]), outputs, types.ParamSchema(params))
 
 
 def serving_code() -> Path:

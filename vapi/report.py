@@ -7,6 +7,7 @@ no timing, so the same results make the same bytes. All text is escaped on its w
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vapi import data, images
+from vapi import data, images, report_prompts
 from vapi.config import ARTIFACTS, STAGES
 
 Scores = Mapping[str, Any]
@@ -66,8 +67,18 @@ COLUMNS = (
     Column("class_accuracy", "class acc.", False, 3),
     Column("fid_random", "random FID", True),
     Column("fd_dinov2", "FD DINOv2", True),
+    Column("geneval", "GenEval", False, 3),  # or whatever its detector's weights allow it to be called
+    Column("geneval_second", "second judge", False, 3),
+    Column("clipscore", "CLIPScore", False, 4),
     Column("reward", "reward", False, 4),
 )
+
+
+def columns_of(results: Results) -> list[Column]:
+    """The columns for which somebody has a number."""
+    names = report_prompts.names(results["prompts"]) if "prompts" in results else {}
+    some = [column for column in COLUMNS if any(scores.get(column.key) is not None for scores in rows(results).values())]
+    return [dataclasses.replace(column, title=names.get(column.key, column.title)) for column in some]
 
 
 def rows(results: Results) -> dict[str, Scores]:
@@ -117,12 +128,13 @@ def verdict(results: Results) -> str:
     before, after = _fid(base["fid"]), _fid(tuned["fid"])
     change = f"{100 * (tuned['fid'] / base['fid'] - 1):+.0f} %".replace("-", "−") if base["fid"] else "was 0"
     plain = direction(base, tuned, "fid")
+    asked = f"{report_prompts.verdict(results['prompts'])} " if "prompts" in results else ""
     first = {
         1: f"Tuning lowered FID from {before} to {after} ({change}).",
         0: f"Tuning did not change FID by more than chance would: {before} before, {after} after.",
         -1: f"Tuning raised FID from {before} to {after} ({change}): it did not improve the model.",
     }[plain]
-    return f"{first} {_at_best(results, plain)}"
+    return f"{asked}{first} {_at_best(results, plain)}"
 
 
 def _at_best(results: Results, plain: int) -> str:
@@ -192,13 +204,14 @@ def table(artifacts: Path = ARTIFACTS) -> str:
     """
     artifacts = Path(artifacts)
     results = data.read_json(artifacts / "evaluate" / "metrics.json")
-    parts = [verdict(results), " ".join(caveats(results)), "", grid(results), "", _seconds(artifacts), "", _pointers(artifacts)]
+    asked = [report_prompts.grid(results["prompts"]), ""] if "prompts" in results else []
+    parts = [verdict(results), " ".join(caveats(results)), "", grid(results), "", *asked, _seconds(artifacts), "", _pointers(artifacts)]
     return "\n".join(parts)
 
 
 def grid(results: Results) -> str:
     """The table as aligned text."""
-    columns = [column for column in COLUMNS if any(scores.get(column.key) is not None for scores in rows(results).values())]
+    columns = columns_of(results)
     lines = [["", *(column.title for column in columns)]]
     lines += [[title, *(cell(scores, column) for column in columns)] for title, scores in rows(results).items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -405,8 +418,9 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
 # --- the page ----------------------------------------------------------------------------------
 
 
-def page(results: Results, curves: Sequence[Scores], sheets: Sheets, provenance: Scores, columns: int) -> str:
-    """The whole report as one HTML file. ``sheets``: base and tuned {plain, best}, anchors {real, reconstruction}."""
+def page(results: Results, curves: Sequence[Scores], sheets: Sheets, provenance: Scores, columns: int, shown: Sequence[Scores] = ()) -> str:
+    """The whole report as one HTML file. ``sheets``: base and tuned {plain, best, prompts}, anchors {real, reconstruction}; ``shown``: the
+    prompts of these pictures, with verdicts."""
     first, _, second = verdict(results).partition(". ")
     sections = [
         f'<header><p class="eyebrow">vapi · evaluation of a tuned generator</p><h1>{_e(first)}.</h1>'
@@ -415,6 +429,9 @@ def page(results: Results, curves: Sequence[Scores], sheets: Sheets, provenance:
         f"<section><h2>The numbers</h2>{_table(results)}<p class='small'>{_e(_table_note(results))}</p></section>",
         _charts(results),
     ]
+    if "prompts" in results:
+        answers = {name: sheets[name]["prompts"] for name in ("base", "tuned")}
+        sections.insert(1, report_prompts.section(results["prompts"], answers, shown))
     charts = curve_charts(curves)
     if charts:
         sections.append(f"<section><h2>While tuning</h2>{charts}</section>")
@@ -455,7 +472,7 @@ def _before_after(results: Results, sheets: Sheets, columns: int) -> str:
 
 def _table(results: Results) -> str:
     groups = rows(results)
-    columns = [column for column in COLUMNS if any(scores.get(column.key) is not None for scores in groups.values())]
+    columns = columns_of(results)
     head = "".join(f'<th scope="col">{_e(column.title)}&nbsp;{_arrow(column)}</th>' for column in columns)
     titles, compared = list(groups), len(groups) - 2  # the anchors come last
     body = []
@@ -603,6 +620,11 @@ svg{display:block;width:100%;height:auto;font:12px system-ui,-apple-system,"Sego
 .dot{stroke:var(--card);stroke-width:1.5;stroke-dasharray:none}.dot.base{fill:var(--base)}.dot.tuned{fill:var(--tuned)}
 .dot.hollow{fill:var(--card);stroke-width:2.5}.dot.hollow.base{stroke:var(--base)}.dot.hollow.tuned{stroke:var(--tuned)}
 .gap{stroke-width:4;opacity:.35}.gap.base{stroke:var(--base)}.gap.tuned{stroke:var(--tuned)}
+h3{margin:22px 0 10px;font-size:16px;font-weight:650}
+table.prompts th,table.prompts td{vertical-align:middle}
+table.prompts th{white-space:normal;text-align:left;font-weight:500;max-width:240px}table.prompts td{text-align:left}
+table.prompts img{width:auto;max-width:none}
+.marks{font-size:13px;color:var(--soft);letter-spacing:.2em;margin-top:3px}.marks.tuned{color:var(--tuned)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:10px 0 0;font-size:13px;color:var(--soft)}
 .key::before{content:"";display:inline-block;width:14px;height:3px;margin-right:7px;border-radius:2px;vertical-align:middle;background:var(--base)}
 .key.tuned::before{background:var(--tuned)}

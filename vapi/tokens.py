@@ -9,7 +9,8 @@ killed goes on where it stopped, and the torn end of the file is cut off.
 
 Features of captions (only where ``model.text_encoder`` names an encoder) are kept in such a cache of their own, named
 after the encoder, by the sha256 of the caption: as many rows as it has words, in bfloat16, which loses nothing (see
-``models.text``). Equal captions are encoded once. What is longer than the encoder reads is cut at its end, and counted.
+``models.text``). Equal captions are encoded once. What is longer than the encoder reads is cut at its end, and counted; so
+are captions of which a T5's cleaning leaves nothing, which are encoded as such, as LlamaGen does.
 
 Every batch has the same size (the last is filled up with repeats), so an image meets the same
 arithmetic whichever images it happens to be encoded with. Threads decode and crop the next batches while
@@ -95,7 +96,8 @@ def _said(counts: dict[str, Any]) -> str:
     if not counts:
         return ""
     cut = f", {counts['cut']:,} of them cut at {counts['max_words']} words" if counts["cut"] else ""
-    return f"; {counts['distinct']:,} captions{cut}"
+    empty = f", {counts['empty']:,} of them empty once cleaned" if counts["empty"] else ""
+    return f"; {counts['distinct']:,} captions{cut}{empty}"
 
 
 # --- encoding ----------------------------------------------------------------------------------
@@ -210,14 +212,14 @@ def _features(
         lengths = world.once(lambda: encoder.lengths(captions))
         missing = world.once(lambda: [i for i, digest in enumerate(digests) if cache is not None and digest not in cache])
         with tqdm(total=len(missing), desc="captions", unit="caption", disable=None if world.first else True) as bar:
-            for some, found in _read_together(encoder, captions, lengths, missing, config, world):
+            for some, found in read_captions(encoder, captions, lengths, missing, config, world):
                 if cache is not None:
                     cache.append([digests[i] for i in some], found)
                 bar.update(len(some))
         if cache is None:
             return None, {}
         features = cache.take(digests)
-    long = {caption for caption, length in zip(captions, lengths, strict=True) if length > encoder.max_words}
+    length_of = dict(zip(captions, lengths, strict=True))
     return features, {
         "encoder": encoder.digest,
         "width": encoder.width,
@@ -225,14 +227,15 @@ def _features(
         "distinct": len(captions),
         "max_words": encoder.max_words,
         "longest": max(lengths),  # before the cut
-        "cut": sum(caption in long for caption in picked.captions),
+        "cut": sum(length_of[caption] > encoder.max_words for caption in picked.captions),
+        "empty": sum(length_of[caption] <= encoder.end_marks for caption in picked.captions),  # once they were cleaned
         "words": sum(map(len, features)),
         "bytes": sum(one.nbytes for one in features),
         "encoded": len(missing),
     }
 
 
-def _read_together(
+def read_captions(
     encoder: TextEncoder, captions: Sequence[str], lengths: Sequence[int], wanted: Sequence[int], config: TokensConfig, world: World
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
     """Numbers and features of captions by all processes, who take batches in turn; every process gets every batch, in order."""

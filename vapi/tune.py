@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from tqdm import tqdm
 from vapi import checkpoint, data, grpo, images, launch, models, parallelize
 from vapi.config import ModelConfig, TuneConfig, plain
 from vapi.launch import INTERRUPTED, World
-from vapi.models import Policy, weights
+from vapi.models import Policy, text, weights
 from vapi.objective import DRAW, HOLDOUT, ORDER, Batch, Objective, optimizer_of, update
 from vapi.rewards import Reward, network_files
 from vapi.run import NO_RUN, Run
@@ -76,12 +76,27 @@ class Examples:
         self.held, self.rows = shuffled[: tune.holdout_images], shuffled[tune.holdout_images :]
 
     def fit(self, policy: Policy) -> None:
-        """Raises ValueError unless the policy can read these codes and labels."""
-        codes, labels = self.tokens.codes, self.subset.labels
+        """Raises ValueError unless the policy can read these codes, and these labels or features of captions."""
+        codes = self.tokens.codes
         if codes.shape[1] != policy.num_codes:
             raise ValueError(f"the tokens have {codes.shape[1]} codes per image, the generator draws {policy.num_codes}; run: vapi tokens")
         if codes.max() >= policy.vocab:
             raise ValueError(f"the tokens hold code {codes.max()}, the generator knows 0 .. {policy.vocab - 1}; run: vapi tokens")
+        if policy.num_classes:
+            self._fit_labels(policy)
+        else:
+            policy.condition(self._captions(self.held[:1], policy))  # it knows what it can read
+            self._mention_cuts(policy)
+
+    def _mention_cuts(self, policy: Policy) -> None:
+        words = self.tokens.captions.places[:, 1] if self.tokens.captions else np.zeros(0)
+        positions = cast(Any, policy.generator).config.prefix
+        if cut := int((words > positions).sum()):
+            longest = f"the longest has {words.max()} words, the generator reads {positions}"
+            print(f"{cut:,} of {len(words):,} captions are cut at their end: {longest}", file=sys.stderr, flush=True)
+
+    def _fit_labels(self, policy: Policy) -> None:
+        labels = self.subset.labels
         wrong = np.flatnonzero((labels < 0) | (labels >= policy.num_classes))
         if len(wrong):
             names = ", ".join(f"{self.subset.keys[i]} ({labels[i]})" for i in wrong[:5])
@@ -102,8 +117,13 @@ class Examples:
         """Rows of the subset as tensors on the policy's device."""
         index = rows.numpy()
         codes = torch.from_numpy(self.tokens.codes[index].astype(np.int64)).to(policy.device)
-        condition = policy.condition(torch.from_numpy(self.subset.labels[index]))
+        labels = torch.from_numpy(self.subset.labels[index])
+        condition = policy.condition(labels if policy.num_classes else self._captions(rows, policy))
         return Batch(rows, images.to_float(pixels, policy.device), codes, condition)
+
+    def _captions(self, rows: Tensor, policy: Policy) -> Tensor:
+        """The cached features of images' captions, as the generator reads them: (B, S, C + 1)."""
+        return text.pad(self.tokens.features(rows.tolist()), cast(Any, policy.generator).config.prefix)
 
     def load(self, rows: Tensor, policy: Policy) -> Batch:
         """Rows of the subset, read now."""

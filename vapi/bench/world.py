@@ -188,8 +188,8 @@ def count(policy: Policy, reward: Reward) -> Operations:
     return Operations(forward, backward, decode, pair // 2)
 
 
-def count_published(size: str, image_size: int) -> Operations:
+def count_published(size: str, image_size: int, captions: bool = False) -> Operations:
     """The same for a published size, without any weights. ``Operations`` of LlamaGen with VQ-16 and LPIPS on VGG-16."""
     settings = Measured()
-    policy = random_policy(size, replace(settings.model, image_size=image_size), "meta")
+    policy = random_policy(size, replace(settings.model, image_size=image_size, text_encoder="words" if captions else ""), "meta")
     return count(policy, Reward(TuneConfig().rewards, functions={"lpips": random_lpips("meta")}))

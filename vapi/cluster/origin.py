@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 
 import vapi
 from vapi import data
-from vapi.config import FILES, Config, write_text
+from vapi.config import FILES, FOR_CAPTIONS, Config, write_text
 
 IMAGE = Path(vapi.__file__).resolve().parents[1]
 """The clone, or the folder of the image, that the package lies in; it holds the embedded data."""
-WORDS = ("", "vgg", "inception")
+WORDS = ("", "vgg", "inception", "words", "digits")
 """What such a field may hold in place of a file's name."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -63,9 +63,11 @@ class Origin:
 
 
 def files(settings: Config, sections: Iterable[str]) -> dict[str, str]:
-    """What some sections name: files, folders or patterns of files by field (``model.generator``), words left out."""
+    """What some sections name: files, folders or patterns of files by field (``model.generator``), without words, and without what
+    a generator of classes has no use for."""
     named = {f"{section}.{field}": getattr(getattr(settings, section), field) for section in sections for field in FILES.get(section, ())}
-    return {field: name for field, name in named.items() if name not in WORDS}
+    unused = () if settings.model.text_encoder else FOR_CAPTIONS
+    return {field: name for field, name in named.items() if name not in WORDS and field not in unused}
 
 
 def root(origin: Origin, names: Iterable[str], state: Path) -> Path:

@@ -34,6 +34,7 @@ MLFLOW_SECONDS = 5
 IMAGE_BYTES = 150_000
 """Of an image in a subset: ImageNet's have 110,000 on average."""
 FEATURE_BYTES = 20_000
+CAPTION_BYTES = 2 * 30 * 2048 * 2  # of 30 words by flan-t5-xl, in the cache and in the stage's result
 """That evaluation keeps of a sample: Inception's features, spatial ones included."""
 
 
@@ -148,9 +149,10 @@ def _files(wanted: Mapping[str, str], there: Mapping[str, int]) -> Iterator[Chec
             if name in there:
                 found.append(ok(field, f"{name}, {there[name]:,} bytes, still to be fetched"))
             elif dotted.startswith("model."):
-                from vapi.models import weights  # with torch
+                from vapi.models import text, weights  # with torch
 
-                found.append(ok(field, f"{name}, {weights.size(name):,} bytes"))
+                size = text.size(name) if dotted == "model.text_encoder" else weights.size(name)
+                found.append(ok(field, f"{name}, {size:,} bytes"))
             elif here := origin.matches(Path(name)):
                 found.append(ok(field, name + (f", {len(here)} files" if len(here) > 1 else "")))
             else:
@@ -228,7 +230,8 @@ def bytes_needed(settings: Config) -> int:
     looks = settings.evaluate
     sweep = len(looks.temperatures) * len(looks.guidances) * looks.sweep_samples
     drawn = 2 * (sweep + 4 * looks.samples * len(looks.seeds))
-    return 8 * generator + IMAGE_BYTES * settings.subset.images + FEATURE_BYTES * drawn
+    captions = CAPTION_BYTES * settings.subset.images if settings.model.text_encoder else 0
+    return 8 * generator + (IMAGE_BYTES * settings.subset.images + captions) + FEATURE_BYTES * drawn
 
 
 def mlflow(uri: str, inside: bool = True) -> Check:

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from vapi.config import nearest
+
 
 @dataclass(frozen=True)
 class Objects:
@@ -60,13 +62,27 @@ class Identity:
 class Detector(Protocol):
     """Pictures in, objects out."""
 
-    identity: Identity
-    rules: Rules
-    classes: Sequence[str]  # names that prompts may use
-    colours: Sequence[str]
+    @property
+    def identity(self) -> Identity: ...
+
+    @property
+    def rules(self) -> Rules: ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names that prompts may use."""
+
+    @property
+    def colours(self) -> Sequence[str]: ...
 
     def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
         """uint8 (H, W, 3) each, to what is on it."""
 
     def colour(self, picture: np.ndarray, objects: Objects) -> list[str]:
         """The colour of each of these objects of one class, a name in ``colours``."""
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    """For an error about a class or colour: the known name that holds this one ("computer mouse" for "mouse"), else the nearest."""
+    longer = [one for one in known if name and name in one]
+    return f"did you mean {longer[0]!r}?" if longer else nearest(name, known)

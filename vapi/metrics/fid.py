@@ -74,12 +74,6 @@ class Features:
         return self.moments_of("pooled")
 
 
-def concatenate(parts: list[Features]) -> Features:
-    """Features of several batches as one set, in the order given."""
-    tables = [part.tensors() for part in parts]
-    return Features.of({name: torch.cat([table[name] for table in tables]) for name in tables[0]})
-
-
 @dataclass(frozen=True)
 class Moments:
     """Mean and covariance of a set of features, float64.

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from vapi.config import nearest
-from vapi.metrics.detections import Detections, Identity, Objects, Rules
+from vapi.metrics.detections import Detections, Identity, Objects, Rules, hint
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -82,7 +82,11 @@ class Prompt:
         return json.dumps(dataclasses.astuple(self)[:-1])
 
 
-def read_prompts(path: Path | str, classes: Iterable[str] = CLASSES, colours: Iterable[str] = COLOURS) -> list[Prompt]:
+Names = Sequence[str] | None
+"""Classes or colours that a detector knows; None: whatever a prompt may say."""
+
+
+def read_prompts(path: Path | str, classes: Names = CLASSES, colours: Names = COLOURS) -> list[Prompt]:
     """The prompts of a file of JSON lines: tag, include, perhaps exclude, prompt.
 
     Raises ValueError that names the line for whatever is no prompt that a detector of these classes and colours can judge.
@@ -90,18 +94,17 @@ def read_prompts(path: Path | str, classes: Iterable[str] = CLASSES, colours: It
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not here; it should hold prompts as GenEval's evaluation_metadata.jsonl does")
-    known = (tuple(classes), tuple(colours))
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from None
-    prompts = [parse_prompt(line, f"{path} line {number}", *known) for number, line in enumerate(lines, 1) if line.strip()]
+    prompts = [parse_prompt(line, f"{path} line {number}", classes, colours) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise ValueError(f"{path} is empty; it should hold one prompt a line, as JSON")
     return prompts
 
 
-def parse_prompt(text: str, where: str, classes: Sequence[str] = CLASSES, colours: Sequence[str] = COLOURS) -> Prompt:
+def parse_prompt(text: str, where: str, classes: Names = CLASSES, colours: Names = COLOURS) -> Prompt:
     """One prompt from its JSON. Raises ValueError that begins with ``where``."""
     try:
         values = json.loads(text)
@@ -113,7 +116,7 @@ def parse_prompt(text: str, where: str, classes: Sequence[str] = CLASSES, colour
         raise ValueError(f"{where}: {error}") from None
 
 
-def _prompt(values: Any, classes: Sequence[str], colours: Sequence[str]) -> Prompt:
+def _prompt(values: Any, classes: Names, colours: Names) -> Prompt:
     names = ("tag", "include", "exclude", "prompt")
     if not isinstance(values, dict):
         raise ValueError(f"a prompt is a mapping with {', '.join(names)}, not {values!r}")
@@ -136,7 +139,7 @@ def _prompt(values: Any, classes: Sequence[str], colours: Sequence[str]) -> Prom
     return Prompt(text, tag, parts["include"], parts["exclude"], values)
 
 
-def _clause(values: Any, where: str, number: int, classes: Sequence[str], colours: Sequence[str]) -> Clause:
+def _clause(values: Any, where: str, number: int, classes: Names, colours: Names) -> Clause:
     names = ("class", "count") if where.startswith("exclude") else ("class", "count", "color", "position")
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {values!r}; it must be a mapping with class and count")
@@ -157,15 +160,19 @@ def _clause(values: Any, where: str, number: int, classes: Sequence[str], colour
         if not isinstance(position, list) or len(position) != 2:
             raise ValueError(f'{where}.position is {position!r}; it must be a relation and the number of an earlier include: ["above", 0]')
         relation, target = position
-        _require_known(f"{where}.position", relation, RELATIONS)
+        if relation not in RELATIONS:
+            raise ValueError(f"{where}.position is {relation!r}; known: {', '.join(RELATIONS)}")
         if type(target) is not int or not 0 <= target < number:
             raise ValueError(f"{where}.position refers to include[{target}]; it must be an earlier one")
     return Clause(values["class"], count, values.get("color", ""), relation, target)
 
 
-def _require_known(where: str, name: Any, known: Sequence[str]) -> None:
-    if name not in known:
-        raise ValueError(f"{where} is {name!r}, which the detector does not know; {nearest(str(name), known)}")
+def _require_known(where: str, name: Any, known: Names) -> None:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where} is {name!r}; it must be a name")
+    if known is not None and name not in known:
+        near = hint(name, known) if known else "it knows none (colours of Mask2Former's objects take --clip)"
+        raise ValueError(f"{where} is {name!r}, which the detector does not know; {near}")
 
 
 def list_digest(prompts: Iterable[Prompt]) -> str:

@@ -1,4 +1,4 @@
-"""Features of a stream of images, drawn only where they are not known yet.
+"""Features of a stream of images (or whatever else is said about them), drawn only where they are not known yet.
 
 What is kept are rows of numbers, never images: parts of one batch each, in a folder of
 ``.vapi/evaluate`` whose name is a digest of everything that made them. A killed run finds its parts
@@ -30,18 +30,19 @@ from tqdm import tqdm
 from vapi import data, images
 from vapi.launch import ALONE, World
 from vapi.metrics.features import Extractor
-from vapi.metrics.fid import Features, concatenate
+from vapi.metrics.fid import Features
 
-Make = Callable[[range], tuple[Tensor, Tensor]]  # image numbers -> images as Judge.pixels gives them, labels (B,)
+Make = Callable[[Sequence[int]], tuple[Tensor, Tensor]]  # image numbers -> images as Judge.pixels gives them, labels (B,)
+Look = Callable[[Tensor, Tensor, Sequence[int]], dict[str, Tensor]]  # these, and the numbers again -> a row for each image
 
 
 @runtime_checkable
 class Streaming(Protocol):
     """A ``Make`` that can work ahead."""
 
-    def __call__(self, numbers: range) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]: ...
 
-    def stream(self, ranges: Sequence[range]) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def stream(self, ranges: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 KEEP_BYTES = 32 << 30  # 50,000 images in Inception's features are 1 GB
@@ -84,6 +85,11 @@ class Judge:
 
     def features(self, made_from: dict[str, Any], count: int, make: Make, title: str) -> Features:
         """Features of images 0 .. count - 1 of a stream that ``made_from`` identifies. All processes must call it; all get them."""
+        kept = self.kept(made_from, count, make, lambda pixels, labels, _: self.extractor(pixels, labels).tensors(), title)
+        return Features.of(kept)
+
+    def kept(self, made_from: dict[str, Any], count: int, make: Make, look: Look, title: str) -> dict[str, Tensor]:
+        """What ``look`` says about images 0 .. count - 1 of that stream, a row for each. All processes must call it; all get it."""
         batch = min(self.images_per_batch, count)  # part of the name: the last bits of a matrix product depend on it
         folder = data.state_dir("evaluate", _digest({**self.key, **made_from, "batch": batch}))
         with self.world.first_enters(data.locked(folder / "lock")):
@@ -91,15 +97,15 @@ class Judge:
             missing = self.world.once(lambda: [start for start, path in paths.items() if not path.exists()])
             mine = missing[self.world.rank :: self.world.size]
             with self._bar(count, len(missing) * batch, title) as bar:
-                for start, part in zip(mine, self._looks(make, mine, batch), strict=True):
+                for start, part in zip(mine, self._looks(make, look, mine, batch), strict=True):
                     _store(part, paths[start])
                     bar.update(min(batch * self.world.size, count - bar.n))
             self._require_all(folder, paths.values())
-            parts = [Features.of(load_file(path)) for path in paths.values()]
+            parts = [load_file(path) for path in paths.values()]
             os.utime(folder)
-        found = concatenate(parts)[:count]
-        if len(found) < count:
-            raise ValueError(f"{title}: {len(found)} images where {count} were asked for; delete {folder} and run again")
+        found = {name: torch.cat([part[name] for part in parts])[:count] for name in parts[0]}
+        if any(len(rows) < count for rows in found.values()):
+            raise ValueError(f"{title}: fewer images than the {count} that were asked for; delete {folder} and run again")
         return found
 
     def _require_all(self, folder: Path, paths: Iterable[Path]) -> None:
@@ -113,22 +119,22 @@ class Judge:
         quiet = None if self.world.first else True
         return tqdm(total=count, initial=max(0, count - missing), desc=title, unit="image", leave=False, disable=quiet)
 
-    def _looks(self, make: Make, starts: Sequence[int], batch: int) -> Iterator[Features]:
+    def _looks(self, make: Make, look: Look, starts: Sequence[int], batch: int) -> Iterator[dict[str, Tensor]]:
         """Batches in order, several at a time, or one made while another is looked at, where that helps."""
         ranges = [range(start, start + batch) for start in starts]
         if self.workers > 1:
-            return data.parallel(lambda numbers: self.extractor(*make(numbers)), ranges, self.workers)
+            return data.parallel(lambda numbers: look(*make(numbers), numbers), ranges, self.workers)
         made = make.stream(ranges) if isinstance(make, Streaming) else map(make, ranges)
-        return (self.extractor(*images) for images in made)
+        return (look(*images, numbers) for images, numbers in zip(made, ranges))
 
 
 def stored(pixels: Tensor, labels: Tensor) -> Make:
     """A stream of images that are at hand."""
-    return lambda numbers: (pixels[numbers.start : numbers.stop], labels[numbers.start : numbers.stop])
+    return lambda numbers: (pixels[numbers[0] : numbers[-1] + 1], labels[numbers[0] : numbers[-1] + 1])
 
 
-def _store(features: Features, path: Path) -> None:
-    tensors = {name: rows.contiguous() for name, rows in features.tensors().items()}
+def _store(part: dict[str, Tensor], path: Path) -> None:
+    tensors = {name: rows.contiguous() for name, rows in part.items()}
     temporary = path.with_suffix(".partial")
     try:
         save_file(tensors, temporary)

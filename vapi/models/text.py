@@ -25,6 +25,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,8 @@ from vapi.models.cleaning import clean
 
 MAX_WORDS = 120
 """LlamaGen's: its encoder cuts there, and its generators of captions have as many positions."""
+STEP = 4
+"""Captions are padded to a multiple of it while they are encoded."""
 
 
 class TextEncoder(Protocol):
@@ -44,6 +47,7 @@ class TextEncoder(Protocol):
     width: int  # C
     digest: str
     max_words: int
+    end_marks: int  # of the words of every caption: not its own
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Words of each caption before any cut. Raises ValueError for a caption that this encoder cannot read."""
@@ -68,17 +72,17 @@ def digest(name: str) -> str:
 
 def batches(lengths: Sequence[int], words_per_batch: int) -> Iterator[list[int]]:
     """Numbers of captions of these lengths, sorted by length, in the batches that an encoder computes at a time."""
-    by_shape: dict[int, list[int]] = {}
+    by_shape: dict[torch.Size, list[int]] = {}
     for number, length in enumerate(lengths):
-        by_shape.setdefault(_positions(length), []).append(number)
-    for positions, numbers in sorted(by_shape.items()):
-        rows = max(1, words_per_batch // positions)
+        by_shape.setdefault(shape(length, words_per_batch), []).append(number)
+    for (rows, _), numbers in sorted(by_shape.items(), key=lambda item: item[0][1]):
         yield from (numbers[start : start + rows] for start in range(0, len(numbers), rows))
 
 
-def _positions(length: int) -> int:
-    """A caption's length, rounded up: some padding for few shapes."""
-    return min(MAX_WORDS, 8 * math.ceil(length / 8))
+def shape(length: int, words_per_batch: int) -> torch.Size:
+    """Rows and positions of every batch that a caption of this length is computed in: a little padding for few shapes."""
+    positions = min(MAX_WORDS, STEP * math.ceil(length / STEP))
+    return torch.Size((max(1, words_per_batch // positions), positions))
 
 
 def pad(features: Sequence[Tensor], positions: int) -> Tensor:
@@ -110,6 +114,7 @@ class Words:
 
     width = SIGNS * len(REACH) + 2 * TURNS
     max_words = MAX_WORDS
+    end_marks = 0
     digest = hashlib.sha256(b"words, version 1").hexdigest()
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
@@ -150,15 +155,19 @@ def _turns(count: int, pairs: int) -> Tensor:
 
 
 class T5:
-    """The encoder of a T5, with the tokenizer beside it, in bfloat16. A word is a piece of one here, and every caption ends
+    """The encoder of a T5, with the tokenizer beside it. A word is a piece of one here, and every caption ends
     with one that says so, so that a caption of which cleaning leaves nothing has a length of 1.
 
+    Weights and features are bfloat16, and so is what lies between on a GPU. On a CPU that is float32: many imitate bfloat16,
+    a hundred times slower.
+
     As LlamaGen does in training and sampling: captions are cleaned, cut at 120 pieces (the end mark among them), and padding
-    is masked. LlamaGen pads every caption to 120 positions, and here it is to the next multiple of 8: a T5's positions are
+    is masked. LlamaGen pads every caption to 120 positions, and here it is to the next multiple of 4: a T5's positions are
     relative, and nothing sees padding.
     """
 
     max_words = MAX_WORDS
+    end_marks = 1
 
     def __init__(self, name: str, device: torch.device | str = "cpu", words_per_batch: int = 4096) -> None:
         """Raises ValueError if ``name`` is no folder or hub id of a T5, whole, with its tokenizer."""
@@ -167,7 +176,7 @@ class T5:
         self.device = torch.device(device)
         self.digest = _digest_of_t5(folder)
         self.tokenizer, self.model = _read_t5(folder)
-        self.model.to(self.device)
+        self.model.to(self.device, torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.width = int(self.model.config.d_model)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
@@ -189,21 +198,21 @@ class T5:
     @torch.inference_mode()
     def _encode(self, pieces: Sequence[Sequence[int]]) -> list[Tensor]:
         """Features of captions whose lengths round to the same, in a batch of the one shape that is theirs."""
-        positions = _positions(len(pieces[0]))
-        rows = max(1, self.words_per_batch // positions)
-        words = torch.full((rows, positions), self.model.config.pad_token_id)
-        there = torch.zeros(rows, positions, dtype=torch.long)
-        for row in range(rows):
+        size = shape(len(pieces[0]), self.words_per_batch)
+        words = torch.full(size, self.model.config.pad_token_id)
+        there = torch.zeros(size, dtype=torch.long)
+        for row in range(len(words)):
             own = pieces[row] if row < len(pieces) else pieces[0]
             words[row, : len(own)] = torch.tensor(own)
             there[row, : len(own)] = 1
         found = self.model(input_ids=words.to(self.device), attention_mask=there.to(self.device)).last_hidden_state
-        kept = found[: len(pieces)].cpu().float()
+        kept = found[: len(pieces)].bfloat16().cpu().float()
         return [feature[: len(own)].clone() for feature, own in zip(kept, pieces, strict=True)]
 
 
 RULES = f"T5, version 1: cleaned as LlamaGen cleans, {MAX_WORDS} pieces, bfloat16"
 READABLE = ("config.json", "tokenizer*", "special_tokens_map.json", "spiece.model")
+NOWHERE = "model.text_encoder {!r} is neither words, nor a folder that is here, nor a hub id (google/flan-t5-xl)"
 WEIGHTS = (("*.safetensors", "*.safetensors.index.json"), ("pytorch_model*.bin", "pytorch_model*.bin.index.json"))
 
 
@@ -213,7 +222,7 @@ def _folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.count("/") != 1:
-        raise ValueError(f"model.text_encoder {name!r} is neither words, nor a folder that is here, nor a hub id (google/flan-t5-xl)")
+        raise ValueError(NOWHERE.format(name))
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -226,6 +235,24 @@ def _folder(name: str) -> Path:
     except Exception as error:
         raise ValueError(f"{name} is no local folder, and the hub did not give it: {error}") from error
     return folder
+
+
+def size(name: str) -> int:
+    """Bytes of a T5, of which nothing is fetched for it. Raises ValueError if it cannot be reached, or is none."""
+    if Path(name).is_dir():
+        return sum(path.stat().st_size for path in _files(Path(name)))
+    if name.count("/") != 1:
+        raise ValueError(NOWHERE.format(name))
+    try:
+        from huggingface_hub import HfApi
+
+        found = HfApi().model_info(name, files_metadata=True, timeout=10).siblings or []
+    except Exception as error:
+        raise ValueError(f"{name} is no local folder, and the hub does not show it: {error}") from error
+    of_kind = [[file.size or 0 for file in found if any(fnmatch(file.rfilename, pattern) for pattern in kind)] for kind in WEIGHTS]
+    if not any(of_kind):
+        raise ValueError(f"{name} holds no weights (*.safetensors or pytorch_model*.bin)")
+    return sum(next(sizes for sizes in of_kind if sizes))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -250,6 +277,7 @@ def _read_t5(folder: Path) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise ValueError("a T5 needs transformers and sentencepiece: pip install 'vapi-align[t2i]'") from None
+    transformers.utils.logging.disable_progress_bar()
     _files(folder)
     kind = data.read_json(folder / "config.json").get("model_type")
     if kind != "t5":
@@ -257,7 +285,7 @@ def _read_t5(folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
         read: Any = transformers.T5EncoderModel.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # the library has many kinds for a damaged file
         raise ValueError(f"{folder} holds no T5 that can be read: {error}") from error
     model, told = read
     lacking = sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]]))

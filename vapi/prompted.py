@@ -1,0 +1,284 @@
+"""What a generator of captions makes of prompts: pictures of each, judged by detectors and by text metrics.
+
+Picture i of prompt p has its own random numbers, so base and tuned answer the same questions, and every sampling
+setting too. Two detectors look at every picture, because a number that one of them alone believes in is worth little.
+Beside the models stand anchors: the real pictures of the same prompts where there are some, the tokenizer's
+reconstructions of these, and pictures judged by another prompt of their task (chance).
+
+Pictures stream into verdicts, which are kept like features are (``metrics/stream.py``): a killed evaluation goes on.
+
+Shapes: P prompts, S seeds, I images per prompt and seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vapi import data
+from vapi.config import EvaluateConfig
+from vapi.geneval import detector_of
+from vapi.metrics import geneval, text
+from vapi.metrics.detections import Detections, Detector
+from vapi.metrics.geneval import Prompt
+from vapi.metrics.stream import Judge, Make
+from vapi.metrics.text import Checked
+from vapi.references import RealImages, Subjects
+
+Scores = dict[str, Any]
+Verdicts = dict[str, np.ndarray]  # by judge: bool (P, S, I) of detectors, float of text metrics
+
+SHOWN = 3  # prompts of each task on a sheet
+SHUFFLED = "shuffled"  # the first detector's verdict by another prompt of the same task
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """What is known without any model: verdicts on real pictures and on reconstructions of them, and which prompts have some."""
+
+    prompts: Sequence[Prompt] = ()
+    verdicts: Mapping[str, Verdicts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Prompts, and who judges their pictures."""
+
+    prompts: Sequence[Prompt]
+    images: int  # I
+    detectors: Mapping[str, Detector]
+    metrics: Mapping[str, Checked]
+    digest: str  # of everything that decides a verdict beside the picture
+
+    @classmethod
+    def of(cls, evaluate: EvaluateConfig, device: torch.device) -> Panel:
+        """Read prompts and judges. Raises ValueError for what is missing, and for prompts that a detector cannot judge."""
+        named = {"geneval": evaluate.detector, "geneval_second": evaluate.second_detector}
+        detectors = {name: detector_of(where, evaluate.clip, device) for name, where in named.items() if where}
+        if not detectors:
+            raise ValueError("evaluate.detector is empty, and somebody must look at the pictures; give digits, or a folder of weights")
+        lists = [geneval.read_prompts(evaluate.prompts, judge.classes, judge.colours) for judge in detectors.values()]
+        metrics = text.load(evaluate)
+        judges = {name: [str(judge.identity), str(judge.rules)] for name, judge in detectors.items()}
+        described = {name: metric.describe for name, metric in metrics.items()}
+        parts = [data.file_digest(Path(evaluate.prompts)), evaluate.images_per_prompt, judges, described]
+        return cls(lists[0], evaluate.images_per_prompt, detectors, metrics, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+
+    def protocol(self) -> Scores:
+        """What two scores must share to be compared."""
+        return {
+            "list": geneval.list_digest(self.prompts),
+            "images_per_prompt": self.images,
+            "detectors": {name: f"{judge.identity.name} {judge.identity.weights}".strip() for name, judge in self.detectors.items()},
+            "text_metrics": {name: metric.describe for name, metric in self.metrics.items()},
+        }
+
+    @property
+    def shown(self) -> list[int]:
+        """Places of the prompts that reports show: the first of each task."""
+        tasks = dict.fromkeys(prompt.tag for prompt in self.prompts)
+        return [place for task in tasks for place in [n for n, prompt in enumerate(self.prompts) if prompt.tag == task][:SHOWN]]
+
+    def pictures(self, make: Make) -> Tensor:
+        """A model's pictures of these prompts: uint8 (K * I, 3, H, W)."""
+        return make([place * self.images + image for place in self.shown for image in range(self.images)])[0]
+
+    def captions(self, found: Mapping[str, Verdicts]) -> list[Scores]:
+        """What to write beside them: the text, and the first detector's verdicts on the first seed's, by model."""
+        first = next(iter(self.detectors))
+        return [
+            {"text": self.prompts[place].text, **{side: verdicts[first][place, 0].tolist() for side, verdicts in found.items()}}
+            for place in self.shown
+        ]
+
+    @property
+    def subjects(self) -> Subjects:
+        """Picture n shows prompt n // I."""
+        return Subjects(0, [prompt.text for prompt in self.prompts for _ in range(self.images)])
+
+    def judge(self, pixels: Tensor, prompts: Sequence[Prompt], others: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Verdicts on pictures, uint8 (B, 3, H, W), one prompt each; ``others`` are prompts to find chance with."""
+        pictures = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        found: dict[str, Tensor] = {}
+        for name, detector in self.detectors.items():
+            seen = detector.detect(pictures)
+
+            found[name] = _correct(detector, prompts, pictures, seen)
+            if SHUFFLED not in found:
+                found[SHUFFLED] = _correct(detector, others, pictures, seen)
+        if self.metrics:
+            texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+            for name, metric in self.metrics.items():
+                found[name] = torch.tensor(metric(np.stack(pictures), texts, metadata), dtype=torch.float64)
+        return found
+
+    def verdicts(
+        self, judge: Judge, made_from: Scores, draw: Callable[[int, Subjects], Make], seeds: Sequence[int], title: str
+    ) -> Verdicts:
+        """All judges' verdicts on what a model draws for every prompt, over several seeds."""
+        order = [place for place in range(len(self.prompts)) for _ in range(self.images)]
+        return self._verdicts(judge, made_from, lambda seed: draw(seed, self.subjects), order, seeds, title, self.images)
+
+    def anchors(self, judge: Judge, real: RealImages, reconstruct: Callable[[Tensor], Tensor], key: Scores) -> Anchors:
+        """Verdicts on real pictures of these prompts, and on reconstructions of them (uint8 both); nothing where there are none."""
+        own = self.pictures_of(real)
+        count = min((len(pictures) for pictures in own.values() if pictures), default=0)
+        if not count:
+            return Anchors()
+        order = [place for place, pictures in own.items() for _ in pictures[:count]]
+        rows = [row for pictures in own.values() for row in pictures[:count]]
+
+        def plain(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            these = torch.tensor([rows[n] for n in numbers if n < len(rows)])
+            return real.pixels[these], these
+
+        def decoded(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+            pixels, these = plain(numbers)
+            return reconstruct(pixels), these
+
+        makes = {"real": lambda _: plain, "reconstruction": lambda _: decoded}
+        verdicts = {name: self._verdicts(judge, {**key, "anchor": name}, make, order, [0], name, count) for name, make in makes.items()}
+        return Anchors([self.prompts[place] for place in own], verdicts)
+
+    def pictures_of(self, real: RealImages) -> dict[int, list[int]]:
+        """The real pictures of each prompt that has some, by the prompt's place."""
+        places = {prompt.text: place for place, prompt in enumerate(self.prompts)}
+        found: dict[int, list[int]] = {}
+        for row, caption in enumerate(real.captions):
+            if caption in places:
+                found.setdefault(places[caption], []).append(row)
+        return dict(sorted(found.items()))
+
+    def _verdicts(
+        self,
+        judge: Judge,
+        made_from: Scores,
+        make: Callable[[int], Make],
+        order: Sequence[int],  # the prompt of each picture
+        seeds: Sequence[int],
+        title: str,
+        images: int,
+    ) -> Verdicts:
+        others = partners(self.prompts)
+
+        def look(pixels: Tensor, _: Tensor, numbers: Sequence[int]) -> dict[str, Tensor]:
+            asked = [order[n] for n in numbers if n < len(order)]
+            found = self.judge(pixels[: len(asked)], [self.prompts[n] for n in asked], [self.prompts[others[n]] for n in asked])
+            # what fills the last batch up has no verdict
+            return {name: torch.nn.functional.pad(rows, (0, len(numbers) - len(asked))) for name, rows in found.items()}
+
+        key = {**made_from, "panel": self.digest}
+        runs = [judge.kept({**key, "seed": seed}, len(order), make(seed), look, f"{title}, prompts") for seed in seeds]
+        shape = (len(order) // images, images)
+        kinds = {name: float if rows.is_floating_point() else bool for name, rows in runs[0].items()}
+        return {name: np.stack([run[name].numpy().reshape(shape) for run in runs], axis=1).astype(kind) for name, kind in kinds.items()}
+
+
+def _correct(detector: Detector, prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], seen: Sequence[Detections]) -> Tensor:
+    """Whether each picture is what its prompt asks for, by what the detector saw: uint8 (B,)."""
+
+    def one(prompt: Prompt, picture: np.ndarray, objects: Detections) -> bool:
+        return geneval.score(prompt, objects, detector.rules, lambda these: detector.colour(picture, these)).correct
+
+    return torch.tensor([one(*given) for given in zip(prompts, pictures, seen, strict=True)], dtype=torch.uint8)
+
+
+def partners(prompts: Sequence[Prompt]) -> list[int]:
+    """For each prompt the place of another of its task that asks for something else (itself, where there is none)."""
+    found = list(range(len(prompts)))
+    for task in dict.fromkeys(prompt.tag for prompt in prompts):
+        rows = [n for n, prompt in enumerate(prompts) if prompt.tag == task]
+        for at, n in enumerate(rows):
+            turned = rows[at + 1 :] + rows[:at]
+            found[n] = next((other for other in turned if prompts[other].include != prompts[n].include), n)
+    return found
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Anchors) -> Scores:
+    """The section ``prompts`` of metrics.json. ``found``: verdicts by model and setting (base, tuned, base_best, ...)."""
+    sides = [(name, f"tuned{name.removeprefix('base')}") for name in found if name.startswith("base")]
+    judged = {
+        name: {
+            **{side: geneval.summary(_run(panel.prompts, verdicts[name]), judge.identity, judge.rules) for side, verdicts in found.items()},
+            "difference": {
+                tuned: geneval.compare(*(_run(panel.prompts, found[side][name]) for side in (base, tuned)))
+                for base, tuned in sides
+                if tuned in found
+            },
+            "anchors": {
+                side: geneval.summary(_run(anchors.prompts, verdicts[name]), judge.identity, judge.rules, panel.prompts)
+                for side, verdicts in anchors.verdicts.items()
+            },
+        }
+        for name, judge in panel.detectors.items()
+    }
+    first = next(iter(panel.detectors))
+    chance = {side: geneval.summary(_run(panel.prompts, verdicts[SHUFFLED]), *_who(panel, first)) for side, verdicts in found.items()}
+    judged[first]["anchors"][SHUFFLED] = chance["base"]
+    return {
+        "prompts": len(panel.prompts),
+        "images_per_prompt": panel.images,
+        "detectors": judged,
+        "agreement": {side: agreement(panel, verdicts) for side, verdicts in found.items()} if len(panel.detectors) > 1 else {},
+        "metrics": {
+            name: {"description": metric.describe, **{side: _mean(verdicts[name]) for side, verdicts in found.items()}}
+            for name, metric in panel.metrics.items()
+        },
+    }
+
+
+def by_prompt(panel: Panel, found: Mapping[str, Verdicts]) -> list[Scores]:
+    """A row for each prompt: its task, its text, and the share of its pictures that each detector finds right, by model and setting."""
+    columns = {f"{side}/{name}": verdicts[name].mean(axis=(1, 2)) for side, verdicts in found.items() for name in panel.detectors}
+    return [
+        {"task": prompt.tag, "prompt": prompt.text, **{column: float(f"{shares[n]:.6g}") for column, shares in columns.items()}}
+        for n, prompt in enumerate(panel.prompts)
+    ]
+
+
+def scores(panel: Panel, verdicts: Verdicts) -> Scores:
+    """What a model's row of the table shows: GenEval's overall score by each detector and the text metrics' means, with the standard
+    deviation over seeds (None for one)."""
+    found: Scores = {}
+    for name in (*panel.detectors, *panel.metrics):
+        by_seed = np.moveaxis(verdicts[name], 1, 0)  # (S, P, I)
+        if name in panel.detectors:
+            tasks = _run(panel.prompts, verdicts[name]).of_task()
+            values = [geneval.overall(one.mean(axis=1), tasks) for one in by_seed]
+        else:
+            values = [float(one.mean()) for one in by_seed]
+        found[name] = float(f"{np.mean(values):.6g}")
+        found[f"{name}_std"] = float(f"{np.std(values, ddof=1):.6g}") if len(values) > 1 else None
+    return found
+
+
+def agreement(panel: Panel, verdicts: Verdicts) -> float:
+    """Share of pictures on which the two detectors' verdicts are the same."""
+    one, other = (verdicts[name] for name in panel.detectors)
+    return float((one == other).mean())
+
+
+def _run(prompts: Sequence[Prompt], correct: np.ndarray) -> geneval.Run:
+    return geneval.Run.of(prompts, correct)
+
+
+def _who(panel: Panel, name: str) -> tuple[Any, Any]:
+    return panel.detectors[name].identity, panel.detectors[name].rules
+
+
+def _mean(values: np.ndarray) -> Scores:
+    """Mean and standard error of a text metric, pictures of a prompt being one observation."""
+    of_prompts = values.mean(axis=(1, 2))
+    error = float(of_prompts.std(ddof=1) / len(of_prompts) ** 0.5) if len(of_prompts) > 1 else None
+    return {"mean": float(of_prompts.mean()), "standard_error": error}
