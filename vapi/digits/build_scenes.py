@@ -54,7 +54,7 @@ class World:
         token_dropout=0, residual_dropout=0, hidden_dropout=0,
     )  # fmt: skip
     tokenizer_schedule: Schedule = Schedule(1500, 24, 2e-3)
-    generator_schedule: GeneratorSchedule = GeneratorSchedule(2400, 32, 3e-3, muon_lr=0.02, flat_steps=900, alone_steps=400)
+    generator_schedule: GeneratorSchedule = GeneratorSchedule(3000, 32, 3e-3, muon_lr=0.02, flat_steps=1300, alone_steps=600, noise=0.3)
     reward_schedule: Schedule = Schedule(800, 48, 4e-3, seed=2)
     metric_schedule: Schedule = Schedule(1200, 48, 4e-3, seed=3)
     judge_schedule: Schedule = Schedule(1500, 48, 4e-3, seed=4)
@@ -70,7 +70,7 @@ TINY = World(
     tokenizer=vq.VQConfig(vocab=256, code_dim=8, channels=4, multipliers=(1, 2, 4), blocks=1, z_channels=16, groups=4),
     generator=gpt.GPTConfig(dim=32, layers=1, heads=2, hidden=64, vocab=256, codes=100, classes=0, caption_dim=176, prefix=12),
     tokenizer_schedule=Schedule(10, 8, 1.5e-3),
-    generator_schedule=GeneratorSchedule(10, 8, 2e-3, flat_steps=4, alone_steps=2),
+    generator_schedule=GeneratorSchedule(10, 8, 2e-3, flat_steps=4, alone_steps=2, noise=0.3),
     reward_schedule=Schedule(5, 8, 4e-3, seed=2),
     metric_schedule=Schedule(5, 8, 4e-3, seed=3),
     judge_schedule=Schedule(5, 8, 4e-3, seed=4),

@@ -51,6 +51,11 @@ class GeneratorSchedule(Schedule):
     muon_lr: float = 0.02
     flat_steps: int = 0  # so long, grounds are flat
     alone_steps: int = 0  # and so long, captions speak of one thing
+    noise: float = 0.0  # share of the context that is replaced, for the first half: what was drawn already tells less than the caption
+
+    def noise_at(self, step: int) -> float:
+        """Level for half of the steps, gone after 80 % of them."""
+        return self.noise * min(1.0, max(0.0, (0.8 - step / self.steps) / 0.3))
 
     def trapezoid(self, step: int) -> float:
         """Up over 50 steps, level, and linearly to zero over the last 60 %."""
@@ -170,7 +175,8 @@ def train_generator(
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule.trapezoid(step)
         batch = lesson.codes[chosen]
-        loss = F.cross_entropy(model(lesson.said[chosen], batch).flatten(0, 1), batch.flatten())
+        context = corrupted(batch, schedule.noise_at(step), config.vocab)
+        loss = F.cross_entropy(model(lesson.said[chosen], context).flatten(0, 1), batch.flatten())
         if step % 100 == 0 or step == schedule.steps - 1:
             log(f"generator step {step}: train {loss.item():.4f}, held out {cross_entropy(model, *held_out):.4f}")
         model.zero_grad(set_to_none=True)
@@ -179,6 +185,13 @@ def train_generator(
         muon.step()
         adam.step()
     return model.eval()
+
+
+def corrupted(codes: Tensor, noise: float, vocab: int) -> Tensor:
+    """Codes (B, T), a share ``noise`` of them replaced by any."""
+    if noise == 0:
+        return codes
+    return torch.where(torch.rand(codes.shape) < noise, torch.randint(vocab, codes.shape), codes)
 
 
 class Muon(torch.optim.Optimizer):
