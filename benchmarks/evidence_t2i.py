@@ -55,7 +55,9 @@ class Evidence(evidence.Evidence):
 
     def how(self, **changes: Any) -> Any:
         """The recipe's evaluation with as few pictures beside those of prompts as it allows."""
-        return dataclasses.replace(self.params.evaluate, samples=self.plan.samples, sweep_samples=20, temperatures=[1.0], **changes)
+        config = self.params.evaluate
+        few = {"samples": self.plan.samples, "sweep_samples": 20, "temperatures": [1.0], "guidances": [config.guidance]}
+        return dataclasses.replace(config, **few, **changes)
 
     def search(self, arm: str, lr: float) -> Scores:
         """A learning rate, judged by the validation prompts."""

@@ -126,7 +126,9 @@ _DIGITS_T2I = {
     "tune.perceptual": "data/models/scenes-reward.safetensors",
     "tune.context_noise": 0.5,
     "evaluate.samples": 1200,
+    "evaluate.guidance": 4.0,  # the base needs some, as LlamaGen's of captions does (the paper: 7.5)
     "evaluate.temperatures": [0.7, 0.85, 1.0],
+    "evaluate.guidances": [2.0, 4.0],
     "evaluate.sweep_samples": 600,
     "evaluate.reference": "data/scenes/reference.parquet",
     "evaluate.validation": "data/scenes/validation.parquet",
