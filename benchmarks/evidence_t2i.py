@@ -56,7 +56,7 @@ class Evidence(evidence.Evidence):
     def how(self, **changes: Any) -> Any:
         """The recipe's evaluation with as few pictures beside those of prompts as it allows."""
         config = self.params.evaluate
-        few = {"samples": self.plan.samples, "sweep_samples": 20, "temperatures": [1.0], "guidances": [config.guidance]}
+        few: dict[str, Any] = {"samples": self.plan.samples, "sweep_samples": 20, "temperatures": [1.0], "guidances": [config.guidance]}
         return dataclasses.replace(config, **few, **changes)
 
     def search(self, arm: str, lr: float) -> Scores:
