@@ -124,7 +124,6 @@ _DIGITS_T2I = {
     "subset.classes": 0,
     "tune.images_per_step": 32,
     "tune.perceptual": "data/models/scenes-reward.safetensors",
-    "tune.context_noise": 0.5,
     "evaluate.samples": 1200,
     "evaluate.guidance": 4.0,  # the base needs some, as LlamaGen's of captions does (the paper: 7.5)
     "evaluate.temperatures": [0.7, 0.85, 1.0],
