@@ -269,7 +269,7 @@ def test_the_bundled_generator_reads_its_captions() -> None:
         scenes.Prompt("colors", (scenes.Thing(digit, colour),)) for digit in (0, 1, 4) for colour in ("red", "green", "blue", "purple")
     ]
     asked = [prompt for prompt in asked if not prompt.unseen]
-    codes = policy.generate(policy.condition([prompt.text for prompt in asked]), list(range(len(asked))), temperature=0.8)
+    codes = policy.generate(policy.condition([prompt.text for prompt in asked]), list(range(len(asked))), guidance=4.0)
     pictures = judges.reconstructed(codes, policy.tokenizer)
     seen = metric.classical().detect(list(pictures))
     shown = [{colour for objects in found.values() for colour in objects.colours} for found in seen]
