@@ -56,6 +56,7 @@ RUN /opt/venv/bin/dvc config core.no_scm true && /opt/venv/bin/dvc pull --quiet 
 
 COPY LICENSE NOTICE README.md constraints.txt data.dvc dvc.yaml params.yaml pyproject.toml /opt/vapi/
 COPY data/README.md /opt/vapi/data/
+COPY data/geneval /opt/vapi/data/geneval
 COPY mlflow/generator.py /opt/vapi/mlflow/
 COPY docker/gitconfig /opt/gitconfig
 COPY vapi /opt/vapi/vapi

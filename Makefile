@@ -5,9 +5,14 @@ PYTHON ?= python3
 SETUP := .venv/.setup-done
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint evidence setup data bundle
+.PHONY: demo demo-t2i test lint evidence setup data bundle
 
 demo: setup data     ## the whole pipeline on the embedded data, then the results
+	dvc repro
+	vapi summary
+
+demo-t2i: setup data ## the same from captions to scenes; params.yaml is the recipe digits-t2i afterwards
+	vapi recipe digits-t2i --write
 	dvc repro
 	vapi summary
 
@@ -38,7 +43,7 @@ data: setup
 
 # After `python -m vapi.digits` rebuilt the embedded data: write data.dvc and the bundled copy anew.
 bundle: setup
-	{ echo outs:; find data/digits data/models -type f | LC_ALL=C sort | \
+	{ echo outs:; find data/digits data/models data/scenes -type f ! -name README.md | LC_ALL=C sort | \
 	  while read -r file; do printf -- '- path: %s\n  remote: bundled\n' "$$file"; done; } > data.dvc
 	dvc commit --quiet --force data.dvc
 	rm -rf .dvc/bundled

@@ -57,7 +57,9 @@ class Plan:
 class Evidence:
     """The runs under one folder; a run that is there is not made again."""
 
-    def __init__(self, out: Path, params: Config, plan: Plan, world: build.World) -> None:
+    arms = ARMS
+
+    def __init__(self, out: Path, params: Config, plan: Plan, world: Any) -> None:
         self.out, self.params, self.plan, self.world = out, params, plan, world
         self.subset, self.tokens = out / "subset", out / "tokens"
 
@@ -86,7 +88,7 @@ class Evidence:
 
     def tuned(self, arm: str, lr: float, pretraining: int, seed: int) -> Path:
         """The folder of a tuned model."""
-        chosen = dataclasses.replace(self.params.tune, **ARMS[arm], lr=lr, seed=seed)
+        chosen = dataclasses.replace(self.params.tune, **self.arms[arm], lr=lr, seed=seed)
         folder = self.out / "tune" / f"{arm.replace(' ', '-')}-lr{lr:g}-p{pretraining}-s{seed}"
         if not folder.exists():
             print(f"tuning: {folder.name}", flush=True)

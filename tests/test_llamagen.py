@@ -4,8 +4,10 @@ thing: the generator (GPT-B), the side of the images (64) and their number."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -90,4 +92,82 @@ def test_a_full_size_run_in_small(tmp_path: Path, inception_file: Path, monkeypa
         assert {"fid", "sfid", "inception_score", "precision", "recall"} <= found[name].keys() and found[name]["images"] == 10
     call("export", "artifacts/tune", "tuned.pt")
     ours, theirs = (torch.load(path, weights_only=True)["model"] for path in (SMALLER["model.generator"], "tuned.pt"))
+    assert ours.keys() == theirs.keys() and any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# --- captions ----------------------------------------------------------------------------------
+
+SMALLER_T2I = {
+    "model.generator": "data/llamagen/t2i_B.pt", "model.image_size": SIDE, "subset.images": 24, "subset.min_size": 32,
+    "tokens.images_per_batch": 8, "tune.images_per_step": 4, "tune.holdout_images": 4, "tune.steps": 2, "tune.compile": False,
+    "tune.perceptual_weights": "data", "evaluate.samples": 8, "evaluate.sweep_samples": 8, "evaluate.guidances": [2.0],
+    "evaluate.images_per_batch": 8, "evaluate.sheet_images": 4, "evaluate.images_per_prompt": 1, "track.uri": "off",
+}  # fmt: skip
+PROMPTS = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"},
+]
+
+
+def write_tars(folder: Path, count: int) -> None:
+    """Webdataset shards as LAION-COCO's: 000.jpg beside 000.json; one caption is null, one sample has more words than a caption may."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(2)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(shard * count // 2, (shard + 1) * count // 2):
+                buffer = io.BytesIO()
+                pixels = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8))
+                pixels.resize((70, 90), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+                caption = None if number == 3 else "a photo of " + "something red, " * (100 if number == 5 else 2) + str(number)
+                for suffix, content in (("jpg", buffer.getvalue()), ("json", json.dumps({"caption": caption}).encode())):
+                    entry = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+
+
+@pytest.mark.slow
+def test_a_run_from_captions_in_small(tmp_path: Path, inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe llamagen-xl-t2i from tars to GenEval: real architectures and layouts, random weights of small sizes."""
+    import mmdet_layout
+    import test_clip
+    import test_mask2former
+    import test_text
+
+    values = plain(recipe("llamagen-xl-t2i"))
+    for name, value in {**SMALLER_T2I, "evaluate.extractor_weights": str(inception_file)}.items():
+        section, _, knob = name.partition(".")
+        values[section][knob] = value
+    write_text(tmp_path / "params.yaml", dump(build(Config, values)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256", extractors.sha256(inception_file)[:8])
+    write_tars(Path(values["subset"]["source"]), 30)
+    for name in ("reference", "validation"):
+        write_tars(Path(values["evaluate"][name]), 12)
+        for tar in Path(values["evaluate"][name]).glob("*1.tar"):  # without the caption that is none, which a reference may not lack
+            tar.rename(tar.with_name("kept.tar"))
+        (Path(values["evaluate"][name]) / "00000.tar").unlink()
+    write_weights(Path("data"))
+    width, layers, heads = gpt.PUBLISHED["GPT-B"]
+    sizes = gpt.GPTConfig(width, layers, heads, 2048, 16384, CODES, 0, caption_dim=32, prefix=120)
+    torch.save({"model": gpt.Transformer(sizes).state_dict()}, "data/llamagen/t2i_B.pt")
+    Path("data/llamagen/vq_ds16_c2i.pt").rename("data/llamagen/vq_ds16_t2i.pt")
+    test_text.write_t5(Path("data/llamagen/flan-t5-xl"))
+    Path("data/geneval").mkdir()
+    Path("data/geneval/prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    checkpoint = test_mask2former.write(Path("detector.pth"), mmdet_layout.random(test_mask2former.LAYOUT))
+    call("geneval", "convert-detector", str(checkpoint), "data/geneval/mask2former")
+    test_clip.write(Path("data/geneval/clip-vit-large-patch14"))
+    for stage in ("subset", "tokens", "tune", "evaluate", "register"):
+        call(stage)
+    assert "no caption" in Path("artifacts/subset/quarantine.csv").read_text()
+    captions = json.loads(Path("artifacts/tokens/summary.json").read_text())["captions"]
+    assert (captions["captions"], captions["width"]) == (24, 32) and captions["longest"] <= 120
+    found = json.loads(Path("artifacts/evaluate/metrics.json").read_text())
+    judged = found["prompts"]["detectors"]["geneval"]
+    assert judged["base"]["title"] == "GenEval (HF)" and judged["base"]["images"] == 2  # that checkpoint is nobody's
+    assert -1 <= found["tuned"]["clipscore"] <= 1 and {"fid", "sfid", "geneval"} <= found["tuned"].keys()
+    call("export", "artifacts/tune", "tuned.pt")
+    ours, theirs = (torch.load(path, weights_only=True)["model"] for path in (SMALLER_T2I["model.generator"], "tuned.pt"))
     assert ours.keys() == theirs.keys() and any(not torch.equal(ours[name], theirs[name]) for name in ours)

@@ -14,14 +14,16 @@ from scipy import ndimage
 
 from vapi import data, models
 from vapi.config import ModelConfig
-from vapi.digits import build, build_scenes, judges, paint, scenes
+from vapi.digits import build, build_scenes, judges, paint, scenes, train
 from vapi.metrics import geneval
 from vapi.metrics import scenes as metric
-from vapi.metrics.detections import Objects
-from vapi.models import features
+from vapi.models import features, llamagen
 
 DATA = Path("data")
-GOLDEN = ""
+GOLDEN = "536c41b79d23930366c4600824d417373409f7e88b05ec1e93516469a32d8b02"
+generator_bundled = pytest.mark.skipif(
+    not (DATA / "models/scenes-generator.safetensors").is_file(), reason="the scenes' generator is not here"
+)
 bundled = pytest.mark.skipif(not (DATA / "scenes/test.jsonl").is_file(), reason="data/ is not here: dvc pull data.dvc")
 
 
@@ -115,7 +117,7 @@ def test_prompts_are_genevals(tmp_path: Path) -> None:
     counting = next(prompt for prompt in read if prompt.tag == "counting")
     assert counting.exclude[0].count == counting.include[0].count + 1
     assert len(by_text) == 600
-    with pytest.raises(ValueError, match="counting has"):
+    with pytest.raises(ValueError, match="has 96 prompts, not 100"):
         scenes.prompts("validation", 100)
 
 
@@ -228,10 +230,10 @@ def test_bundled_anchors_are_what_the_table_says(judge: Callable[[], metric.Clas
     table = dict(
         line.strip("| ").split(" | ") for line in (DATA / "scenes/README.md").read_text().splitlines() if " judge, overall" in line
     )
-    judge_, policy = judge(), models.load(_model(DATA / "models"))
+    judge_, tokenizer = judge(), llamagen.load_tokenizer(_model(DATA / "models"), torch.device("cpu"))
     asked = scenes.prompts("test", 20)
     clean = scenes.paint_prompts(asked, "reference", seed=9).images
-    through = judges.reconstructed(policy.encode(torch.from_numpy(clean).permute(0, 3, 1, 2).float() / 127.5 - 1), policy.tokenizer)
+    through = judges.reconstructed(train.encode_all(tokenizer, clean), tokenizer)
     name = f"{judge_.identity.name} judge, overall"
     for what, images, prompts in (
         ("clean renders of the test prompts", clean, asked),
@@ -244,7 +246,7 @@ def test_bundled_anchors_are_what_the_table_says(judge: Callable[[], metric.Clas
 @bundled
 def test_thresholds_are_the_frozen_ones() -> None:
     """Each is what the rule gives on renders of validation glyphs, and no glyph of a reported picture had a say."""
-    tokenizer = models.load(_model(DATA / "models")).tokenizer
+    tokenizer = llamagen.load_tokenizer(_model(DATA / "models"), torch.device("cpu"))
     for judge in (metric.classical(), metric.learned(DATA / "models/scenes-judge.safetensors")):
         assert judge.rules.threshold == judge.rules.counting_threshold
         assert judges.threshold(judge, build_scenes.threshold_pictures(120), tokenizer) == pytest.approx(judge.rules.threshold, abs=0.06)
@@ -253,13 +255,13 @@ def test_thresholds_are_the_frozen_ones() -> None:
 @bundled
 def test_bundled_networks_are_small_and_differ() -> None:
     sizes = {path.stem: path.stat().st_size for path in (DATA / "models").glob("scenes-*.safetensors")}
-    assert set(sizes) == {f"scenes-{name}" for name in ("tokenizer", "generator", "reward", "metric", "judge")}
+    assert {f"scenes-{name}" for name in ("tokenizer", "reward", "metric", "judge")} <= set(sizes)
     assert sum(sizes.values()) < 8e6 and sizes["scenes-judge"] < 3e5
     reward, other = (features.load(DATA / "models" / f"scenes-{name}.safetensors") for name in ("reward", "metric"))
     assert not any(torch.equal(a, b) for a, b in zip(reward.stages.parameters(), other.stages.parameters(), strict=True))
 
 
-@bundled
+@generator_bundled
 def test_the_bundled_generator_reads_its_captions() -> None:
     """A caption changes what is drawn, in the way it says: colours come out right far more often than by chance."""
     policy = models.load(_model(DATA / "models"))
@@ -267,11 +269,8 @@ def test_the_bundled_generator_reads_its_captions() -> None:
         scenes.Prompt("colors", (scenes.Thing(digit, colour),)) for digit in (0, 1, 4) for colour in ("red", "green", "blue", "purple")
     ]
     asked = [prompt for prompt in asked if not prompt.unseen]
-    codes = policy.generate(policy.condition([prompt.text for prompt in asked]), list(range(len(asked))), temperature=0.8)
+    codes = policy.generate(policy.condition([prompt.text for prompt in asked]), list(range(len(asked))), guidance=4.0)
     pictures = judges.reconstructed(codes, policy.tokenizer)
     seen = metric.classical().detect(list(pictures))
-    right = [
-        any(prompt.things[0].colour in objects.colours for objects in found.values()) for prompt, found in zip(asked, seen, strict=True)
-    ]
-    assert np.mean(right) > 0.6
-    assert isinstance(next(iter(seen[0].values()), Objects(np.zeros((0, 5)))), Objects)
+    shown = [{colour for objects in found.values() for colour in objects.colours} for found in seen]
+    assert np.mean([prompt.things[0].colour in colours for prompt, colours in zip(asked, shown, strict=True)]) > 0.6

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import janus_world
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CAPTIONS
+from imports import ROOT
 from PIL import Image
 
 from vapi import data, models, prompted, references, report, report_prompts
-from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, TuneConfig
+from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, TuneConfig, plain
 from vapi.digits import build_scenes
 from vapi.evaluate import evaluate
 from vapi.metrics import geneval
@@ -302,3 +306,19 @@ def test_the_form_of_a_text_recipe_is_the_papers() -> None:
     assert made.subset.images == made.tune.steps * made.tune.images_per_step + made.tune.holdout_images
     assert (made.evaluate.guidance, made.evaluate.top_k, made.evaluate.images_per_prompt) == (7.5, 2000, 4)
     assert dataclasses.asdict(EvaluateConfig())["prompts"] == recipe("digits-t2i").evaluate.prompts
+
+
+def test_the_served_model_takes_prompts(captioned_model: ModelConfig, tmp_path: Path) -> None:
+    """mlflow/generator.py as MLflow runs it; through the registry in tests/test_register.py, with classes."""
+    spec = importlib.util.spec_from_file_location("served", ROOT / "mlflow" / "generator.py")
+    assert spec and spec.loader
+    served = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(served)
+    data.write_json(tmp_path / "config.json", plain(captioned_model))
+    artifacts = {"generator": captioned_model.generator, "tokenizer": captioned_model.tokenizer, "config": str(tmp_path / "config.json")}
+    model = served.Generator()
+    model.load_context(SimpleNamespace(artifacts=artifacts))
+    drawn = model.predict(None, pd.DataFrame({"prompt": list(CAPTIONS[:2])}), {"seed": 5, "temperature": 0.9})
+    alone = model.predict(None, pd.DataFrame({"prompt": [CAPTIONS[1]]}), {"seed": 6, "temperature": 0.9})
+    assert list(drawn.columns) == ["prompt", "png_base64"] and drawn["prompt"].tolist() == list(CAPTIONS[:2])
+    assert drawn["png_base64"][1] == alone["png_base64"][0] != drawn["png_base64"][0]

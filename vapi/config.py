@@ -124,7 +124,7 @@ class TokensConfig:
     """Threads that decode and crop images; 0 takes as many as there are cores, shared out among the processes."""
     min_codebook_usage: float = 0.0
     """Validation fails when a smaller share of the codebook occurs in the subset; 0 accepts any."""
-    words_per_batch: int = 16_384
+    words_per_batch: int = 4096
     """Captions are encoded together, sorted by length, up to this many text tokens at a time."""
 
     def __post_init__(self) -> None:

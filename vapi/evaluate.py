@@ -106,7 +106,7 @@ def reproducible(deterministic: bool) -> Iterator[None]:
 def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path, run: Run = NO_RUN) -> None:
     """Measure base (``model.generator``) and tuned (``tune``/model.safetensors).
 
-    ``out``: metrics.json, sweep.csv, curves.csv, sheet-*.png, report.html, config.json, provenance.json. Raises
+    ``out``: metrics.json, sweep.csv, curves.csv, sheet-*.png, report.html, config.json, provenance.json; of captions, prompts.csv. Raises
     ValueError, before anything is drawn, for a reference, checkpoint or feature network that is missing or
     does not fit. An evaluation that was killed is continued by the same call.
     """
@@ -133,6 +133,8 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
         sheets = {name: one.sheets for name, one in found.items()} | {"anchors": bench.sheets}
         inputs = _inputs(model, evaluate, tune, bench)
         _write(folder, results, sheets, tune, inputs, _shown(bench, found))
+        if bench.panel:
+            _write_csv(folder / "prompts.csv", prompted.by_prompt(bench.panel, _answers(found)))
         data.describe(folder, "evaluate", {"model": model, "evaluate": evaluate}, inputs, time.perf_counter() - begin)
     prune()
     _track(run, out, results, evaluate, inputs)
@@ -595,8 +597,12 @@ def _results(bench: Bench, found: dict[str, Found], holdout: dict[str, float | N
 
 def _prompts(bench: Bench, found: dict[str, Found]) -> Scores:
     assert bench.panel is not None
-    by_name = {f"{name}{setting}": verdicts for name, one in found.items() for setting, verdicts in one.answers.items()}
-    return prompted.results(bench.panel, by_name, bench.answers)
+    return prompted.results(bench.panel, _answers(found), bench.answers)
+
+
+def _answers(found: dict[str, Found]) -> dict[str, prompted.Verdicts]:
+    """All verdicts by model and setting: base, base_best, ..."""
+    return {f"{name}{setting}": verdicts for name, one in found.items() for setting, verdicts in one.answers.items()}
 
 
 def _shown(bench: Bench, found: dict[str, Found]) -> list[Scores]:

@@ -238,6 +238,15 @@ def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Anchors) -> Sc
     }
 
 
+def by_prompt(panel: Panel, found: Mapping[str, Verdicts]) -> list[Scores]:
+    """A row for each prompt: its task, its text, and the share of its pictures that each detector finds right, by model and setting."""
+    columns = {f"{side}/{name}": verdicts[name].mean(axis=(1, 2)) for side, verdicts in found.items() for name in panel.detectors}
+    return [
+        {"task": prompt.tag, "prompt": prompt.text, **{column: float(f"{shares[n]:.6g}") for column, shares in columns.items()}}
+        for n, prompt in enumerate(panel.prompts)
+    ]
+
+
 def scores(panel: Panel, verdicts: Verdicts) -> Scores:
     """What a model's row of the table shows: GenEval's overall score by each detector and the text metrics' means, with the standard
     deviation over seeds (None for one)."""

@@ -114,7 +114,8 @@ def pretrain_generator(tokenizer: vq.VQModel, out: Path, world: World, seed: int
     codes, flat, labels = train.encode_all(tokenizer, images), train.encode_all(tokenizer, plain), torch.as_tensor(digits)
     held_out = train.encode_all(tokenizer, unseen), torch.as_tensor(their)
     schedule = dataclasses.replace(world.generator_schedule, seed=seed)
-    generator = train.train_generator(codes, flat, labels, held_out, world.generator, schedule, log)
+    lessons = [train.Lesson(flat, labels, schedule.flat_steps), train.Lesson(codes, labels, schedule.steps)]
+    generator = train.train_generator(lessons, held_out, world.generator, schedule, log)
     weights.save(generator, out, gpt.metadata(world.generator))
     return {
         "tokenizer: codebook perplexity on pretraining images": perplexity(codes, world.tokenizer.vocab),

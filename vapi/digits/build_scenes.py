@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from vapi.images import to_uint8
 from vapi.metrics.detections import Detector
 from vapi.metrics.scenes import Learned, classical
 from vapi.models import gpt, sampler, text, vq, weights
+from vapi.models.sampler import Sampling
 
 # Seed of the painting, one per purpose.
 SEEDS = {"pretraining": 110, "train": 111, "validation": 112, "reference": 113, "held out": 114, "reward": 210, "metric": 310}
@@ -52,7 +54,7 @@ class World:
         token_dropout=0, residual_dropout=0, hidden_dropout=0,
     )  # fmt: skip
     tokenizer_schedule: Schedule = Schedule(1500, 24, 2e-3)
-    generator_schedule: GeneratorSchedule = GeneratorSchedule(2400, 32, 3e-3, muon_lr=0.02, flat_steps=500)
+    generator_schedule: GeneratorSchedule = GeneratorSchedule(3000, 32, 3e-3, muon_lr=0.02, flat_steps=1300, alone_steps=600, noise=0.3)
     reward_schedule: Schedule = Schedule(800, 48, 4e-3, seed=2)
     metric_schedule: Schedule = Schedule(1200, 48, 4e-3, seed=3)
     judge_schedule: Schedule = Schedule(1500, 48, 4e-3, seed=4)
@@ -68,7 +70,7 @@ TINY = World(
     tokenizer=vq.VQConfig(vocab=256, code_dim=8, channels=4, multipliers=(1, 2, 4), blocks=1, z_channels=16, groups=4),
     generator=gpt.GPTConfig(dim=32, layers=1, heads=2, hidden=64, vocab=256, codes=100, classes=0, caption_dim=176, prefix=12),
     tokenizer_schedule=Schedule(10, 8, 1.5e-3),
-    generator_schedule=GeneratorSchedule(10, 8, 2e-3, flat_steps=3),
+    generator_schedule=GeneratorSchedule(10, 8, 2e-3, flat_steps=4, alone_steps=2, noise=0.3),
     reward_schedule=Schedule(5, 8, 4e-3, seed=2),
     metric_schedule=Schedule(5, 8, 4e-3, seed=3),
     judge_schedule=Schedule(5, 8, 4e-3, seed=4),
@@ -162,7 +164,13 @@ def pretrain_generator(tokenizer: vq.VQModel, out: Path, world: World, seed: int
     said, theirs = conditions([prompt.text for prompt in asked], world), conditions(unseen.captions, world)
     others = train.encode_all(tokenizer, unseen.images), theirs
     schedule = dataclasses.replace(world.generator_schedule, seed=seed)
-    generator = train.train_generator(codes, flat, said, others, world.generator, schedule, log)
+    alone = torch.tensor([prompt.task in ("single_object", "colors") for prompt in asked])
+    lessons = [
+        train.Lesson(flat[alone], said[alone], schedule.alone_steps),
+        train.Lesson(flat, said, schedule.flat_steps),
+        train.Lesson(codes, said, schedule.steps),
+    ]
+    generator = train.train_generator(lessons, others, world.generator, schedule, log)
     weights.save(generator, out, gpt.metadata(world.generator))
     return {
         "tokenizer: codebook perplexity on pretraining images": perplexity(codes, world.tokenizer.vocab),
@@ -180,7 +188,9 @@ def conditions(captions: Sequence[str], world: World) -> Tensor:
 
 def feature_networks(out: Path, world: World, log: Log) -> dict[str, float]:
     pictures = learner_pictures("metric", world)
-    metric = train.train_metric_network(pictures.images, presence(pictures), world.metric_schedule, log)
+    here, digit, *_ = judges.targets(pictures)
+    places = torch.where(here > 0.3, digit, -1)
+    metric = train.train_metric_network(pictures.images, presence(pictures), world.metric_schedule, log, places)
     weights.save(metric, out / "scenes-metric.safetensors", {"objective": "digits, colours, ground and damage"})
     reward = train.train_reward_network(learner_pictures("reward", world).images, world.reward_schedule, log)
     weights.save(reward, out / "scenes-reward.safetensors", {"objective": "rotation and denoising"})
@@ -224,7 +234,7 @@ def shuffled(asked: Sequence[scenes.Prompt]) -> list[scenes.Prompt]:
 
 @torch.no_grad()
 def draw(
-    tokenizer: vq.VQModel, generator: gpt.Transformer, asked: Sequence[scenes.Prompt], world: World, seed: int = 0, **how: float
+    tokenizer: vq.VQModel, generator: gpt.Transformer, asked: Sequence[scenes.Prompt], world: World, seed: int = 0, **how: Unpack[Sampling]
 ) -> np.ndarray:
     """One picture per prompt from a generator: uint8 (N, S, S, 3)."""
     pictures = []

@@ -108,7 +108,7 @@ class Prompt:
 def combinations(task: str, name: str) -> tuple[Prompt, ...]:
     """What ``name`` (train, validation or test) may ask for in a task, in a fixed random order, with the first opening."""
     families = _families(task)
-    order = np.argsort(np.random.default_rng([7, TASKS.index(task)]).random(len(families)), kind="stable")
+    order = np.argsort(np.random.default_rng([7, TASKS.index(task)]).random(len(families)), kind="stable").tolist()
     if task == "counting":  # every count in the same proportion
         order = sorted(order, key=lambda i: families[i][0].things[0].count)
         order = [order[10 * count + i] for i in range(10) for count in range(3)]
@@ -133,8 +133,7 @@ def _families(task: str) -> list[tuple[Prompt, ...]]:
     if task == "single_object":
         return [(Prompt(task, (Thing(digit),)),) for digit in range(10)]
     if task == "two_object":
-        both = [(Prompt(task, (Thing(a), Thing(b))), Prompt(task, (Thing(b), Thing(a)))) for a, b in pairs if a < b]
-        return both
+        return [tuple(Prompt(task, (Thing(first), Thing(second))) for first, second in ((a, b), (b, a))) for a, b in pairs if a < b]
     if task == "counting":
         return [(Prompt(task, (Thing(digit, count=count),)),) for digit in range(10) for count in (2, 3, 4)]
     if task == "colors":
@@ -247,10 +246,12 @@ def layout(prompt: Prompt, name: str, u: np.ndarray, pose: float = 1.0, any_colo
         members = glyphs(name)[thing.digit]
         free = [colour for colour in COLOURS if any_colour or (colour, thing.digit) not in UNSEEN]
         colour = thing.colour or free[int(v[0] * len(free))]
-        ink = tuple(int(np.clip(c + int(25 * j) - 12, 0, 255)) for c, j in zip(COLOURS[colour], v[1:4], strict=True))
+        red, green, blue = (int(np.clip(c + int(25 * j) - 12, 0, 255)) for c, j in zip(COLOURS[colour], v[1:4], strict=True))
         glyph, (grow, turn, slant) = int(members[int(v[4] * len(members))]), pose * (v[5:8] - 0.5)
         place = {"x": x + 1.4 * (v[8] - 0.5), "y": y + 1.4 * (v[9] - 0.5)}
-        placed.append(Placed(thing.digit, colour, glyph, **place, scale=1.6 + 0.2 * grow, angle=0.2 * turn, shear=0.2 * slant, ink=ink))
+        placed.append(
+            Placed(thing.digit, colour, glyph, **place, scale=1.6 + 0.2 * grow, angle=0.2 * turn, shear=0.2 * slant, ink=(red, green, blue))
+        )
     return placed
 
 
@@ -297,7 +298,7 @@ def paint_prompts(
 ) -> Pictures:
     """One picture for each prompt, with glyphs of a split; picture i follows from its prompt and (seed, i) alone.
 
-    Without texture the ground is one grey, and of a picture's entropy the digits are a larger share."""
+    Without texture every ground is the same grey, and of a picture's entropy the digits are a larger share."""
     images = np.empty((len(asked), SIDE, SIDE, 3), np.uint8)
     layouts: list[list[Placed]] = []
     for start in range(0, len(asked), 500):
@@ -319,7 +320,9 @@ def ground(u: np.ndarray, textured: bool = True) -> np.ndarray:
         wave = np.cos(2 * np.pi * (frequency * (np.cos(2 * np.pi * angle) * x + np.sin(2 * np.pi * angle) * y) + phase))
         field += wave * (0.7, 0.3)[k]
     low, high = 20 + 40 * u[:, 0, None, None], 70 + 50 * u[:, 1, None, None]
-    mix = 0.5 + 0.5 * field if textured else np.full_like(field, 0.5)
+    if not textured:
+        return np.full((*field.shape, 3), 68.0)
+    mix = 0.5 + 0.5 * field
     grey = np.floor(low + (high - low) * mix + 0.5)
     tint = np.floor(17 * u[:, 2:5]) - 8
     return grey[..., None] + tint[:, None, None]

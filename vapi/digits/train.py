@@ -10,8 +10,9 @@ B images, T codes, S side in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,11 +45,17 @@ class Schedule:
 
 @dataclass(frozen=True)
 class GeneratorSchedule(Schedule):
-    """Muon (momentum, then orthogonalised: torch.optim.Muon) for the matrices inside the layers, AdamW at ``lr`` for the
-    rest. At this size and length it learns in hundreds of steps what AdamW alone learns in thousands."""
+    """Muon (momentum, then orthogonalised) for the matrices inside the layers, AdamW at ``lr`` for the rest. At this size
+    and length it learns in hundreds of steps what AdamW alone learns in thousands."""
 
     muon_lr: float = 0.02
-    flat_steps: int = 0
+    flat_steps: int = 0  # so long, grounds are flat
+    alone_steps: int = 0  # and so long, captions speak of one thing
+    noise: float = 0.0  # share of the context that is replaced, for the first half: what was drawn already tells less than the caption
+
+    def noise_at(self, step: int) -> float:
+        """Level for half of the steps, gone after 80 % of them."""
+        return self.noise * min(1.0, max(0.0, (0.8 - step / self.steps) / 0.3))
 
     def trapezoid(self, step: int) -> float:
         """Up over 50 steps, level, and linearly to zero over the last 60 %."""
@@ -137,26 +144,39 @@ def encode_all(tokenizer: VQModel, images: np.ndarray, batch: int = 256) -> Tens
 # --- generator ---------------------------------------------------------------------------------
 
 
-def train_generator(
-    codes: Tensor, flat: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], config: GPTConfig, schedule: GeneratorSchedule, log: Log
-) -> Transformer:
-    """Next-code prediction on codes (N, T), labels (N,) or captions (N, S, C + 1); logs cross-entropy on held-out glyphs.
+@dataclass(frozen=True)
+class Lesson:
+    """Codes (N, T) and what they were drawn for, labels (N,) or captions (N, S, C + 1): learned from before step ``until``."""
 
-    The first steps see the codes of the same glyphs on flat grounds, ``flat`` (N, T): there the class is a
-    large share of what is to be learned, and what was learned of it stays.
+    codes: Tensor
+    said: Tensor
+    until: int
+
+
+def train_generator(
+    lessons: Sequence[Lesson], held_out: tuple[Tensor, Tensor], config: GPTConfig, schedule: GeneratorSchedule, log: Log
+) -> Transformer:
+    """Next-code prediction; logs cross-entropy on held-out glyphs.
+
+    The first lessons show the same glyphs on flat grounds, where the class is a large share of what is to be learned, and
+    what was learned of it stays. Captions of one thing teach what words mean before who belongs to whom is asked.
     """
     torch.manual_seed(schedule.seed)
     model = Transformer(config).train()
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    hidden = [*model.layers.parameters(), *(model.cls_embedding.parameters() if config.caption_dim else [])]
+    matrices = [p for p in hidden if p.dim() == 2]
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, lr=schedule.muon_lr, momentum=0.95, weight_decay=0.05)
+    muon = Muon(matrices, schedule.muon_lr, momentum=0.95, weight_decay=0.05)
     adam = torch.optim.AdamW(rest, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    for step, indices in batches(len(codes), schedule):
+    for step, indices in batches(len(lessons[-1].codes), schedule):
+        lesson = next(lesson for lesson in lessons if step < lesson.until)
+        chosen = indices % len(lesson.codes)
         for optimizer, peak in ((muon, schedule.muon_lr), (adam, schedule.lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule.trapezoid(step)
-        batch = (flat if step < schedule.flat_steps else codes)[indices]
-        loss = F.cross_entropy(model(labels[indices], batch).flatten(0, 1), batch.flatten())
+        batch = lesson.codes[chosen]
+        context = corrupted(batch, schedule.noise_at(step), config.vocab)
+        loss = F.cross_entropy(model(lesson.said[chosen], context).flatten(0, 1), batch.flatten())
         if step % 100 == 0 or step == schedule.steps - 1:
             log(f"generator step {step}: train {loss.item():.4f}, held out {cross_entropy(model, *held_out):.4f}")
         model.zero_grad(set_to_none=True)
@@ -165,6 +185,41 @@ def train_generator(
         muon.step()
         adam.step()
     return model.eval()
+
+
+def corrupted(codes: Tensor, noise: float, vocab: int) -> Tensor:
+    """Codes (B, T), a share ``noise`` of them replaced by any."""
+    if noise == 0:
+        return codes
+    return torch.where(torch.rand(codes.shape) < noise, torch.randint(vocab, codes.shape), codes)
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon's step in float32: torch computes it in bfloat16, which on a CPU without it takes longer than the
+    forward and backward pass together."""
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+                average.lerp_(matrix.grad, 1 - group["momentum"])
+                direction = orthogonal(torch.lerp(matrix.grad, average, group["momentum"]))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(direction, alpha=-group["lr"] * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About the nearest matrix with orthonormal rows or columns: five steps of Muon's Newton-Schulz iteration (K. Jordan, 2024)."""
+    x = matrix / matrix.norm().clamp_min(1e-7)
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 @torch.no_grad()
@@ -183,27 +238,36 @@ def cross_entropy(model: Transformer, codes: Tensor, labels: Tensor, batch: int 
 # --- feature networks --------------------------------------------------------------------------
 
 
-def train_metric_network(images: np.ndarray, labels: Tensor, schedule: Schedule, log: Log) -> FeatureNet:
+def train_metric_network(images: np.ndarray, labels: Tensor, schedule: Schedule, log: Log, places: Tensor | None = None) -> FeatureNet:
     """Recognise the digit, tell the ground (mean colour of each quarter, how rough), and tell what was done to the
     picture: a judge that learned only the digit would not see a patch out of place.
 
-    ``labels`` are one digit each, int64 (N,), or which digits are there and what else is, float (N, 10 + M) of zeros and ones.
+    ``labels`` are one digit each, int64 (N,). Of pictures with several they are which digits are there and what else is, float
+    (N, 10 + M) of zeros and ones, and ``places`` says where: the digit at each place of the last map, or -1, int64 (N, S/4, S/4).
     """
     torch.manual_seed(schedule.seed)
     network, ground, harm = FeatureNet().train(), nn.Linear(WIDTHS[-1], 14), nn.Linear(WIDTHS[-1], 3)
-    several = labels.is_floating_point()
-    more = nn.Linear(WIDTHS[-1], labels.shape[1] - CLASSES if several else 0)
+    more = (
+        nn.ModuleList()
+        if places is None
+        else nn.ModuleList([nn.Linear(WIDTHS[-1], labels.shape[1] - CLASSES), nn.Conv2d(WIDTHS[-1], CLASSES, 1)])
+    )
 
-    def recognise(pooled: Tensor, wanted: Tensor) -> Tensor:
-        if not several:
-            return F.cross_entropy(network.head(pooled), wanted)
-        return F.binary_cross_entropy_with_logits(torch.cat([network.head(pooled), more(pooled)], dim=1), wanted)
+    def recognise(last: Tensor, indices: Tensor) -> Tensor:
+        """From the last map (B, 64, S/4, S/4)."""
+        pooled = last.mean(dim=(2, 3))
+        if places is None:
+            return F.cross_entropy(network.head(pooled), labels[indices])
+        others, where = more
+        there = F.binary_cross_entropy_with_logits(torch.cat([network.head(pooled), others(pooled)], dim=1), labels[indices])
+        return there + F.cross_entropy(where(last), places[indices], ignore_index=-1)
 
     def loss_of(step: int, indices: Tensor) -> Tensor:
         clean = to_float(images[indices.numpy()])
         seen, done = damage(clean)
-        pooled = network.pooled(seen)
-        recognised = recognise(pooled, labels[indices])
+        last = network.features(seen)[-1]
+        pooled = last.mean(dim=(2, 3))
+        recognised = recognise(last, indices)
         described = F.mse_loss(ground(pooled), describe(clean))
         judged = F.mse_loss(harm(pooled), done)
         if step % 200 == 0 or step == schedule.steps - 1:
@@ -211,7 +275,8 @@ def train_metric_network(images: np.ndarray, labels: Tensor, schedule: Schedule,
             log(f"metric network step {step}: {words}")
         return recognised + described + judged
 
-    optimise([*network.parameters(), *ground.parameters(), *harm.parameters(), *more.parameters()], schedule, 1e-2, len(images), loss_of)
+    parameters = [*network.parameters(), *ground.parameters(), *harm.parameters(), *more.parameters()]
+    optimise(parameters, schedule, 1e-2, len(images), loss_of)
     return network.eval().requires_grad_(False)
 
 

@@ -3,7 +3,7 @@
     classical    ink from ground by its chroma, connected parts, nearest palette colour, nearest glyph; no weights
     learned      a small network that marks the middles of digits, trained on renders that were damaged
 
-Either brings its own thresholds, since GenEval's do not transfer: fixed on renders of validation glyphs (``thresholds``
+Either brings its own thresholds, since GenEval's do not transfer: fixed on renders of validation glyphs (``threshold``
 in ``vapi/digits/judges.py``) and frozen here. Neither is part of a reward.
 
 Left out: objects that touch. The classical judge takes them for one, which is no digit.
@@ -49,9 +49,9 @@ class Classical:
     """Parts of the picture that are coloured, named after the glyph and the palette's colour that each is nearest to."""
 
     identity = Identity(name="classical", title="GenEval (scenes, classical judge)")
-    rules = Rules(threshold=0.0, counting_threshold=0.0)
-    classes = DIGITS
-    colours = tuple(COLOURS)
+    rules = Rules(threshold=0.77, counting_threshold=0.77)
+    classes: Sequence[str] = DIGITS
+    colours: Sequence[str] = tuple(COLOURS)
 
     def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
         """Score: how like its nearest glyphs a part is, times the share of it that has one colour."""
@@ -189,9 +189,9 @@ class Marks(nn.Module):
 class Learned:
     """The cells of ``Marks`` that are surer than their neighbours. Score: that a digit's middle is there, times which it is."""
 
-    classes = DIGITS
-    colours = tuple(COLOURS)
-    rules = Rules(threshold=0.0, counting_threshold=0.0)
+    classes: Sequence[str] = DIGITS
+    colours: Sequence[str] = tuple(COLOURS)
+    rules = Rules(threshold=0.46, counting_threshold=0.46)
 
     def __init__(self, network: Marks, digest: str = "") -> None:
         self.network = network.eval().requires_grad_(False)
@@ -235,8 +235,8 @@ def learned(path: Path | str) -> Learned:
 def _by_class(digits: np.ndarray, boxes: np.ndarray, colours: Sequence[str], masks: np.ndarray | None = None) -> Detections:
     """Objects sorted into their classes: digits (M,), boxes (M, 5), masks (M, S, S)."""
     found = {}
-    for digit in np.unique(digits):
-        rows = np.flatnonzero(digits == digit)
+    for digit in np.unique(digits).tolist():
+        rows = np.flatnonzero(digits == digit).tolist()
         these = None if masks is None else masks[rows]
         found[DIGITS[digit]] = Objects(boxes[rows].astype(np.float32), these, colours=[colours[i] for i in rows])
     return found

@@ -206,7 +206,7 @@ class T5:
             words[row, : len(own)] = torch.tensor(own)
             there[row, : len(own)] = 1
         found = self.model(input_ids=words.to(self.device), attention_mask=there.to(self.device)).last_hidden_state
-        kept = found[: len(pieces)].bfloat16().float().cpu()
+        kept = found[: len(pieces)].bfloat16().cpu().float()
         return [feature[: len(own)].clone() for feature, own in zip(kept, pieces, strict=True)]
 
 
