@@ -113,7 +113,7 @@ _LLAMAGEN_T2I = {
     "register.allowances": {"fid_random": 0.1, "clipscore": 0.02},
 }
 
-# Scenes of the embedded digits, drawn from captions: docs/embedded-world.md says what was tried.
+# Scenes of the embedded digits, drawn from captions: docs/embedded-world.md and docs/text-to-image.md say what was tried.
 _DIGITS_T2I = {
     "model.generator": "data/models/scenes-generator.safetensors",
     "model.tokenizer": "data/models/scenes-tokenizer.safetensors",
@@ -135,7 +135,7 @@ _DIGITS_T2I = {
     "register.model_name": "vapi-digits-t2i",
     "register.min_fid_drop": 0.0,
     "register.min_geneval_gain": 0.02,
-    "register.allowances": {"kid": 0.1, "geneval_second": 0.0, "precision": 0.05, "recall": 0.1},
+    "register.allowances": {"kid": 0.1, "geneval_second": 0.05, "precision": 0.05, "recall": 0.1},
 }
 
 RECIPES = {
@@ -155,7 +155,7 @@ RECIPES = {
     ),
     "digits-t2i": Recipe(
         "VA-pi from captions to scenes of digits, judged by two detectors; everything embedded, minutes on a CPU.",
-        "docs/embedded-world.md",
+        "FID 1.15 to 1.00, overall score 0.201 to 0.215 by one judge and 0.328 to 0.331 by the other (docs/text-to-image.md)",
         _DIGITS_T2I,
     ),
     "llamagen-xl-t2i": Recipe(
