@@ -113,6 +113,7 @@ _LLAMAGEN_T2I = {
     "register.allowances": {"fid_random": 0.1, "clipscore": 0.02},
 }
 
+<<<<<<< HEAD
 # The paper's run of Janus-Pro-1B (table 7; its script says noise 1.0): the pictures of FLUX-Reason-6M as Parquet, 384 pixels, LPIPS
 # on AlexNet. Results are bound by the licences of Janus's weights (DeepSeek's, with restrictions of use that stay with tuned
 # weights) and of FLUX.1 [dev], which drew the pictures.
@@ -142,6 +143,9 @@ _JANUS = {
 }
 
 # Scenes of the embedded digits, drawn from captions: docs/embedded-world.md says what was tried.
+=======
+# Scenes of the embedded digits, drawn from captions: docs/embedded-world.md and docs/text-to-image.md say what was tried.
+>>>>>>> main
 _DIGITS_T2I = {
     "model.generator": "data/models/scenes-generator.safetensors",
     "model.tokenizer": "data/models/scenes-tokenizer.safetensors",
@@ -163,7 +167,7 @@ _DIGITS_T2I = {
     "register.model_name": "vapi-digits-t2i",
     "register.min_fid_drop": 0.0,
     "register.min_geneval_gain": 0.02,
-    "register.allowances": {"kid": 0.1, "geneval_second": 0.0, "precision": 0.05, "recall": 0.1},
+    "register.allowances": {"kid": 0.1, "geneval_second": 0.05, "precision": 0.05, "recall": 0.1},
 }
 
 RECIPES = {
@@ -183,7 +187,7 @@ RECIPES = {
     ),
     "digits-t2i": Recipe(
         "VA-pi from captions to scenes of digits, judged by two detectors; everything embedded, minutes on a CPU.",
-        "docs/embedded-world.md",
+        "FID 1.15 to 1.00, overall score 0.201 to 0.215 by one judge and 0.328 to 0.331 by the other (docs/text-to-image.md)",
         _DIGITS_T2I,
     ),
     "llamagen-xl-t2i": Recipe(
