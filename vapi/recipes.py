@@ -113,7 +113,6 @@ _LLAMAGEN_T2I = {
     "register.allowances": {"fid_random": 0.1, "clipscore": 0.02},
 }
 
-<<<<<<< HEAD
 # The paper's run of Janus-Pro-1B (table 7; its script says noise 1.0): the pictures of FLUX-Reason-6M as Parquet, 384 pixels, LPIPS
 # on AlexNet. Results are bound by the licences of Janus's weights (DeepSeek's, with restrictions of use that stay with tuned
 # weights) and of FLUX.1 [dev], which drew the pictures.
@@ -142,10 +141,7 @@ _JANUS = {
     "register.min_geneval_gain": 0.02,
 }
 
-# Scenes of the embedded digits, drawn from captions: docs/embedded-world.md says what was tried.
-=======
 # Scenes of the embedded digits, drawn from captions: docs/embedded-world.md and docs/text-to-image.md say what was tried.
->>>>>>> main
 _DIGITS_T2I = {
     "model.generator": "data/models/scenes-generator.safetensors",
     "model.tokenizer": "data/models/scenes-tokenizer.safetensors",
