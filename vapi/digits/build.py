@@ -117,10 +117,16 @@ def pretrain_generator(tokenizer: vq.VQModel, out: Path, world: World, seed: int
     lessons = [train.Lesson(flat, labels, schedule.flat_steps), train.Lesson(codes, labels, schedule.steps)]
     generator = train.train_generator(lessons, held_out, world.generator, schedule, log)
     weights.save(generator, out, gpt.metadata(world.generator))
+    return learned(generator, codes, labels, held_out)
+
+
+def learned(generator: gpt.Transformer, codes: Tensor, said: Tensor, held_out: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Of the codebook what the pretraining images' codes (N, T) use, and the generator's losses on some of them and on unseen glyphs."""
+    vocab = generator.config.vocab
     return {
-        "tokenizer: codebook perplexity on pretraining images": perplexity(codes, world.tokenizer.vocab),
-        "tokenizer: share of the codebook in use": len(codes.unique()) / world.tokenizer.vocab,
-        "generator: cross-entropy on pretraining images, nats": train.cross_entropy(generator, codes[:1000], labels[:1000]),
+        "tokenizer: codebook perplexity on pretraining images": perplexity(codes, vocab),
+        "tokenizer: share of the codebook in use": len(codes.unique()) / vocab,
+        "generator: cross-entropy on pretraining images, nats": train.cross_entropy(generator, codes[:1000], said[:1000]),
         "generator: cross-entropy on unseen glyphs, nats": train.cross_entropy(generator, *held_out),
     }
 

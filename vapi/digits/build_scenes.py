@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vapi.config import write_text
 from vapi.digits import judges, scenes, train
-from vapi.digits.build import EXISTS, clock, perplexity, pixel_hash, psnr, write_parquet
+from vapi.digits.build import EXISTS, clock, learned, pixel_hash, psnr, write_parquet
 from vapi.digits.scenes import Pictures
 from vapi.digits.train import GeneratorSchedule, Log, Schedule
 from vapi.images import to_uint8
@@ -172,13 +172,8 @@ def pretrain_generator(tokenizer: vq.VQModel, out: Path, world: World, seed: int
     ]
     generator = train.train_generator(lessons, others, world.generator, schedule, log)
     weights.save(generator, out, gpt.metadata(world.generator))
-    return {
-        "tokenizer: codebook perplexity on pretraining images": perplexity(codes, world.tokenizer.vocab),
-        "tokenizer: share of the codebook in use": len(codes.unique()) / world.tokenizer.vocab,
-        "generator: cross-entropy on pretraining images, nats": train.cross_entropy(generator, codes[:600], said[:600]),
-        "generator: cross-entropy on unseen glyphs, nats": train.cross_entropy(generator, *others),
-        "generator: the same with each other's captions": train.cross_entropy(generator, others[0], theirs.roll(1, 0)),
-    }
+    shuffled_captions = train.cross_entropy(generator, others[0], theirs.roll(1, 0))
+    return {**learned(generator, codes, said, others), "generator: the same with each other's captions": shuffled_captions}
 
 
 def conditions(captions: Sequence[str], world: World) -> Tensor:

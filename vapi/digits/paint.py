@@ -58,15 +58,20 @@ def colour(u: np.ndarray) -> np.ndarray:
 def ground(u: np.ndarray) -> np.ndarray:
     """Two colours, mixed by a smooth wave: u (N, 14) -> (N, S, S, 3) in [0, 1]."""
     first, second = colour(u[:, 0:3]), colour(u[:, 3:6])
-    y, x = np.meshgrid(np.arange(SIDE) / SIDE, np.arange(SIDE) / SIDE, indexing="ij")
-    field = np.zeros((len(u), SIDE, SIDE))
-    for k in range(2):  # a slow wave and a faster, fainter one
-        angle, phase, speed = (u[:, 6 + 4 * k + i, None, None] for i in range(3))
-        frequency = (0.4 + 0.8 * speed) * (1 + 1.5 * k)
-        wave = np.cos(2 * np.pi * (frequency * (np.cos(2 * np.pi * angle) * x + np.sin(2 * np.pi * angle) * y) + phase))
-        field += wave * (0.75, 0.35)[k]
-    mix = np.clip(0.5 + 0.5 * field, 0, 1)[..., None]
+    mix = np.clip(0.5 + 0.5 * waves(u[:, 6:], SIDE, slowest=0.4, strengths=(0.75, 0.35)), 0, 1)[..., None]
     return first[:, None, None] * (1 - mix) + second[:, None, None] * mix
+
+
+def waves(u: np.ndarray, side: int, slowest: float, strengths: tuple[float, float]) -> np.ndarray:
+    """A slow wave and a faster, fainter one across the picture: u (N, 8) -> (N, side, side)."""
+    y, x = np.meshgrid(np.arange(side) / side, np.arange(side) / side, indexing="ij")
+    field = np.zeros((len(u), side, side))
+    for k, strength in enumerate(strengths):
+        angle, phase, speed = (u[:, 4 * k + i, None, None] for i in range(3))
+        frequency = (slowest + 2 * slowest * speed) * (1 + 1.5 * k)
+        wave = np.cos(2 * np.pi * (frequency * (np.cos(2 * np.pi * angle) * x + np.sin(2 * np.pi * angle) * y) + phase))
+        field += wave * strength
+    return field
 
 
 def masks(shapes: np.ndarray, u: np.ndarray, pose: float) -> np.ndarray:

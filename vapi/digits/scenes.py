@@ -312,17 +312,10 @@ def paint_prompts(
 
 def ground(u: np.ndarray, textured: bool = True) -> np.ndarray:
     """Dark grey, lightly tinted, in smooth waves: u (N, 14) -> whole numbers (N, S, S, 3)."""
-    y, x = np.meshgrid(np.arange(SIDE) / SIDE, np.arange(SIDE) / SIDE, indexing="ij")
-    field = np.zeros((len(u), SIDE, SIDE))
-    for k in range(2):  # a slow wave and a faster, fainter one
-        angle, phase, speed = (u[:, 6 + 4 * k + i, None, None] for i in range(3))
-        frequency = (0.5 + 1.0 * speed) * (1 + 1.5 * k)
-        wave = np.cos(2 * np.pi * (frequency * (np.cos(2 * np.pi * angle) * x + np.sin(2 * np.pi * angle) * y) + phase))
-        field += wave * (0.7, 0.3)[k]
-    low, high = 20 + 40 * u[:, 0, None, None], 70 + 50 * u[:, 1, None, None]
     if not textured:
-        return np.full((*field.shape, 3), 68.0)
-    mix = 0.5 + 0.5 * field
+        return np.full((len(u), SIDE, SIDE, 3), 68.0)
+    low, high = 20 + 40 * u[:, 0, None, None], 70 + 50 * u[:, 1, None, None]
+    mix = 0.5 + 0.5 * paint.waves(u[:, 6:], SIDE, slowest=0.5, strengths=(0.7, 0.3))
     grey = np.floor(low + (high - low) * mix + 0.5)
     tint = np.floor(17 * u[:, 2:5]) - 8
     return grey[..., None] + tint[:, None, None]

@@ -22,15 +22,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vapi.config import ModelConfig
-from vapi.models import gpt, graphs, janus_files, memory, sampler, vq, weights
+from vapi.models import gpt, janus_files, vq, weights
+from vapi.models.coded import Coded
 from vapi.models.janus_files import BOS, PAD, SIZES, START, Checkpoint
-from vapi.models.sampler import Sampling
 
 try:
     from transformers import JanusVQVAEConfig, LlamaConfig
@@ -421,33 +421,21 @@ def export(base: str | Path, source: str | Path, target: str | Path, layout: str
 # --- the policy --------------------------------------------------------------------------------
 
 
-class Janus:
+class Janus(Coded):
     """A ``Policy`` (see vapi.models)."""
+
+    generator: Generator
 
     num_classes = 0
 
     def __init__(self, generator: Generator, tokenizer: vq.VQModel, prompts: Prompts | None, image_size: int) -> None:
         """Without ``prompts`` it reads no words, and conditions must come as tokens (for measurements)."""
-        self.generator = generator
-        self.tokenizer = tokenizer
+        super().__init__(generator, tokenizer, image_size)
         self.prompts = prompts
-        self.image_size = image_size
-        self._loops = graphs.Loops()
-        self.num_codes = (image_size // tokenizer.config.factor) ** 2
-        self.vocab = tokenizer.vocab
-        if generator.config.vocab != self.vocab:
-            raise ValueError(
-                f"the generator predicts {generator.config.vocab} codes, the tokenizer has {self.vocab}; they do not belong together"
-            )
-        assert generator.config.codes == self.num_codes, (generator.config.codes, self.num_codes)
 
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.generator.language_model.layers)
-
-    @property
-    def device(self) -> torch.device:
-        return self.generator.output.weight.device
 
     def condition(self, what: Sequence[int] | Sequence[str] | Tensor) -> Tensor:
         """Captions as tokens (B, S), on the model's device: prompts on the right, ``NOTHING`` where there is no token. As many positions
@@ -472,37 +460,6 @@ class Janus:
         for row, prompt in zip(condition, prompts, strict=True):
             row[len(row) - len(prompt) :] = torch.tensor(prompt)
         return condition.to(self.device)
-
-    def logits(self, condition: Tensor, context: Tensor) -> Tensor:
-        """Teacher-forced logits (B, T, V); ``logits[:, t]`` depends on ``context[:, :t]`` only."""
-        return self.generator(condition, context)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to codes (B, T)."""
-        return self.tokenizer.encode(images)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, T) to (B, 3, H, W), not clamped."""
-        return self.tokenizer.decode(codes)
-
-    def generate(self, condition: Tensor, seeds: Sequence[int], images_per_batch: int = 0, **how: Unpack[Sampling]) -> Tensor:
-        """Free-running codes (B, T); image n depends on seed n alone.
-
-        ``images_per_batch``: batches of exactly that many, the last one filled up; on a GPU their loop is recorded, which
-        takes a minute and is kept for the next call. 0: all at once, and nothing is kept.
-        """
-        assert not self.generator.training, "put the generator in eval mode before sampling"
-        if not images_per_batch:
-            return sampler.generate(self.generator, condition, seeds, **how)
-        with memory.advice(images_per_batch, self.footprint(how.get("guidance", 1.0) != 1.0), self.device):
-            batches = sampler.filled_up(condition, seeds, images_per_batch)
-            return torch.cat([self._loops.sample(self.generator, part, its, **how)[:count] for part, its, count in batches])
-
-    def footprint(self, guided: bool = False) -> memory.Footprint:
-        """Bytes that sampling takes, in the arithmetic that the caller is in, for captions of ``Sizes.prefix`` tokens."""
-        count = sum(weight.numel() for weight in self.generator.parameters())
-        dtype = sampler.number_type(self.generator)
-        return memory.footprint(self.generator.config, count, self.tokenizer.config, dtype, guided)
 
     def save(self, path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write what is tuned, in float32; ``tensors``, if they are not at hand in the module (sharded). See ``export``."""

@@ -6,14 +6,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vapi.config import ModelConfig
-from vapi.models import gpt, graphs, memory, sampler, text, vq, weights
-from vapi.models.sampler import Sampling
+from vapi.models import gpt, text, vq, weights
+from vapi.models.coded import Coded
 
 META = torch.device("meta")  # networks are made without memory, and get that of their weights
 
@@ -105,31 +105,19 @@ def export(source: str | Path, target: str | Path) -> None:
     weights.save_torch({"model": {name: state[name].clone() for name in network.state_dict()}}, target)
 
 
-class LlamaGen:
+class LlamaGen(Coded):
     """A ``Policy`` (see vapi.models)."""
 
+    generator: gpt.Transformer
+
     def __init__(self, generator: gpt.Transformer, tokenizer: vq.VQModel, image_size: int, text_encoder: str = "") -> None:
-        self.generator = generator
-        self.tokenizer = tokenizer
-        self.image_size = image_size
-        self.num_codes = (image_size // tokenizer.config.factor) ** 2
-        self.vocab = tokenizer.vocab
+        super().__init__(generator, tokenizer, image_size)
         self.num_classes = generator.config.classes
         self._text_encoder = text_encoder
-        self._loops = graphs.Loops()
-        if generator.config.vocab != self.vocab:
-            raise ValueError(
-                f"the generator predicts {generator.config.vocab} codes, the tokenizer has {self.vocab}; they do not belong together"
-            )
-        assert generator.config.codes == self.num_codes, (generator.config.codes, self.num_codes)
 
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.generator.layers)
-
-    @property
-    def device(self) -> torch.device:
-        return self.generator.output.weight.device
 
     @functools.cached_property
     def encoder(self) -> text.TextEncoder:
@@ -166,37 +154,6 @@ class LlamaGen:
         if len(labels) and (labels.min() < 0 or labels.max() >= self.num_classes):
             raise ValueError(f"class ids must lie in 0 .. {self.num_classes - 1}; got {labels.min().item()} .. {labels.max().item()}")
         return labels
-
-    def logits(self, condition: Tensor, context: Tensor) -> Tensor:
-        """Teacher-forced logits (B, T, V); ``logits[:, t]`` depends on ``context[:, :t]`` only."""
-        return self.generator(condition, context)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to codes (B, T)."""
-        return self.tokenizer.encode(images)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, T) to (B, 3, H, W), not clamped."""
-        return self.tokenizer.decode(codes)
-
-    def generate(self, condition: Tensor, seeds: Sequence[int], images_per_batch: int = 0, **how: Unpack[Sampling]) -> Tensor:
-        """Free-running codes (B, T); image n depends on seed n alone.
-
-        ``images_per_batch``: batches of exactly that many, the last one filled up; on a GPU their loop is recorded, which
-        takes a minute and is kept for the next call. 0: all at once, and nothing is kept.
-        """
-        assert not self.generator.training, "put the generator in eval mode before sampling"
-        if not images_per_batch:
-            return sampler.generate(self.generator, condition, seeds, **how)
-        with memory.advice(images_per_batch, self.footprint(how.get("guidance", 1.0) != 1.0), self.device):
-            batches = sampler.filled_up(condition, seeds, images_per_batch)
-            return torch.cat([self._loops.sample(self.generator, part, its, **how)[:count] for part, its, count in batches])
-
-    def footprint(self, guided: bool = False) -> memory.Footprint:
-        """Bytes that sampling takes, in the arithmetic that the caller is in."""
-        count = sum(weight.numel() for weight in self.generator.parameters())
-        dtype = sampler.number_type(self.generator)
-        return memory.footprint(self.generator.config, count, self.tokenizer.config, dtype, guided)
 
     def save(self, path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write the generator's weights under LlamaGen's key names; ``tensors``, if they are not at hand in the module (sharded)."""
