@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from imports import ROOT
 
-from vapi import track
+from vapi import config, track
 from vapi.cluster import origin, preflight, step
 from vapi.cluster.origin import Origin
 from vapi.config import Config, ModelConfig
@@ -260,7 +260,7 @@ def test_a_uri_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_the_files_of_a_configuration_are_known() -> None:
-    found = origin.files(Config(), ["model", "tune", "evaluate"])
+    found = config.named_files(Config(), ["model", "tune", "evaluate"])
     assert found["model.generator"] == "data/models/generator.safetensors" and found["tune.perceptual"] == "data/models/reward.safetensors"
     assert "tune.perceptual_weights" not in found and "evaluate.dinov2" not in found, "fields that are empty"
 
@@ -293,7 +293,7 @@ def test_a_cluster_s_run_and_a_repro_read_the_same_bytes_and_say_so(tmp_path: Pa
     commit = run(clone, "git", "rev-parse", "HEAD")
     source = origin.resolve(Origin(f"file://{clone}", "main"), tmp_path)
     settings = Config()
-    wanted = origin.files(settings, ["subset", "model"])
+    wanted = config.named_files(settings, ["subset", "model"])
     root = origin.root(source, wanted.values(), tmp_path)
     for name in wanted.values():
         md5 = hashlib.md5((root / name).read_bytes()).hexdigest()

@@ -20,6 +20,7 @@ import re
 import sys
 import tempfile
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -434,6 +435,16 @@ FILES = {
 """Fields that name a file, a folder or a pattern of files (or hold a word in place of one, or nothing)."""
 FOR_CAPTIONS = ("evaluate.prompts", "evaluate.detector", "evaluate.second_detector", "evaluate.clip")
 """Those of them that a generator of classes has no use for."""
+WORDS = ("", "vgg", "alex", "inception", "words", "digits")
+"""What such a field may hold in place of a file's name."""
+
+
+def named_files(settings: Config, sections: Iterable[str] = FILES) -> dict[str, str]:
+    """What some sections name: files, folders or patterns of files by field (``model.generator``), without words, and without what
+    a generator of classes has no use for."""
+    named = {f"{section}.{field}": getattr(getattr(settings, section), field) for section in sections for field in FILES.get(section, ())}
+    unused = () if settings.model.captions else FOR_CAPTIONS
+    return {field: name for field, name in named.items() if name not in WORDS and field not in unused}
 
 
 @dataclass(frozen=True)

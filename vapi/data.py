@@ -481,7 +481,9 @@ def tokenizer_digest(model: ModelConfig) -> str:
 
 
 def encoder_digest(model: ModelConfig) -> str:
-    """What names the text encoder's weights and rules, wherever they lie."""
+    """What names the text encoder's weights and rules, wherever they lie; empty where there is none."""
+    if not model.text_encoder:
+        return ""
     from vapi.models import text
 
     return text.digest(model.text_encoder)

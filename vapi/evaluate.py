@@ -172,6 +172,10 @@ def _tuned_weights(tune: Path, model: ModelConfig) -> Path:
         path = weights.locate(getattr(model, name))
         if made["inputs"][name] != data.known_digest(path):
             raise ValueError(f"{tune} was tuned with another {name} than {path}; run: vapi tune")
+    if made["inputs"].get("text_encoder", "") != data.encoder_digest(model):
+        raise ValueError(
+            f"{tune} was tuned with another text encoder than {model.text_encoder or 'none'}; run: vapi tokens, then vapi tune"
+        )
     return tuned
 
 
@@ -206,9 +210,10 @@ def _require_samples(evaluate: EvaluateConfig) -> None:
 
 @functools.cache
 def _code_digest() -> str:
-    """The source that makes images and features: when it changes, features kept from before are not used again."""
+    """The source that makes images, features and verdicts: when it changes, what was kept from before is not used again."""
     package = Path(__file__).parent
-    files = [Path(__file__), package / "images.py", *(package / "models").glob("*.py"), *(package / "metrics").glob("*.py")]
+    files = [package / f"{name}.py" for name in ("evaluate", "geneval", "images", "prompted", "references")]
+    files += [path for name in ("models", "metrics", "digits") for path in (package / name).glob("*.py")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
@@ -216,7 +221,8 @@ def _inputs(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, bench: Ben
     """Digests of everything the result depends on."""
     made = {name: data.known_digest(weights.locate(getattr(model, name))) for name in ("generator", "tokenizer")}
     judges = {"extractor": bench.judge.extractor.sha256} | ({"dinov2": bench.judge.extractor.dinov2_sha256} if evaluate.dinov2 else {})
-    return {"tune": data.file_digest(tune), **made, **bench.digests, **judges}
+    judges |= {"panel": bench.panel.digest} if bench.panel else {}
+    return {"tune": data.file_digest(tune), **made, "text_encoder": data.encoder_digest(model), **bench.digests, **judges}
 
 
 # --- what both models are measured with --------------------------------------------------------
@@ -245,6 +251,8 @@ class Bench:
         """Read references and judge. Raises ValueError for what is missing or does not fit."""
         _require_samples(evaluate)
         panel = None if policy.num_classes else Panel.of(evaluate, policy.device)
+        if panel:
+            panel.fit(policy)
         size = evaluate.resize or model.image_size
         reference, moments = references.reference(evaluate, size, policy.num_classes)
         validation = references.real_images(evaluate.validation, "validation", model.image_size, policy.num_classes)
@@ -270,7 +278,7 @@ class Bench:
 
         tokenizer = data.tokenizer_digest(model)
         real_key = {"set": digests["reference"], "tokenizer": tokenizer}
-        answers = panel.anchors(judge, reference, decoded, real_key) if panel and size == model.image_size else prompted.Anchors()
+        answers = panel.anchors(judge, reference, decoded, real_key) if panel else prompted.Anchors()
         chosen = _one_of_each(labels, evaluate.sheet_images)
         of_reference = judge.features({"set": "reference"}, len(reference), stored(reference.pixels, reference.labels), "reference")
         return cls(
@@ -400,7 +408,8 @@ class Contestant:
         self.bench, self.name, self.config = bench, name, bench.config
         self.policy = models.load(bench.model, source)
         self.sha256 = data.known_digest(source)
-        self.made_by = {"generator": self.sha256, "tokenizer": data.tokenizer_digest(bench.model)}
+        networks = {"tokenizer": data.tokenizer_digest(bench.model), "text_encoder": data.encoder_digest(bench.model)}
+        self.made_by = {"generator": self.sha256, **networks}
         self.plain = plain_sampler(self.config)
 
     def examine(self) -> Found:

@@ -1,4 +1,4 @@
-"""``vapi geneval``: folders of pictures in GenEval's layout, scored and generated. Stage ``evaluate`` scores with it too.
+"""``vapi geneval``: folders of pictures in GenEval's layout, scored and generated; detectors by name, for stage ``evaluate`` too.
 
     IMAGES/00000/metadata.jsonl   IMAGES/00000/samples/0000.png ...      one folder a prompt
 
@@ -16,7 +16,6 @@ Left out: several processes, since 2,212 pictures are minutes on one GPU.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import json
@@ -45,11 +44,13 @@ from vapi.metrics.recorded import Recorded
 from vapi.models import Policy, sampler, weights
 from vapi.models.sampler import image_seed
 
-PROMPTS = Path("data/geneval/prompts.jsonl")
-"""The official list; bundled."""
+PROMPTS = Path(__file__).parents[1] / "data" / "geneval" / "prompts.jsonl"
+"""The official list, in the clone or the image."""
 RESULTS, SUMMARY, MADE = "results.jsonl", "summary.json", "generated.json"
 AT_ONCE = 8
-"""Pictures that a detector gets at a time."""
+"""Pictures that a detector gets at a time: masks of a hundred objects on each are in memory meanwhile."""
+ONE_BATCH = 32
+"""Pictures that are drawn at a time, unless evaluate.images_per_batch says."""
 SHOWN = 5
 """Problems that are named; the others are counted."""
 
@@ -91,47 +92,14 @@ def recorded_detections(path: Path) -> Recorded:
     return recorded.read(path, data.file_digest(path), metric.CLASSES, metric.COLOURS)
 
 
-def self_check(detector: Detector | Recorded) -> None:
-    """Have a detector that can do so prove that it sees what it should. Raises ValueError if it does not."""
-    getattr(detector, "self_check", lambda: None)()
-
-
-# --- pictures in memory ------------------------------------------------------------------------
-
-
-def score_pictures(
-    prompts: Sequence[Prompt], pictures: Iterable[np.ndarray], detector: Detector, images_per_prompt: int, title: str = "geneval"
-) -> np.ndarray:
-    """Which pictures (uint8 (H, W, 3) each; all of a prompt's, then the next prompt's) are right: bool (P, I).
-
-    Raises ValueError if there are more or fewer of them than asked for.
-    """
-    self_check(detector)
-    wanted = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    shown = ((prompt, "", picture) for prompt, picture in _paired(wanted, pictures))
-    with tqdm(total=len(wanted), desc=title, unit="image", disable=None) as bar:
-        correct = []
-        for outcome in judge(detector, shown):
-            correct.append(outcome.correct)
-            bar.update()
-    return np.array(correct, bool).reshape(len(prompts), images_per_prompt)
-
-
-def _paired(wanted: Sequence[Prompt], pictures: Iterable[np.ndarray]) -> Iterator[tuple[Prompt, np.ndarray]]:
-    count = 0
-    for count, picture in enumerate(pictures, 1):
-        if count > len(wanted):
-            raise ValueError(f"more than the {len(wanted)} pictures that were asked for")
-        yield wanted[count - 1], picture
-    if count < len(wanted):
-        raise ValueError(f"{count} of the {len(wanted)} pictures that were asked for")
+# --- pictures ----------------------------------------------------------------------------------
 
 
 def judge(detector: Detector | Recorded, shown: Iterable[tuple[Prompt, str, np.ndarray]], at_once: int = AT_ONCE) -> Iterator[Outcome]:
     """The outcome of each (prompt, name of the picture, picture), in order; names matter to recorded detections alone."""
     for batch in _batches(shown, at_once):
-        for (prompt, _, picture), seen in zip(batch, _look(detector, batch), strict=True):
-            yield metric.score(prompt, seen, detector.rules, functools.partial(detector.colour, picture))
+        prompts, _, pictures = zip(*batch)
+        yield from metric.outcomes(cast(Detector, detector), prompts, pictures, _look(detector, batch))
 
 
 def _look(detector: Detector | Recorded, batch: Sequence[tuple[Prompt, str, np.ndarray]]) -> Sequence[Detections]:
@@ -280,7 +248,10 @@ def _files(place: Path, count: int, problems: Problems) -> list[Path]:
 
 def _official(found: Sequence[Prompt]) -> list[Prompt]:
     """The official list if it is here and holds all these prompts, else nothing."""
-    official = metric.read_prompts(PROMPTS) if PROMPTS.is_file() else []
+    if not PROMPTS.is_file():
+        print(f"{PROMPTS.name} of GenEval is not with this package: a partial list is told by --prompts alone", file=sys.stderr)
+        return []
+    official = metric.read_prompts(PROMPTS)
     return official if {prompt.key for prompt in found} <= {prompt.key for prompt in official} else []
 
 
@@ -375,8 +346,6 @@ def _outcomes(gallery: Gallery, detector: Detector | Recorded) -> list[dict[str,
         kept = Kept(place / "outcomes.jsonl")
         keys = [_key(picture) for picture in gallery.pictures]
         missing = {key: picture for key, picture in zip(keys, gallery.pictures, strict=True) if key not in kept.rows}
-        if missing:
-            self_check(detector)
         with tqdm(total=len(keys), initial=len(keys) - len(missing), desc="geneval", unit="image", disable=None) as bar:
             shown = data.parallel(_shown, missing.values(), data.cores(), 2 * AT_ONCE)
             outcomes = zip(missing, judge(detector, shown), strict=True)
@@ -427,6 +396,7 @@ def _results(place: Path) -> tuple[list[Prompt], np.ndarray]:
             metadata, correct, place = row["metadata"], bool(row["correct"]), Path(row["filename"]).parent.parent
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} line {number} is no line of GenEval's results") from None
+        metadata = metadata if isinstance(metadata, str) else json.dumps(metadata)  # official files hold it as text
         prompt = metric.parse_prompt(metadata, f"{path} line {number}", None, None)
         prompts[prompt.key] = prompt
         found.setdefault((prompt.key, place.name), []).append(correct)
@@ -441,7 +411,7 @@ def _judged_by(place: Path) -> str:
     if not path.is_file():
         return ""
     read = data.read_json(path)
-    return json.dumps([read["detector"]["name"], read["detector"]["weights"], read["rules"]])
+    return json.dumps([read["detector"][name] for name in ("name", "weights", "more")] + [read["rules"]])
 
 
 def compare(a: Sequence[Path], b: Sequence[Path]) -> str:
@@ -470,7 +440,7 @@ def generate_folder(
     out: Path,
     images_per_prompt: int = metric.OFFICIAL_IMAGES,
     seed: int = 0,
-    images_per_batch: int = 32,
+    images_per_batch: int = ONE_BATCH,
     made_by: Mapping[str, Any] | None = None,
 ) -> None:
     """Write GenEval's layout: NNNNN/metadata.jsonl, NNNNN/samples/0000.png ..., NNNNN/grid.png, and generated.json.
@@ -560,13 +530,18 @@ def generate(model: ModelConfig, evaluate: EvaluateConfig, out: Path) -> None:
     """Pictures of ``model.generator`` for ``evaluate.prompts`` as a folder. Raises ValueError for a generator of classes."""
     if not model.captions:
         raise ValueError("model.text_encoder is empty: this generator draws classes, and knows no captions")
+    if len(evaluate.seeds) > 1:
+        raise ValueError(f"evaluate.seeds is {evaluate.seeds}, and a folder holds one seed's pictures; give one, as in --seeds 1")
     prompts = metric.read_prompts(evaluate.prompts, None, None)
     made_by = {
         "generator": data.known_digest(weights.locate(model.generator)),
         "tokenizer": data.tokenizer_digest(model),
-        "text_encoder": model.text_encoder,
+        "text_encoder": data.encoder_digest(model),
+        "code": data.code_version()["source"],
+        "batch": evaluate.images_per_batch or ONE_BATCH,
     }
-    made_by |= {name: getattr(evaluate, name) for name in sampler.Sampling.__annotations__} | {"precision": model.precision}
+    made_by |= {name: getattr(evaluate, name) for name in sampler.Sampling.__annotations__}
+    made_by |= {name: getattr(model, name) for name in ("policy", "image_size", "precision")}
     draw = painter(models.load(model), model, evaluate)
-    generate_folder(draw, prompts, out, evaluate.images_per_prompt, evaluate.seeds[0], evaluate.images_per_batch or 32, made_by)
+    generate_folder(draw, prompts, out, evaluate.images_per_prompt, evaluate.seeds[0], evaluate.images_per_batch or ONE_BATCH, made_by)
     print(f"{len(prompts):,} prompts x {evaluate.images_per_prompt} images -> {out}", file=sys.stderr)

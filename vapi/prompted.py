@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +26,20 @@ from torch import Tensor
 
 from vapi import data
 from vapi.config import EvaluateConfig
-from vapi.geneval import detector_of
+from vapi.geneval import AT_ONCE, detector_of
 from vapi.metrics import geneval, text
-from vapi.metrics.detections import Detections, Detector
+from vapi.metrics.detections import Detector
 from vapi.metrics.geneval import Prompt
 from vapi.metrics.stream import Judge, Make
 from vapi.metrics.text import Checked
+from vapi.models import Policy
 from vapi.references import RealImages, Subjects
 
 Scores = dict[str, Any]
 Verdicts = dict[str, np.ndarray]  # by judge: bool (P, S, I) of detectors, float of text metrics
 
 SHOWN = 3  # prompts of each task on a sheet
-SHUFFLED = "shuffled"  # the first detector's verdict by another prompt of the same task
+SHUFFLED = "shuffled"  # a detector's verdict by another prompt of the same task: what chance would be right about
 
 
 @dataclass(frozen=True)
@@ -63,21 +65,29 @@ class Panel:
         """Read prompts and judges. Raises ValueError for what is missing, and for prompts that a detector cannot judge."""
         named = {"geneval": evaluate.detector, "geneval_second": evaluate.second_detector}
         detectors = {name: detector_of(where, evaluate.clip, device) for name, where in named.items() if where}
-        if not detectors:
+        if "geneval" not in detectors:
             raise ValueError("evaluate.detector is empty, and somebody must look at the pictures; give digits, or a folder of weights")
+        if evaluate.resize:
+            raise ValueError(f"evaluate.resize is {evaluate.resize}, and detectors judge pictures as they are drawn; set it to 0")
         lists = [geneval.read_prompts(evaluate.prompts, judge.classes, judge.colours) for judge in detectors.values()]
-        metrics = text.load(evaluate)
-        judges = {name: [str(judge.identity), str(judge.rules)] for name, judge in detectors.items()}
+        metrics = text.load(evaluate, device)
+        judges = {name: _told(judge) for name, judge in detectors.items()}
         described = {name: metric.describe for name, metric in metrics.items()}
         parts = [data.file_digest(Path(evaluate.prompts)), evaluate.images_per_prompt, judges, described]
         return cls(lists[0], evaluate.images_per_prompt, detectors, metrics, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+
+    def fit(self, policy: Policy) -> None:
+        """Raises ValueError for prompts that the generator cannot read, and says how many it reads at their beginning alone."""
+        if cut := policy.cut([prompt.text for prompt in self.prompts]):
+            words = f"{cut} of {len(self.prompts)} prompts are longer than the generator reads; what they end with is not asked for"
+            print(words, file=sys.stderr, flush=True)
 
     def protocol(self) -> Scores:
         """What two scores must share to be compared."""
         return {
             "list": geneval.list_digest(self.prompts),
             "images_per_prompt": self.images,
-            "detectors": {name: f"{judge.identity.name} {judge.identity.weights}".strip() for name, judge in self.detectors.items()},
+            "detectors": {name: _told(judge) for name, judge in self.detectors.items()},
             "text_metrics": {name: metric.describe for name, metric in self.metrics.items()},
         }
 
@@ -109,11 +119,7 @@ class Panel:
         pictures = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
         found: dict[str, Tensor] = {}
         for name, detector in self.detectors.items():
-            seen = detector.detect(pictures)
-
-            found[name] = _correct(detector, prompts, pictures, seen)
-            if SHUFFLED not in found:
-                found[SHUFFLED] = _correct(detector, others, pictures, seen)
+            found[name], found[f"{SHUFFLED}/{name}"] = _correct(detector, pictures, prompts, others)
         if self.metrics:
             texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
             for name, metric in self.metrics.items():
@@ -130,9 +136,9 @@ class Panel:
     def anchors(self, judge: Judge, real: RealImages, reconstruct: Callable[[Tensor], Tensor], key: Scores) -> Anchors:
         """Verdicts on real pictures of these prompts, and on reconstructions of them (uint8 both); nothing where there are none."""
         own = self.pictures_of(real)
-        count = min((len(pictures) for pictures in own.values() if pictures), default=0)
-        if not count:
+        if len(own) < len(self.prompts):  # a score of some of the prompts stands beside no score of all
             return Anchors()
+        count = min(map(len, own.values()))
         order = [place for place, pictures in own.items() for _ in pictures[:count]]
         rows = [row for pictures in own.values() for row in pictures[:count]]
 
@@ -182,13 +188,21 @@ class Panel:
         return {name: np.stack([run[name].numpy().reshape(shape) for run in runs], axis=1).astype(kind) for name, kind in kinds.items()}
 
 
-def _correct(detector: Detector, prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], seen: Sequence[Detections]) -> Tensor:
-    """Whether each picture is what its prompt asks for, by what the detector saw: uint8 (B,)."""
+def _correct(detector: Detector, pictures: Sequence[np.ndarray], *asked: Sequence[Prompt]) -> list[Tensor]:
+    """Whether each picture is what its prompt asks for, uint8 (B,), for each list of prompts. A few pictures at a time."""
+    found: list[list[bool]] = [[] for _ in asked]
+    for start in range(0, len(pictures), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        seen = detector.detect(pictures[part])
+        for verdicts, prompts in zip(found, asked, strict=True):
+            verdicts += [outcome.correct for outcome in geneval.outcomes(detector, prompts[part], pictures[part], seen)]
+    return [torch.tensor(verdicts, dtype=torch.uint8) for verdicts in found]
 
-    def one(prompt: Prompt, picture: np.ndarray, objects: Detections) -> bool:
-        return geneval.score(prompt, objects, detector.rules, lambda these: detector.colour(picture, these)).correct
 
-    return torch.tensor([one(*given) for given in zip(prompts, pictures, seen, strict=True)], dtype=torch.uint8)
+def _told(detector: Detector) -> Scores:
+    """Everything that tells two detectors apart."""
+    identity = detector.identity
+    return {"name": identity.name, "weights": identity.weights, **identity.more, **vars(detector.rules)}
 
 
 def partners(prompts: Sequence[Prompt]) -> list[int]:
@@ -223,9 +237,9 @@ def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Anchors) -> Sc
         }
         for name, judge in panel.detectors.items()
     }
-    first = next(iter(panel.detectors))
-    chance = {side: geneval.summary(_run(panel.prompts, verdicts[SHUFFLED]), *_who(panel, first)) for side, verdicts in found.items()}
-    judged[first]["anchors"][SHUFFLED] = chance["base"]
+    for name, judge in panel.detectors.items():
+        chance = _run(panel.prompts, found["base"][f"{SHUFFLED}/{name}"])
+        judged[name]["anchors"][SHUFFLED] = geneval.summary(chance, judge.identity, judge.rules)
     return {
         "prompts": len(panel.prompts),
         "images_per_prompt": panel.images,
@@ -271,10 +285,6 @@ def agreement(panel: Panel, verdicts: Verdicts) -> float:
 
 def _run(prompts: Sequence[Prompt], correct: np.ndarray) -> geneval.Run:
     return geneval.Run.of(prompts, correct)
-
-
-def _who(panel: Panel, name: str) -> tuple[Any, Any]:
-    return panel.detectors[name].identity, panel.detectors[name].rules
 
 
 def _mean(values: np.ndarray) -> Scores:

@@ -40,13 +40,14 @@ def verdict(prompts: Scores) -> str:
 
 
 def _sentence(judged: Scores, count: int, number: int) -> str:
-    row = judged["difference"]["tuned"]["overall"]
+    row, title = judged["difference"]["tuned"]["overall"], judged["base"]["title"]
     change = f"from {row['a']:.3f} to {row['b']:.3f}"
     interval = f"{_signed(row['difference'])}, 95 % {_signed(row['low'])} to {_signed(row['high'])}"
-    did, it = {1: ("raised", "rose"), -1: ("lowered", "fell"), 0: ("did not move", "moved no more than by chance")}[_beyond_chance(row)]
-    if number == 0:
-        return f"Tuning {did} {judged['base']['title']} on {count:,} prompts: {change} ({interval})."
-    return f"{judged['base']['title']} {it}: {change} ({interval})."
+    moved = _beyond_chance(row)
+    if number == 0 and moved:
+        return f"Tuning {'raised' if moved > 0 else 'lowered'} {title} on {count:,} prompts: {change} ({interval})."
+    words = {1: "rose", -1: "fell", 0: "moved no more than chance would"}[moved]
+    return f"{title} {words}{f' on {count:,} prompts' if number == 0 else ''}: {change} ({interval})."
 
 
 def _beyond_chance(row: Scores) -> int:
@@ -85,7 +86,7 @@ def _rows(judged: Scores) -> list[tuple[str, dict[str, str]]]:
             if side in judged:
                 cells[side.replace("_best", " at its best").replace("_", " ")] = f"{_score(judged[side], task):.3f}"
         for anchor, found in judged["anchors"].items():
-            cells[{"real": "real images", "shuffled": "other prompts"}.get(anchor, anchor)] = f"{_score(found, task):.3f}"
+            cells[{"real": "real images", "shuffled": "other prompts of the task"}.get(anchor, anchor)] = f"{_score(found, task):.3f}"
         rows.append((TITLES[task], cells))
     return rows
 
@@ -129,6 +130,7 @@ def _note(prompts: Scores) -> str:
     )
     note += "Overall is the plain mean of the tasks. Intervals resample prompts, in pairs. Anchors: real pictures of these prompts and the "
     note += "tokenizer's reconstructions of them, where there are some, and pictures judged by another prompt of their task."
+    note += " What is each model's best setting was chosen by FID on the validation images, not by these scores."
     return note + (f" PARTIAL: {'; '.join(first['base']['partial'])}." if first["base"]["partial"] else "")
 
 

@@ -206,11 +206,11 @@ def _features(
     encoder = text.load(model.text_encoder, device, config.words_per_batch)
     captions = data.distinct(picked.captions)
     digests = [data.text_digest(caption) for caption in captions]
-    named = {"format": FORMAT, "encoder": encoder.digest, "width": encoder.width}
+    named = {"format": FORMAT, "encoder": encoder.digest, "width": encoder.width, "arithmetic": encoder.arithmetic}
     folder = data.state_dir("captions", hashlib.sha256(json.dumps(named).encode()).hexdigest()[:24])
     with world.first_enters(data.locked(folder / "lock")):
         cache = Cache(folder, named, encoder.width, ragged=True, name="features") if world.first else None
-        lengths = world.once(lambda: encoder.lengths(captions))
+        lengths = world.once(lambda: _lengths(encoder, captions, picked))
         missing = world.once(lambda: [i for i, digest in enumerate(digests) if cache is not None and digest not in cache])
         with tqdm(total=len(missing), desc="captions", unit="caption", disable=None if world.first else True) as bar:
             for some, found in read_captions(encoder, captions, lengths, missing, config, world):
@@ -234,6 +234,19 @@ def _features(
         "bytes": sum(one.nbytes for one in features),
         "encoded": len(missing),
     }
+
+
+def _lengths(encoder: TextEncoder, captions: Sequence[str], picked: Subset) -> list[int]:
+    """Words of each caption. Raises ValueError that names the image of one that the encoder cannot read."""
+    try:
+        return encoder.lengths(captions)
+    except ValueError:
+        for key, caption in zip(picked.keys, picked.captions, strict=True):
+            try:
+                encoder.lengths([caption])
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}; leave it out of the source, or give it another caption") from None
+        raise
 
 
 def read_captions(

@@ -65,6 +65,7 @@ class Examples:
         """Raises ValueError if images, tokens and configuration do not belong together."""
         self.model, self.tune = model, tune
         self.subset, self.tokens = data.read_subset(subset), data.read_tokens(tokens)
+        self._read: Tensor | None = None
         self.tokens.require(model, self.subset)
         total, needed = len(self.subset), tune.holdout_images + tune.images_per_step
         if total < needed:
@@ -86,16 +87,14 @@ class Examples:
             self._fit_labels(policy)
         elif self.model.text_encoder:
             policy.condition(self._features(self.held[:1], policy))  # it knows what it can read
-            self._mention_cuts(policy)
         else:
-            policy.condition(self.subset.captions)
+            self._words(policy)
 
-    def _mention_cuts(self, policy: Policy) -> None:
-        words = self.tokens.captions.places[:, 1] if self.tokens.captions else np.zeros(0)
-        positions = cast(Any, policy.generator).config.prefix
-        if cut := int((words > positions).sum()):
-            longest = f"the longest has {words.max()} words, the generator reads {positions}"
-            print(f"{cut:,} of {len(words):,} captions are cut at their end: {longest}", file=sys.stderr, flush=True)
+    def cut(self, policy: Policy) -> int:
+        """How many captions have more words than the generator reads: these are cut at their end."""
+        if self.tokens.captions is None:
+            return 0
+        return int((self.tokens.captions.places[:, 1] > cast(Any, policy.generator).config.prefix).sum())
 
     def _fit_labels(self, policy: Policy) -> None:
         labels = self.subset.labels
@@ -123,9 +122,15 @@ class Examples:
         condition = policy.condition(labels if policy.num_classes else self._captions(rows, policy))
         return Batch(rows, images.to_float(pixels, policy.device), codes, condition)
 
-    def _captions(self, rows: Tensor, policy: Policy) -> list[str] | Tensor:
-        """What a policy of captions is asked: their features, if an encoder reads for it, else the words."""
-        return self._features(rows, policy) if self.model.text_encoder else [self.subset.captions[row] for row in rows.tolist()]
+    def _captions(self, rows: Tensor, policy: Policy) -> Tensor:
+        """What a policy of captions is asked: their features, if an encoder reads for it, else what it reads itself."""
+        return self._features(rows, policy) if self.model.text_encoder else self._words(policy)[rows]
+
+    def _words(self, policy: Policy) -> Tensor:
+        """All captions as the policy reads words, in one shape, which whoever compiles for shapes is glad of."""
+        if self._read is None:
+            self._read = policy.condition(self.subset.captions).cpu()
+        return self._read
 
     def _features(self, rows: Tensor, policy: Policy) -> Tensor:
         """The cached features of images' captions, as the generator reads them: (B, S, C + 1)."""
@@ -233,6 +238,12 @@ class Tuning:
             parallelize.restore(self.policy.generator, self.optimizer, saved)
         if world.first:
             self.progress = Progress(state / "metrics.jsonl", saved["lines"] if saved else [], tune.steps, run)
+            if cut := examples.cut(self.policy):
+                print(
+                    f"{cut:,} of {len(examples.subset):,} captions are longer than the generator reads, and cut",
+                    file=sys.stderr,
+                    flush=True,
+                )
             if saved:
                 print(f"continuing after step {self.step} of {tune.steps}", file=sys.stderr, flush=True)
 
@@ -303,6 +314,7 @@ class Tuning:
             "steps": self.tune.steps,
             "images_seen": self.tune.steps * self.tune.images_per_step,
             "parameters": parameters,
+            "captions_cut": self.examples.cut(self.policy),
             "holdout": {"images": len(self.examples.held), "first": looks[0], "last": looks[-1]},
         }
 
@@ -424,7 +436,7 @@ def _inputs(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path) ->
     paths = {"subset": subset, "tokens": tokens, "generator": weights.locate(model.generator), "tokenizer": weights.locate(model.tokenizer)}
     if "lpips" in tune.rewards:
         paths |= network_files(tune.perceptual, tune.perceptual_weights)
-    return {name: data.file_digest(path) for name, path in paths.items()}
+    return {name: data.known_digest(path) for name, path in paths.items()} | {"text_encoder": data.encoder_digest(model)}
 
 
 def _digest(model: ModelConfig, tune: TuneConfig, inputs: dict[str, str]) -> str:

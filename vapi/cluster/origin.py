@@ -22,12 +22,10 @@ from urllib.parse import urlsplit
 
 import vapi
 from vapi import data
-from vapi.config import FILES, FOR_CAPTIONS, Config, write_text
+from vapi.config import Config, named_files, write_text
 
 IMAGE = Path(vapi.__file__).resolve().parents[1]
 """The clone, or the folder of the image, that the package lies in; it holds the embedded data."""
-WORDS = ("", "vgg", "alex", "inception", "words", "digits")
-"""What such a field may hold in place of a file's name."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -60,14 +58,6 @@ class Origin:
         if self.is_repository or not self.uri.startswith(("/", "file://")):
             return None
         return Path(self.uri.removeprefix("file://"))
-
-
-def files(settings: Config, sections: Iterable[str]) -> dict[str, str]:
-    """What some sections name: files, folders or patterns of files by field (``model.generator``), without words, and without what
-    a generator of classes has no use for."""
-    named = {f"{section}.{field}": getattr(getattr(settings, section), field) for section in sections for field in FILES.get(section, ())}
-    unused = () if settings.model.captions else FOR_CAPTIONS
-    return {field: name for field, name in named.items() if name not in WORDS and field not in unused}
 
 
 def root(origin: Origin, names: Iterable[str], state: Path) -> Path:
@@ -270,7 +260,7 @@ def digests(settings: Config, sections: Iterable[str]) -> dict[str, str]:
     """sha256 of what is named and here, by field; what lies elsewhere (on a hub) has none. Reads every byte."""
     return {
         field: hashlib.sha256("".join(map(data.file_digest, found)).encode()).hexdigest()
-        for field, name in files(settings, sections).items()
+        for field, name in named_files(settings, sections).items()
         if (found := matches(Path(name)))
     }
 

@@ -126,7 +126,7 @@ def about_here(settings: Config, source: Origin, place: step.Place) -> list[Chec
 
     With a volume nothing is fetched but what it takes to know that it can be: the stages fetch what they read, once.
     """
-    wanted = origin.files(settings, config.FILES)
+    wanted = config.named_files(settings, config.FILES)
     try:
         there = origin.bytes_of(source, wanted.values(), place.state) if place.volume else {}
         os.chdir(origin.root(source, [] if place.volume else wanted.values(), place.state))

@@ -58,7 +58,7 @@ def run(stage: str, plan: Plan, work_dir: str, out: str, launch: Callable[[Comma
     """
     with in_words(), workplace(work_dir) as place:
         settings = settings_of(plan)
-        named = origin.files(settings, STAGES[stage].sections)
+        named = config.named_files(settings, STAGES[stage].sections)
         os.chdir(origin.root(Origin(plan["data"]["uri"], plan["data"]["revision"]), named.values(), place.state))
         _require_same(settings, stage, plan)
         folders = {name: opened(Path(path)) for name, path in inputs.items()}
@@ -202,7 +202,7 @@ def _relay(words: IO[bytes] | None) -> None:
 def _key(stage: str, settings: Config, inputs: Mapping[str, str]) -> str:
     """Names a result after what it follows from."""
     sections = STAGES[stage].sections
-    named = origin.files(settings, sections)
+    named = config.named_files(settings, sections)
     # a source may have a million files, which are listed many at a time
     marks = {field: _listed(settings) if field == "subset.source" else origin.mark(name) for field, name in named.items()}
     made = {name: _descriptor(Path(path))["sha256"] for name, path in inputs.items()}

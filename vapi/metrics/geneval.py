@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from vapi.config import nearest
-from vapi.metrics.detections import Detections, Identity, Objects, Rules, hint
+from vapi.metrics.detections import Detections, Detector, Identity, Objects, Rules, hint
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -216,6 +217,12 @@ def score(prompt: Prompt, objects: Detections, rules: Rules, colour_of: ColourOf
         if count >= clause.count:
             reasons.append(f"expected {clause.name}<{clause.count}, found {count}")
     return Outcome(not reasons, sorted(reasons), {name: these.boxes.tolist() for name, these in kept.items()})
+
+
+def outcomes(detector: Detector, prompts: Sequence[Prompt], pictures: Sequence[np.ndarray], seen: Sequence[Detections]) -> list[Outcome]:
+    """``score`` of several pictures, a prompt each, by what a detector saw on them."""
+    rows = zip(prompts, pictures, seen, strict=True)
+    return [score(prompt, objects, detector.rules, functools.partial(detector.colour, picture)) for prompt, picture, objects in rows]
 
 
 def keep(objects: Objects, threshold: float, rules: Rules) -> Objects:

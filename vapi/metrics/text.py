@@ -12,8 +12,10 @@ Left out: HPS, PickScore, ImageReward, VQAScore: each brings libraries and weigh
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from PIL import Image
 
 from vapi.config import EvaluateConfig, nearest
 from vapi.metrics import clip as clips
+from vapi.metrics.features import sha256
 
 PICTURES = 32  # at a time
 
@@ -52,13 +55,13 @@ class ClipScore:
         return found
 
 
-def _clipscore(config: EvaluateConfig) -> ClipScore:
+def _clipscore(config: EvaluateConfig, device: torch.device | str) -> ClipScore:
     if not config.clip:
         raise ValueError(f"evaluate.text_metrics asks for clipscore; set evaluate.clip to a folder of CLIP's weights ({clips.EXAMPLE})")
-    return ClipScore(clips.load(config.clip, "cuda" if torch.cuda.is_available() else "cpu"))
+    return ClipScore(clips.load(config.clip, device))
 
 
-TEXT_METRICS: dict[str, Factory] = {"clipscore": _clipscore}
+TEXT_METRICS: dict[str, Callable[[EvaluateConfig, torch.device | str], TextMetric]] = {"clipscore": _clipscore}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Checked:
 
     name: str
     metric: TextMetric
+    source: str = ""  # sha256 of the file that somebody's own one stands in: what was kept of another text is not its
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
         """As ``TextMetric``. Raises ValueError for anything but B finite numbers."""
@@ -81,20 +85,26 @@ class Checked:
 
     @property
     def describe(self) -> str:
-        """The metric's own ``description``, for results; else its name alone."""
-        return str(getattr(self.metric, "description", self.name))
+        """The metric's own ``description``, for results, else its name; and the text of the file it stands in, if it is not ours."""
+        return str(getattr(self.metric, "description", self.name)) + (f"; code {self.source[:16]}" if self.source else "")
 
 
-def load(config: EvaluateConfig) -> dict[str, Checked]:
+def load(config: EvaluateConfig, device: torch.device | str) -> dict[str, Checked]:
     """The metrics of ``evaluate.text_metrics`` by name. Raises ValueError for unknown names, and as the metrics' factories do."""
-    factories = {name: _factory(name) for name in config.text_metrics}  # all names are looked at before weights are read
-    return {name: Checked(name, make(config)) for name, make in factories.items()}
+    own = {name: _imported(name) for name in config.text_metrics if name not in TEXT_METRICS}  # before weights are read
+    return {
+        name: Checked(name, own[name](config), _source_of(own[name])) if name in own else Checked(name, TEXT_METRICS[name](config, device))
+        for name in config.text_metrics
+    }
 
 
-def _factory(name: str) -> Factory:
-    """A row of the table, or ``module:function``. Raises ValueError for what is neither."""
-    if name in TEXT_METRICS:
-        return TEXT_METRICS[name]
+def _source_of(function: Factory) -> str:
+    file = inspect.getsourcefile(function)
+    return sha256(Path(file)) if file else ""
+
+
+def _imported(name: str) -> Factory:
+    """What ``module:function`` names. Raises ValueError where there is no such thing."""
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(f"evaluate.text_metrics names {name!r}; {nearest(name, list(TEXT_METRICS))}, or give module:function of your own")

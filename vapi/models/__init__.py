@@ -46,6 +46,9 @@ class Policy(Protocol):
     def condition(self, what: Sequence[int] | Sequence[str] | Tensor) -> Tensor:
         """What is drawn (class ids, or captions in words or as cached features) -> what ``logits`` and ``generate`` take."""
 
+    def cut(self, captions: Sequence[str]) -> int:
+        """How many of these captions are read at their beginning alone. Raises ValueError for one that cannot be read."""
+
     def logits(self, condition: Tensor, context: Tensor) -> Tensor:
         """Codes (B, T) -> (B, T, V); ``logits[:, t]`` depends on ``context[:, :t]`` only."""
 

@@ -461,6 +461,11 @@ class Janus(Coded):
             row[len(row) - len(prompt) :] = torch.tensor(prompt)
         return condition.to(self.device)
 
+    def cut(self, captions: Sequence[str]) -> int:
+        """None are: what is too long is refused."""
+        self.condition(captions)
+        return 0
+
     def save(self, path: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write what is tuned, in float32; ``tensors``, if they are not at hand in the module (sharded). See ``export``."""
         weights.save(self.generator, path, {SIZES: json.dumps(asdict(self.generator.config))}, tensors)

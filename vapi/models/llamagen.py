@@ -137,6 +137,10 @@ class LlamaGen(Coded):
         """
         return self._captions(what) if self.generator.config.caption_dim else self._classes(what)
 
+    def cut(self, captions: Sequence[str]) -> int:
+        """How many captions have more words than there are positions."""
+        return sum(length > self.generator.config.prefix for length in self.encoder.lengths(captions))
+
     def _captions(self, what: Any) -> Tensor:
         config = self.generator.config
         if not isinstance(what, Tensor):

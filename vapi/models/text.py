@@ -42,10 +42,11 @@ STEP = 4
 
 
 class TextEncoder(Protocol):
-    """A frozen encoder. ``digest`` names its weights and rules: equal digests give equal features."""
+    """A frozen encoder. ``digest`` names its weights and rules: equal digests give equal features, but for rounding."""
 
     width: int  # C
     digest: str
+    arithmetic: str  # what features' last bits hang on besides, where they do
     max_words: int
     end_marks: int  # of the words of every caption: not its own
 
@@ -113,6 +114,7 @@ class Words:
     TURNS = 8
 
     width = SIGNS * len(REACH) + 2 * TURNS
+    arithmetic = ""
     max_words = MAX_WORDS
     end_marks = 0
     digest = hashlib.sha256(b"words, version 1").hexdigest()
@@ -176,7 +178,9 @@ class T5:
         self.device = torch.device(device)
         self.digest = _digest_of_t5(folder)
         self.tokenizer, self.model = _read_t5(folder)
-        self.model.to(self.device, torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        number = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.arithmetic = f"{number}, {words_per_batch} at a time"
+        self.model.to(self.device, number)
         self.width = int(self.model.config.d_model)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:

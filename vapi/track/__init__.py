@@ -217,19 +217,12 @@ def data_digest(config: Config) -> str:
     if pointer.is_file():
         outs = configs.read_yaml(pointer.read_text())["outs"]
         if any(source.is_relative_to(pointer.parent / out["path"]) for out in outs):
-            named = _named(config)
-            hashes = [str(out["md5"]) for out in outs if any(Path(name).is_relative_to(out["path"]) for name in named)]
+            named = [Path(name).absolute() for name in configs.named_files(config).values()]
+            hashes = [str(out["md5"]) for out in outs if any(name.is_relative_to(pointer.parent / out["path"]) for name in named)]
             return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:32]
     found = sorted(source.iterdir()) if source.is_dir() else [source]
     listing = [(path.name, path.stat().st_size if path.is_file() else -1) for path in found]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:32]
-
-
-def _named(config: Config) -> list[str]:
-    """The files that a configuration names."""
-    unused = () if config.model.text_encoder else configs.FOR_CAPTIONS
-    fields = [(section, name) for section, names in configs.FILES.items() for name in names if f"{section}.{name}" not in unused]
-    return [getattr(getattr(config, section), name) for section, name in fields]
 
 
 def tracking_uri(config: Config, root: Path) -> str:
