@@ -46,11 +46,17 @@ class Generator(PythonModel):
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Draw one image for each ``class_id`` or ``prompt``. Raises ValueError for a class that the model does not know."""
         name = "class_id" if self.policy.num_classes else "prompt"
-        asked: list[Any] = self._classes(model_input[name]) if self.policy.num_classes else [str(prompt) for prompt in model_input[name]]
+        asked: list[Any] = self._classes(model_input[name]) if self.policy.num_classes else self._prompts(model_input[name])
         options = dict(params or {})
         seed = int(options.pop("seed", 0))
         drawn = [png for at in range(0, len(asked), BATCH) for png in self._draw(asked[at : at + BATCH], seed + at, options)]
         return pd.DataFrame({name: asked, "png_base64": drawn})
+
+    def _prompts(self, column: pd.Series) -> list[str]:
+        for number, prompt in enumerate(column):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(f"prompt {number} is {prompt!r}; this model draws what words say")
+        return list(column)
 
     def _classes(self, column: pd.Series) -> list[int]:
         labels, classes = [int(label) for label in column], self.policy.num_classes

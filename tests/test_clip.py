@@ -260,7 +260,7 @@ def test_bad_folders_are_refused(folder: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_clipscore_is_the_plain_cosine(clip: clips.Clip, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "PICTURES", 2)
-    metric = text.load(EvaluateConfig(clip=str(folder), text_metrics=["clipscore"]))["clipscore"]
+    metric = text.load(EvaluateConfig(clip=str(folder), text_metrics=["clipscore"]), "cpu")["clipscore"]
     images = np.stack([picture(seed) for seed in range(3)])
     prompts = ["a red bench", "two cats", "a photo of a cow left of a stop sign"]
     expected = [float(unit(see(clip, Image.fromarray(image))) @ unit(read(clip, said)).T) for image, said in zip(images, prompts)]
@@ -275,7 +275,7 @@ def test_the_documented_metric_of_ones_own_works(tmp_path: Path, monkeypatch: py
     (tmp_path / "my_scores.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_scores", raising=False)
-    ((name, metric),) = text.load(EvaluateConfig(text_metrics=["my_scores:brightness"])).items()
+    ((name, metric),) = text.load(EvaluateConfig(text_metrics=["my_scores:brightness"]), "cpu").items()
     images = np.stack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)])
     assert metric(images, ["dark", "light"], [{}, {}]) == [0.0, 1.0] and name == metric.describe == "my_scores:brightness"
 
@@ -283,14 +283,14 @@ def test_the_documented_metric_of_ones_own_works(tmp_path: Path, monkeypatch: py
 def test_bad_text_metrics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(message: str, *names: str) -> None:
         with pytest.raises(ValueError, match=message):
-            text.load(EvaluateConfig(text_metrics=list(names)))
+            text.load(EvaluateConfig(text_metrics=list(names)), "cpu")
 
     refused("names 'clip_score'; .*clipscore.*, or give module:function", "clip_score")
     refused("cannot be imported", "no_such_module:score")
     refused("cannot be imported", "json:no_such_function")
     refused("set evaluate.clip to a folder", "clipscore")
     for message, found in (("returned 1 numbers for 2 images", [1.0]), ("not finite", [1.0, float("nan")])):
-        monkeypatch.setitem(text.TEXT_METRICS, "short", lambda config, found=found: lambda *given: found)
-        metric = text.load(EvaluateConfig(text_metrics=["short"]))["short"]
+        monkeypatch.setitem(text.TEXT_METRICS, "short", lambda config, device, found=found: lambda *given: found)
+        metric = text.load(EvaluateConfig(text_metrics=["short"]), "cpu")["short"]
         with pytest.raises(ValueError, match=f"the text metric short returned .*{message.removeprefix('returned ')}"):
             metric(np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])

@@ -25,7 +25,7 @@ from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, Tun
 from vapi.digits import build_scenes
 from vapi.evaluate import evaluate
 from vapi.metrics import geneval
-from vapi.models import weights
+from vapi.models import text, weights
 from vapi.objective import Batch, Objective, optimizer_of, update
 from vapi.recipes import recipe
 from vapi.register import register
@@ -102,13 +102,13 @@ def test_before_and_after_by_task_with_anchors_and_pictures(project: Path) -> No
     assert prompts["prompts"] == 18 and prompts["images_per_prompt"] == 2
     for name in ("geneval", "geneval_second"):
         judged = prompts["detectors"][name]
-        assert set(judged["difference"]["tuned"]) == {*geneval.TASKS, "overall"} == {*geneval.TASKS, "overall"}
+        assert set(judged["difference"]["tuned"]) == {*geneval.TASKS, "overall"}
+        assert list(judged["anchors"]) == ["real", "reconstruction", "shuffled"]
         for side in ("base", "tuned", "base_best", "tuned_best"):
             assert found[side][name] == pytest.approx(judged[side]["overall"], rel=1e-5)
             assert not judged[side]["partial"] and judged[side]["images"] == 36
         assert judged["difference"]["tuned"]["overall"]["a"] == pytest.approx(judged["base"]["overall"])
     anchors = prompts["detectors"]["geneval"]["anchors"]
-    assert list(anchors) == ["real", "reconstruction", "shuffled"]
     assert anchors["real"]["overall"] > 0.9 > anchors["reconstruction"]["overall"]  # that tokenizer has learned nothing
     verdict = report.verdict(found)
     assert "GenEval (scenes, classical judge)" in verdict.partition(":")[0] and " on 18 prompts: from " in verdict
@@ -142,6 +142,37 @@ def test_a_text_metric_of_ones_own_stands_beside_one_detector(project: Path) -> 
     assert 0 < found["base"]["redness:redness"] < 255 and "geneval_second" not in found["base"]
     assert found["prompts"]["metrics"]["redness:redness"]["base"]["standard_error"] > 0 and found["prompts"]["agreement"] == {}
     assert "redness:redness" in (project / "artifacts/other/report.html").read_text()
+
+
+def test_another_text_encoder_or_text_of_a_metric_is_another_evaluation(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was kept of the one is not the other's, and a model tuned with one is not evaluated with the other."""
+    made = settings()
+    device = torch.device("cpu")
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(".")
+        Path("rank.py").write_text("def rank(config):\n    return lambda images, prompts, metadata: [1.0] * len(images)\n")
+        config = replace(made.evaluate, text_metrics=["rank:rank"])
+        before = prompted.Panel.of(config, device)
+        Path("rank.py").write_text("def rank(config):\n    return lambda images, prompts, metadata: [2.0] * len(images)\n")
+        after = prompted.Panel.of(config, device)
+    assert before.digest != after.digest and before.protocol() != after.protocol()
+    monkeypatch.setattr(text.Words, "digest", "f" * 64)
+    with pytest.raises(ValueError, match="tuned with another text encoder than words"):
+        evaluated("artifacts/other")
+
+
+def test_no_reference_of_moments_alone_for_captions(project: Path) -> None:
+    np.savez("data/scenes/moments.npz", arr_0=np.zeros((10, 40, 40, 3), np.uint8), mu=np.zeros(2048), sigma=np.eye(2048))
+    config = replace(settings().evaluate, reference="data/scenes/moments.npz", extractor="inception")
+    with pytest.raises(ValueError, match="holds no captions to draw from"):
+        references.reference(config, 40, 0)
+
+
+def test_prompts_that_are_longer_than_the_generator_reads_are_counted(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = models.load(settings().model)
+    assert policy.cut(["a photo of a seven", "one " * 13, "two " * 12]) == 1
+    with pytest.raises(ValueError, match="has no word"):
+        policy.cut(["a seven", "..."])
 
 
 def test_the_gates_of_a_generator_of_captions(project: Path) -> None:
@@ -197,21 +228,15 @@ def rewritten(path: Path, **columns: object) -> str:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"detector": ""}, None),
-        ({"detector": "", "second_detector": ""}, "evaluate.detector is empty"),
+        ({"detector": ""}, "evaluate.detector is empty"),
+        ({"resize": 32}, "evaluate.resize is 32, and detectors judge pictures as they are drawn"),
         ({"detector": "digit"}, "did you mean 'digits'"),
         ({"prompts": "data/geneval/prompts.jsonl"}, "data/geneval/prompts.jsonl is not here"),
         ({"text_metrics": ["clipscore"]}, "set evaluate.clip"),
         ({"text_metrics": ["clipscores"]}, "did you mean 'clipscore'"),
-        ({"reference": "data/scenes/moments.npz"}, "evaluate.reference"),
     ],
 )
-def test_what_will_be_missing_is_said_before_anything_is_drawn(project: Path, changes: dict, words: str | None) -> None:
-    made = settings()
-    policy = models.load(made.model)
-    if words is None:
-        assert list(prompted.Panel.of(replace(made.evaluate, **changes), policy.device).detectors) == ["geneval_second"]
-        return
+def test_what_will_be_missing_is_said_before_anything_is_drawn(project: Path, changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         evaluated("artifacts/other", **changes)
     assert not Path("artifacts/other").exists()
@@ -249,10 +274,11 @@ def test_real_pictures_are_found_by_their_captions(scenes: Path, monkeypatch: py
     own = panel.pictures_of(real)
     assert sorted(row for rows in own.values() for row in rows) == list(range(24))
     assert all(real.captions[row] == panel.prompts[place].text for place, rows in own.items() for row in rows)
-    verdicts = panel.judge(real.pixels, *[[panel.prompts[place] for place, rows in own.items() for _ in rows]] * 2)
-    order = [row for rows in own.values() for row in rows]
-    verdicts = panel.judge(real.pixels[order], *[[panel.prompts[place] for place, rows in own.items() for _ in rows]] * 2)
-    assert verdicts["geneval"].float().mean() > 0.9 and torch.equal(verdicts["geneval"], verdicts[prompted.SHUFFLED])
+    order, asked = zip(*[(row, panel.prompts[place]) for place, rows in own.items() for row in rows])
+    others = prompted.partners(panel.prompts)
+    chance = [panel.prompts[others[panel.prompts.index(prompt)]] for prompt in asked]
+    verdicts = panel.judge(real.pixels[list(order)], asked, chance)
+    assert verdicts["geneval"].float().mean() > 0.9 and verdicts[f"{prompted.SHUFFLED}/geneval"].float().mean() < 0.2
 
 
 def test_subjects_follow_the_image_alone() -> None:
@@ -322,3 +348,6 @@ def test_the_served_model_takes_prompts(captioned_model: ModelConfig, tmp_path: 
     alone = model.predict(None, pd.DataFrame({"prompt": [CAPTIONS[1]]}), {"seed": 6, "temperature": 0.9})
     assert list(drawn.columns) == ["prompt", "png_base64"] and drawn["prompt"].tolist() == list(CAPTIONS[:2])
     assert drawn["png_base64"][1] == alone["png_base64"][0] != drawn["png_base64"][0]
+    for nothing in (None, float("nan"), " ", 7):
+        with pytest.raises(ValueError, match="prompt 1 is .*draws what words say"):
+            model.predict(None, pd.DataFrame({"prompt": [CAPTIONS[0], nothing]}))

@@ -405,6 +405,7 @@ def _weights(words: list[str], flags: Flags) -> int:
     from vapi import data
 
     data.write_weights(settings.model, ARTIFACTS / "weights")
+    data.write_judges(settings, ARTIFACTS / "weights")
     return 0
 
 

@@ -435,7 +435,8 @@ FILES = {
 """Fields that name a file, a folder or a pattern of files (or hold a word in place of one, or nothing)."""
 FOR_CAPTIONS = ("evaluate.prompts", "evaluate.detector", "evaluate.second_detector", "evaluate.clip")
 """Those of them that a generator of classes has no use for."""
-WORDS = ("", "vgg", "alex", "inception", "words", "digits")
+PERCEPTUAL = ("vgg", "alex")  # networks that tune.perceptual calls by a word
+WORDS = ("", *PERCEPTUAL, "inception", "words", "digits")
 """What such a field may hold in place of a file's name."""
 
 

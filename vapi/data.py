@@ -40,7 +40,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vapi import images
-from vapi.config import ModelConfig, nearest, plain, write_text
+from vapi.config import Config, ModelConfig, named_files, nearest, plain, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -487,6 +487,14 @@ def encoder_digest(model: ModelConfig) -> str:
     from vapi.models import text
 
     return text.digest(model.text_encoder)
+
+
+def write_judges(settings: Config, folder: Path) -> None:
+    """Write what DVC depends on in place of the networks that judge, which a field may name by a word: judges.json. (References and
+    prompts are files always, and it depends on them.)"""
+    named = named_files(settings, ["evaluate"])
+    judges = {name: path for name, path in named.items() if name.rpartition(".")[2] not in ("reference", "validation", "prompts")}
+    write_json(folder / "judges.json", {name: known_digest(Path(path)) if Path(path).exists() else path for name, path in judges.items()})
 
 
 def write_weights(model: ModelConfig, folder: Path) -> None:

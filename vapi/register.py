@@ -6,8 +6,8 @@ Two aliases, two questions:
 - ``champion``: does tuned at its best beat the present champion at its best (without a champion: the
   base at its best)? A model that is merely sharper than another gains nothing over it here.
 
-In both, FID must fall by ``register.min_fid_drop`` (and GenEval's score rise by ``register.min_geneval_gain``, where
-that is asked for), and no other metric may get worse by more than its allowance. A number that is missing, not finite or
+In both, FID must fall by ``register.min_fid_drop`` and GenEval's score rise by ``register.min_geneval_gain`` (either may
+be 0, and then decides nothing), and no other metric may get worse by more than its allowance. A number that is missing, not finite or
 measured by another protocol fails its gate. A model that passes the first question is registered, with everything that
 says where it came from; one that does not leaves the registry alone. Repeating the command finds the version it made
 before.
@@ -84,9 +84,10 @@ def _outcome(register: RegisterConfig, verdict: Verdict, made: dict[str, Any], s
 
 
 def _check_names(register: RegisterConfig) -> None:
-    known = set(LOWER + HIGHER) - OWN.keys()
+    own = {name for name, field in OWN.items() if getattr(register, field) > 0}
+    known = set(LOWER + HIGHER) - own
     for name in register.allowances:
-        if name in OWN:
+        if name in own:
             raise ValueError(f"register.allowances names {name!r}, which has a field of its own: register.{OWN[name]}")
         if name not in known:
             raise ValueError(f"register.allowances names {name!r}; {nearest(name, known)}")
@@ -107,6 +108,8 @@ def _require_measured(model: ModelConfig, evaluate: Path) -> None:
     made = data.read_json(evaluate / "config.json")
     if made["inputs"]["tokenizer"] != data.tokenizer_digest(model):
         raise ValueError(f"{evaluate} was measured with another tokenizer than {model.tokenizer}; run: vapi evaluate")
+    if made["inputs"].get("text_encoder", "") != data.encoder_digest(model):
+        raise ValueError(f"{evaluate} was measured with another text encoder than {model.text_encoder or 'none'}; run: vapi evaluate")
     for name in ("policy", "image_size", "precision"):
         then, now = made["sections"]["model"][name], getattr(model, name)
         if then != now:

@@ -31,12 +31,12 @@ from vapi.config import STAGES, Config
 
 MLFLOW_SECONDS = 5
 
-PUBLISHED = ("vgg", "alex")  # what tune.perceptual calls by a word
 IMAGE_BYTES = 150_000
 """Of an image in a subset: ImageNet's have 110,000 on average."""
 FEATURE_BYTES = 20_000
-CAPTION_BYTES = 2 * 30 * 2048 * 2  # of 30 words by flan-t5-xl, in the cache and in the stage's result
 """That evaluation keeps of a sample: Inception's features, spatial ones included."""
+CAPTION_BYTES = 2 * 30 * 2048 * 2
+"""Of 30 words by flan-t5-xl, in the cache and in the stage's result."""
 
 
 def preflight(
@@ -179,7 +179,7 @@ def _readable(settings: Config, there: Mapping[str, int]) -> Iterator[Check]:
 
 def _networks(settings: Config) -> Iterator[Check]:
     """Published weights that a configuration calls by a word."""
-    if settings.tune.perceptual in PUBLISHED and "lpips" in settings.tune.rewards:
+    if settings.tune.perceptual in config.PERCEPTUAL and "lpips" in settings.tune.rewards:
         with _field("tune.perceptual") as (field, found):
             from vapi import rewards
 

@@ -15,7 +15,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Unpack
 
 import numpy as np
 import torch
@@ -26,11 +25,9 @@ from vapi.digits import judges, scenes, train
 from vapi.digits.build import EXISTS, clock, learned, pixel_hash, psnr, write_parquet
 from vapi.digits.scenes import Pictures
 from vapi.digits.train import GeneratorSchedule, Log, Schedule
-from vapi.images import to_uint8
 from vapi.metrics.detections import Detector
 from vapi.metrics.scenes import Learned, classical
-from vapi.models import gpt, sampler, text, vq, weights
-from vapi.models.sampler import Sampling
+from vapi.models import gpt, text, vq, weights
 
 # Seed of the painting, one per purpose.
 SEEDS = {"pretraining": 110, "train": 111, "validation": 112, "reference": 113, "held out": 114, "reward": 210, "metric": 310}
@@ -225,21 +222,6 @@ def shuffled(asked: Sequence[scenes.Prompt]) -> list[scenes.Prompt]:
         for here, there in zip(rows, np.random.default_rng(SHUFFLE).permutation(rows), strict=True):
             order[here] = int(there)
     return [asked[i] for i in order]
-
-
-@torch.no_grad()
-def draw(
-    tokenizer: vq.VQModel, generator: gpt.Transformer, asked: Sequence[scenes.Prompt], world: World, seed: int = 0, **how: Unpack[Sampling]
-) -> np.ndarray:
-    """One picture per prompt from a generator: uint8 (N, S, S, 3)."""
-    pictures = []
-    for start in range(0, len(asked), 100):
-        some = asked[start : start + 100]
-        said = conditions([prompt.text for prompt in some], world)
-        seeds = [sampler.image_seed(seed, start + i) for i in range(len(some))]
-        codes = sampler.generate(generator, said, seeds, **how)
-        pictures.append(to_uint8(tokenizer.decode(codes)))
-    return torch.cat(pictures).permute(0, 2, 3, 1).numpy()
 
 
 def readme(world: World, pictures: dict[str, Pictures], folder: Path, measured: dict[str, float]) -> str:

@@ -7,7 +7,7 @@ nothing is on it that the prompt does not name, objects are whole and never touc
 What is learned from shares neither glyphs (``paint.split``) nor combinations of what is asked for with what is measured:
 training, validation and test each have their own pairs of classes, counts of a class, colours of a class and relations.
 ``single_object`` has ten of them, which all three ask for. Six pairs of colour and digit are painted nowhere but where a
-test prompt asks for them. Glyphs that their own class does not claim clearly are left out (one in ten).
+test prompt asks for them. Glyphs that their own class does not claim clearly are left out (three in ten).
 
 Left out: objects that hide each other, and scenes with more on them than the prompt says.
 

@@ -1,6 +1,6 @@
 """What the policies share: a generator of codes that is tuned, a frozen tokenizer between codes and pixels, sampling.
 
-A policy adds what it can be asked for (``condition``), its ``blocks``, and how its weights are written.
+A policy adds what it can be asked for (``condition``), and how its weights are written.
 
 Shapes: B images, T codes of an image, V codebook.
 """
@@ -11,10 +11,25 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vapi.models import graphs, memory, sampler, vq
+from vapi.config import ModelConfig
+from vapi.models import graphs, memory, sampler, vq, weights
 from vapi.models.sampler import Sampling
+
+META = torch.device("meta")  # networks are made without memory, and get that of their weights
+
+
+def frozen_tokenizer(state: dict[str, Tensor], groups: int, model: ModelConfig, device: torch.device) -> vq.VQModel:
+    """The tokenizer of these weights (``groups`` of its norms, 0: as published). Raises ValueError for what does not fit."""
+    with META:
+        tokenizer = vq.VQModel(vq.infer_config(weights.shapes(state), groups))
+    weights.fill(tokenizer, state, model.tokenizer, device)
+    if model.image_size % tokenizer.config.factor:
+        raise ValueError(
+            f"model.image_size is {model.image_size}; it must be a multiple of {tokenizer.config.factor}, the tokenizer's pixels per code"
+        )
+    return tokenizer.eval().requires_grad_(False)
 
 
 class Coded:
@@ -35,6 +50,10 @@ class Coded:
                 f"the generator predicts {generator.config.vocab} codes, the tokenizer has {self.vocab}; they do not belong together"
             )
         assert generator.config.codes == self.num_codes, (generator.config.codes, self.num_codes)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.generator.layers)
 
     @property
     def device(self) -> torch.device:

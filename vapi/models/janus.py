@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from vapi.config import ModelConfig
 from vapi.models import gpt, janus_files, vq, weights
-from vapi.models.coded import Coded
+from vapi.models.coded import META, Coded, frozen_tokenizer
 from vapi.models.janus_files import BOS, PAD, SIZES, START, Checkpoint
 
 try:
@@ -39,7 +39,6 @@ try:
 except ImportError:
     raise ValueError("Janus needs transformers: pip install 'vapi-align[janus]'") from None
 
-META = torch.device("meta")  # networks are made without memory, and get that of their weights
 NOTHING = -1  # in a condition, where there is no token
 STEP = 32  # prompts are padded to a multiple of it: few shapes, and next to no padding
 
@@ -337,14 +336,7 @@ def load_tokenizer(model: ModelConfig, device: torch.device) -> vq.VQModel:
     """The frozen image tokenizer, from a whole Janus or from a file of its own. Raises ValueError for what is none, or does not fit."""
     path = weights.locate(model.tokenizer)
     state, groups = (janus_files.read(path).tokenizer(), 0) if path.is_dir() else _tokenizer_file(path)
-    with META:
-        tokenizer = vq.VQModel(vq.infer_config(weights.shapes(state), groups))
-    weights.fill(tokenizer, state, model.tokenizer, device)
-    if model.image_size % tokenizer.config.factor:
-        raise ValueError(
-            f"model.image_size is {model.image_size}; it must be a multiple of {tokenizer.config.factor}, the tokenizer's pixels per code"
-        )
-    return tokenizer.eval().requires_grad_(False)
+    return frozen_tokenizer(state, groups, model, device)
 
 
 def _tokenizer_file(path: Path) -> tuple[dict[str, Tensor], int]:
@@ -432,10 +424,6 @@ class Janus(Coded):
         """Without ``prompts`` it reads no words, and conditions must come as tokens (for measurements)."""
         super().__init__(generator, tokenizer, image_size)
         self.prompts = prompts
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return list(self.generator.language_model.layers)
 
     def condition(self, what: Sequence[int] | Sequence[str] | Tensor) -> Tensor:
         """Captions as tokens (B, S), on the model's device: prompts on the right, ``NOTHING`` where there is no token. As many positions

@@ -292,12 +292,15 @@ def write(base: Checkpoint, tuned: Mapping[str, Tensor], target: str | Path, lay
     state = {"lm_head.weight": base.state["model.language_model.embed_tokens.weight"], **base.state, **renamed}
     state = {name: tensor.float().clone() for name, tensor in state.items()}
     texts = dict(_texts(base, layout))
-    weights.save_tensors(state if layout == "transformers" else _as_deepseek(state), target / "model.safetensors", {})
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    weights.save_tensors(state if layout == "transformers" else _as_deepseek(state), partial / "model.safetensors", {})
     for name in TEXT_FILES if layout != base.layout else [path.name for path in _beside(base.folder)]:
         if name not in texts and (base.folder / name).is_file():
-            shutil.copyfile(base.folder / name, target / name)
+            shutil.copyfile(base.folder / name, partial / name)
     for name, values in texts.items():
-        (target / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        (partial / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    partial.rename(target)
 
 
 def _beside(folder: Path) -> Iterator[Path]:

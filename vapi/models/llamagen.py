@@ -13,22 +13,13 @@ from torch import Tensor, nn
 
 from vapi.config import ModelConfig
 from vapi.models import gpt, text, vq, weights
-from vapi.models.coded import Coded
-
-META = torch.device("meta")  # networks are made without memory, and get that of their weights
+from vapi.models.coded import META, Coded, frozen_tokenizer
 
 
 def load_tokenizer(model: ModelConfig, device: torch.device) -> vq.VQModel:
     """The frozen tokenizer. Raises ValueError for a file that is none, or does not fit."""
     state, meta = weights.read(model.tokenizer)
-    with META:
-        tokenizer = vq.VQModel(vq.infer_config(weights.shapes(state), int(meta.get("groups", 0))))
-    weights.fill(tokenizer, state, model.tokenizer, device)
-    if model.image_size % tokenizer.config.factor:
-        raise ValueError(
-            f"model.image_size is {model.image_size}; it must be a multiple of {tokenizer.config.factor}, the tokenizer's pixels per code"
-        )
-    return tokenizer.eval().requires_grad_(False)
+    return frozen_tokenizer(state, int(meta.get("groups", 0)), model, device)
 
 
 def load_generator(model: ModelConfig, name: str | Path, factor: int, device: torch.device) -> gpt.Transformer:
@@ -114,10 +105,6 @@ class LlamaGen(Coded):
         super().__init__(generator, tokenizer, image_size)
         self.num_classes = generator.config.classes
         self._text_encoder = text_encoder
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return list(self.generator.layers)
 
     @functools.cached_property
     def encoder(self) -> text.TextEncoder:
