@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -277,7 +278,8 @@ def test_the_documented_metric_of_ones_own_works(tmp_path: Path, monkeypatch: py
     monkeypatch.delitem(sys.modules, "my_scores", raising=False)
     ((name, metric),) = text.load(EvaluateConfig(text_metrics=["my_scores:brightness"]), "cpu").items()
     images = np.stack([np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)])
-    assert metric(images, ["dark", "light"], [{}, {}]) == [0.0, 1.0] and name == metric.describe == "my_scores:brightness"
+    assert metric(images, ["dark", "light"], [{}, {}]) == [0.0, 1.0] and name == "my_scores:brightness"
+    assert metric.describe == f"my_scores:brightness; code {hashlib.sha256(code.encode()).hexdigest()[:16]}"
 
 
 def test_bad_text_metrics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

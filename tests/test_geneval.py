@@ -525,16 +525,19 @@ def test_a_list_that_was_asked_for(gallery: Path) -> None:
     assert "00004 holds 'a dog right of a bench', which is not in the list" in str(error.value)
 
 
-def test_the_official_list_is_recognised_where_it_lies(project: Path) -> None:
-    (project / geneval.PROMPTS).parent.mkdir(parents=True)
-    shutil.copy(ROOT / geneval.PROMPTS, project / geneval.PROMPTS)
-    official = metric.read_prompts(ROOT / geneval.PROMPTS)
+def test_the_official_list_is_recognised_where_it_lies(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official = metric.read_prompts(geneval.PROMPTS)
     geneval.generate_folder(paint, official[:6], project / "images", images_per_prompt=1)
     detector = Blocks(classes=metric.CLASSES, colours=metric.COLOURS)
     with pytest.raises(ValueError, match="holds 1 pictures, and 4 were asked for"):
         geneval.score_folder(project / "images", detector)
     found = geneval.score_folder(project / "images", detector, images_per_prompt=1)
     assert found["list"] == "GenEval" and found["partial"] == ["6 of 553 prompts", "1 instead of 4 images per prompt"]
+    monkeypatch.setattr(geneval, "PROMPTS", project / "nowhere.jsonl")
+    found = geneval.score_folder(project / "images", detector, project / "out", images_per_prompt=1)
+    assert found["list"] == "other" and "is not with this package" in capsys.readouterr().err
 
 
 def test_a_picture_is_turned_as_it_says(gallery: Path) -> None:

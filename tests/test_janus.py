@@ -201,9 +201,7 @@ def test_a_tuned_one_loads_in_transformers(whole: Path, deepseek: Path, tmp_path
         assert theirs.generation_config.generation_kwargs == {"boi_token_id": policy.prompts.start}
         assert theirs.generation_config.pad_token_id == policy.prompts.pad
     assert theirs.config.vq_config.num_patches == 4 and theirs.config.text_config.num_hidden_layers == 2
-    inputs = {"pixel_values": torch.zeros(1, 3, 16, 16), "input_ids": torch.full((1, 16), theirs.config.image_token_id)}
-    assert theirs.config.image_token_id < theirs.config.text_config.vocab_size
-    assert theirs(**inputs).logits.isfinite().all()
+    assert theirs(input_ids=torch.arange(8)[None]).logits.isfinite().all()
     again = models.load(config(tmp_path / "out"))
     same(again.generator.state_dict(), policy.generator.state_dict())
 
