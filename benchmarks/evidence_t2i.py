@@ -2,12 +2,11 @@
 
     python benchmarks/evidence_t2i.py [--out artifacts/evidence-t2i] [--workers 0]
 
-Three tuning seeds of VA-pi and of the prior alone, one of every other arm, each sampled with a seed of its own, against
-the base sampled with the same. Learning rates are searched alike for VA-pi and the prior alone, by the overall score on the
-validation prompts with a tuning seed of its own; the reward alone and other context noises take VA-pi's rate. The
-reported numbers are of the test prompts, which chose nothing. Intervals resample prompts within tasks, in pairs, on shares
-averaged over seeds. Resumable, as evidence.py. Prints JSON on the last line, and writes evidence.json and evidence.md
-beside the runs.
+Three tuning seeds of every arm, each sampled with a seed of its own, against the base sampled with the same three. Learning
+rates are searched alike for VA-pi, the prior alone and the reward alone, by the overall score on the validation prompts with
+a tuning seed of its own; VA-pi's context noises take its rate. The reported numbers are of the test prompts, which chose
+nothing. Intervals resample prompts within tasks, in pairs, on shares averaged over seeds. Resumable, as evidence.py. Prints
+JSON on the last line, and writes evidence.json and evidence.md beside the runs.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ NOISES = (0.25, 0.5, 0.75)
 class Plan:
     """How much is run."""
 
-    rates: tuple[float, ...] = (3e-5, 1e-4)
-    tuning_seeds: tuple[int, ...] = (0, 1, 2)  # of VA-pi and of the prior alone; the first of all else
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
+    tuning_seeds: tuple[int, ...] = (0, 1, 2)
     search_seed: int = 1000
     samples: int = 600
     pretraining_seeds: tuple[int, ...] = (0,)
@@ -47,22 +46,19 @@ class Plan:
 class Evidence(evidence.Evidence):
     """The runs under one folder."""
 
-    searched = ("va-pi", "prior alone")
+    searched = ("va-pi", "prior alone", "reward alone")
     arms = {**evidence.ARMS, **{f"va-pi, noise {noise:g}": {"context_noise": noise} for noise in NOISES}}
-
-    def seeds(self, arm: str) -> tuple[int, ...]:
-        return self.plan.tuning_seeds if arm in ("va-pi", "prior alone") else self.plan.tuning_seeds[:1]
 
     def how(self, **changes: Any) -> Any:
         """The recipe's evaluation with as few pictures beside those of prompts as it allows."""
-        config = self.params.evaluate
-        few: dict[str, Any] = {"samples": self.plan.samples, "sweep_samples": 20, "temperatures": [1.0], "guidances": [config.guidance]}
-        return dataclasses.replace(config, **few, **changes)
+        wanted = self.params.evaluate
+        few: dict[str, Any] = {"samples": self.plan.samples, "sweep_samples": 20, "temperatures": [1.0], "guidances": [wanted.guidance]}
+        return dataclasses.replace(wanted, **few, **changes)
 
     def search(self, arm: str, lr: float) -> Scores:
         """A learning rate, judged by the validation prompts."""
         params = self.params.evaluate
-        how = self.how(reference=params.validation, prompts=params.prompts.replace("test", "validation"), seeds=[0])
+        how = self.how(reference=params.validation, prompts=str(Path(params.prompts).with_name("validation.jsonl")), seeds=[0])
         result: Scores = self.scores(self.tuned(arm, lr, 0, self.plan.search_seed), 0, how, "search")["tuned"]
         return result
 
@@ -109,7 +105,7 @@ def run(made: Evidence, workers: int = 1) -> Scores:
         searched[arm][f"{lr:g}"] = score
     best = {arm: float(max(by_lr, key=lambda lr: by_lr[lr]["geneval"])) for arm, by_lr in searched.items()}
     chosen = {arm: best.get(arm, best["va-pi"]) for arm in made.arms}
-    grid = [("report", arm, chosen[arm], 0, seed) for arm in made.arms for seed in made.seeds(arm)]
+    grid = [("report", arm, chosen[arm], 0, seed) for arm in made.arms for seed in plan.tuning_seeds]
     found: dict[str, list[Scores]] = {arm: [] for arm in made.arms}
     for job, row in zip(grid, evidence.share(made, grid, workers), strict=True):
         found[job[1]].append(row)
@@ -122,9 +118,6 @@ def run(made: Evidence, workers: int = 1) -> Scores:
         "fid": _fids(found),
         "anchors": found["va-pi"][0]["anchors"],
     }
-    for runs in found.values():
-        for row in runs:
-            del row["shares"], row["tasks"]
     everything = {"plan": dataclasses.asdict(plan), **summary, "searched": searched, "runs": found}
     config.write_text(made.out / "evidence.json", json.dumps(everything, indent=1) + "\n")
     config.write_text(made.out / "evidence.md", markdown(summary, searched))
