@@ -1,7 +1,8 @@
 """What a base model owes the pipeline, and the table of those that pay.
 
 A new base model is one file with a class of these methods and one line in ``POLICIES``; the tests in
-``tests/test_policies.py`` run over the table.
+``tests/test_policies.py`` run over the table. One that reads captions itself is named in ``config.READERS`` too; the packages
+that serving it needs are named in ``register``, and ``vapi export`` (``cli``) writes it in its project's layout.
 """
 
 from __future__ import annotations
