@@ -167,7 +167,7 @@ def step(llamagen_: Path, vapi: Path) -> dict[str, Any]:
     draws = released["draws"].unflatten(0, (2, group))
     theirs = released["rewards"].view(2, group)
     drawn = Draws(draws, grpo.advantages(theirs, tune.advantage_clip))
-    loss, terms = objective.loss(objective.log_probs(policy, LABELS, batch.codes), batch.codes, drawn, 1, {})
+    loss, terms = objective.loss(objective.predict(policy, LABELS, batch.codes), batch.codes, drawn, 1, {})
     loss.backward()
     gradient = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     assert gradient.keys() == released["gradient"].keys()

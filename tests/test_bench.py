@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vapi import cli, models, recipes
 from vapi.bench import gpu, meter, naive, tune, world
 from vapi.config import BENCHES, ModelConfig, TuneConfig
+from vapi.digits import scenes
 from vapi.models import features, gpt
 from vapi.objective import Objective, optimizer_of, update
 from vapi.rewards import Lpips, Reward
@@ -24,9 +25,18 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: ModelConf
     """``vapi bench <words>`` on the tiny model, in an empty folder: its last line, read."""
     monkeypatch.chdir(tmp_path)
     recipes.write("digits")
-    tiny = ["--model.generator", tiny_model.generator, "--model.tokenizer", tiny_model.tokenizer, "--image-size", "16", "--device", "cpu"]
 
-    def run(*words: str) -> dict[str, Any]:
+    def run(*words: str, model: ModelConfig = tiny_model) -> dict[str, Any]:
+        tiny = [
+            "--model.generator",
+            model.generator,
+            "--model.tokenizer",
+            model.tokenizer,
+            "--image-size",
+            str(model.image_size),
+            "--device",
+            "cpu",
+        ]
         with pytest.raises(SystemExit) as stop:
             cli.main(["bench", *words, *tiny, "--rounds", "1"])
         captured = capsys.readouterr()
@@ -36,6 +46,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: ModelConf
     return run
 
 
+MODELS = Path(__file__).parent.parent / "data/models"
 ABOUT = {"bench", "date", "command", "machine"}
 SIZES = ("--images-per-step", "3", "--images-per-forward", "2", "--images-per-reward", "8", "--group-size", "4")
 
@@ -75,6 +86,20 @@ def test_the_frechet_distance_is_timed_and_agrees(bench: Any, tmp_path: Path) ->
     assert [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()] == [found, again]
 
 
+def test_pictures_are_drawn_and_judged(bench: Any, tmp_path: Path) -> None:
+    """By the bundled generator of scenes and its judge, which tiny pictures are too small for."""
+    generator, tokenizer = (str(MODELS / f"scenes-{name}.safetensors") for name in ("generator", "tokenizer"))
+    model = ModelConfig(generator=generator, tokenizer=tokenizer, image_size=40)
+    (tmp_path / "asked.jsonl").write_text(scenes.jsonl(scenes.prompts("validation", 1)))
+    asked = ["--prompts", str(tmp_path / "asked.jsonl"), "--images-per-prompt", "2", "--images-per-batch", "4", "--guidance", "2.0"]
+    found = bench("geneval", *asked, "--model.text_encoder", "words", model=model)
+    assert found["images"] == 12 and found["images_per_batch"] == 4 and found["detector"] == "classical"
+    assert found["images_per_second"] == pytest.approx(12 / found["seconds"], rel=1e-2)
+    assert found["drawn_per_second"] > 0 and found["detected_per_second"] > 0
+    with pytest.raises(AssertionError, match="draws classes, and GenEval asks with captions"):
+        bench("geneval", *asked)
+
+
 def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
@@ -86,7 +111,7 @@ def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["tun"], "takes one of tune, sample, reward, fid, gpu, not 'tun'"),
+        (["tun"], "takes one of tune, sample, reward, fid, geneval, gpu, not 'tun'"),
         (["tune", "--stepz", "3"], "did you mean '--tune.steps'"),
         (["tune", "--size", "GPT-Q"], "no generator is called 'GPT-Q'; did you mean"),
         (["tune", "--recipe", "digts"], "did you mean 'digits'"),

@@ -93,7 +93,7 @@ def test_naive_draws_follow_the_prediction() -> None:
 def test_naive_takes_G_forwards_where_the_shared_step_takes_one(tiny_model: ModelConfig) -> None:
     objective, batch, _ = problem(tiny_model, torch.float32)
     rows: list[int] = []
-    objective.policy.generator.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    objective.policy.blocks[0].register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     list(objective.pieces(batch, 1))
     assert sum(rows) == 6
     rows.clear()

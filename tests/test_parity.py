@@ -131,7 +131,7 @@ def test_the_step_is_the_released_one_with_dropout_off(lpips: rewards.Lpips) -> 
     equal(objective.score(draws, pixels)[0], theirs)
     # the very same rewards from here on: an advantage divides by their small spread, and would magnify a rounding
     drawn = Draws(draws, grpo.advantages(theirs, tune.advantage_clip))
-    loss, terms = objective.loss(objective.log_probs(policy, batch.condition, batch.codes), batch.codes, drawn, 1, {})
+    loss, terms = objective.loss(objective.predict(policy, batch.condition, batch.codes), batch.codes, drawn, 1, {})
     assert terms["clip_fraction"] == 0
     assert loss.item() == pytest.approx(answers["step.loss"].item(), rel=1e-6)
     loss.backward()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from vapi import evaluate, launch, models, objective, parallelize, tokens
+from vapi import evaluate, launch, models, objective, parallelize, prediction, tokens
 from vapi import tune as stage
 from vapi.config import Config, build
 from vapi.rewards import Reward
@@ -21,6 +21,7 @@ from vapi.rewards import Reward
 def gradient(given: dict[str, Any], settings: Config) -> None:
     """The gradient and the numbers of one step, and what the held-out images showed."""
     model, tune = settings.model, settings.tune
+    prediction.MOST = int(given.get("most", prediction.MOST))
     world = launch.world()
     policy = models.load(model)
     if model.precision == "float32":

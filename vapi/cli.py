@@ -472,8 +472,9 @@ GENEVAL = {
 }
 COMMANDS = {
     "bench": Command(
-        "Measure this machine: vapi bench tune, sample, reward, fid or gpu; the last line of output is JSON. Each is the "
-        "ratio to a naive reference in the same run; weights are random where a file is missing, since no figure depends on them.",
+        "Measure this machine: vapi bench tune, sample, reward, fid, geneval or gpu; the last line of output is JSON. Each but "
+        "geneval is the ratio to a naive reference in the same run; weights are random where a file is missing, since no figure "
+        "depends on them.",
         _bench,
         flags=None,
     ),

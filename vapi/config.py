@@ -464,6 +464,7 @@ BENCHES = {
     "sample": Stage("Free-running sampling against a loop as LlamaGen's.", ("model", "evaluate", "bench")),
     "reward": Stage("Decoding and reward in each precision and memory layout.", ("model", "tune", "bench")),
     "fid": Stage("The Frechet distance against scipy's matrix root, and feature extraction.", ("model", "evaluate", "bench")),
+    "geneval": Stage("GenEval from codes to verdicts: pictures a second.", ("model", "evaluate", "bench")),
     "gpu": Stage("All of these for LlamaGen-XXL at 384 pixels on one GPU, in under nine minutes.", ("bench",)),
 }
 

@@ -18,7 +18,6 @@ Shapes: B images, G group, T codes, V codebook.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's increment, as a signed 64-bit number
@@ -68,19 +67,19 @@ def corrupt(codes: Tensor, noise: float, vocab: int, keys: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw(logits: Tensor, group: int, temperature: float, keys: Tensor) -> Tensor:
-    """G independent draws at every position (eq. 7): logits or log-probabilities (B, T, V) -> codes (B, G, T) int64.
+    """G independent draws at every position (eq. 7): logits or log-probabilities (B, T, V) -> codes (B, G, T) int64."""
+    return draw_at(logits, temperature, uniforms(keys, group, logits.shape[1]).mT).mT
+
+
+@torch.no_grad()
+def draw_at(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+    """The draws that uniform numbers choose: (..., V) and (..., G) -> codes (..., G) int64.
 
     The distribution is summed in float64: in float32 the tail of a large codebook would be lost.
-    One image at a time, because that sum is the largest tensor of a step.
     """
-    images, length, _ = logits.shape
-    u = uniforms(keys, group, length)
-    codes = torch.empty(images, group, length, dtype=torch.int64, device=logits.device)
-    for b in range(images):
-        cdf = (logits[b].float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)  # (T, V)
-        # right=True finds the first entry above u, so a code of probability 0 is never drawn
-        codes[b] = torch.searchsorted(cdf, u[b].T.contiguous() * cdf[:, -1:], right=True).T
-    return codes
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    # right=True finds the first entry above u, so a code of probability 0 is never drawn
+    return torch.searchsorted(cdf, uniforms.contiguous() * cdf[..., -1:], right=True)
 
 
 def log_probs(logits: Tensor) -> Tensor:
@@ -94,8 +93,8 @@ def tempered(log_probs: Tensor, temperature: float) -> Tensor:
 
 
 def chosen(log_probs: Tensor, codes: Tensor) -> Tensor:
-    """log pi(code | context) of G draws: (B, T, V) and (B, G, T) -> (B, G, T)."""
-    return log_probs.gather(-1, codes.mT).mT
+    """log pi(code | context) of G codes at each position: (..., V) and (..., G) -> (..., G)."""
+    return log_probs.gather(-1, codes)
 
 
 def advantages(rewards: Tensor, clip: float) -> Tensor:
@@ -119,9 +118,9 @@ def policy_term(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tu
     return -gain.mean(), ((ratio - 1).abs() > clip).float().mean()
 
 
-def prior_ce(log_probs: Tensor, codes: Tensor) -> Tensor:
-    """The prior of equation 9: cross-entropy on the image's true codes, (B, T, V) and (B, T) -> ()."""
-    return F.nll_loss(log_probs.flatten(0, -2), codes.flatten())
+def prior_ce(log_probs: Tensor) -> Tensor:
+    """The prior of equation 9: cross-entropy on the image's true codes, from their log-probabilities (B, T) -> ()."""
+    return -log_probs.mean()
 
 
 def prior_kl(new: Tensor, base: Tensor) -> Tensor:
@@ -132,5 +131,5 @@ def prior_kl(new: Tensor, base: Tensor) -> Tensor:
 
 @torch.no_grad()
 def entropy(log_probs: Tensor) -> Tensor:
-    """Mean entropy of a position's prediction in nats, (B, T, V) -> ()."""
-    return -(log_probs.exp() * log_probs).sum(-1).mean()
+    """Entropy of a position's prediction in nats, (..., V) -> (...)."""
+    return -(log_probs.exp() * log_probs).sum(-1)

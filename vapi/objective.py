@@ -32,6 +32,7 @@ from vapi import grpo, models
 from vapi.config import TuneConfig
 from vapi.launch import ALONE, World
 from vapi.models import Policy
+from vapi.prediction import Prediction
 from vapi.rewards import Reward
 
 ORDER, NOISE, DRAW, DROPOUT, HOLDOUT = range(5)  # what a random number is for
@@ -104,9 +105,9 @@ class Objective:
     def shared(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
         """One forward per image: its G draws share the context, so they share the prediction."""
         context = self.context(batch, step)
-        predicted = self.log_probs(self.policy, batch.condition, context)
-        terms = self.prediction(predicted.detach(), batch.codes, step)
-        draws = self.rollout(predicted.detach(), batch, context, step, terms)
+        predicted = self.predict(self.policy, batch.condition, context)
+        terms = self.surety(predicted, batch.codes, step)
+        draws = self.rollout(predicted, batch, context, step, terms)
         return self.loss(predicted, batch.codes, draws, step, terms)
 
     def official(self, batch: Batch, step: int) -> Iterator[tuple[Tensor, Terms]]:
@@ -114,17 +115,17 @@ class Objective:
         forward of its own with its own dropout mask and class drop. The ratio leaves 1 for that reason alone."""
         context = self.context(batch, step)
         with torch.no_grad():
-            predicted = self.log_probs(self.policy, batch.condition, context)
-            terms = self.prediction(predicted, batch.codes, step)
+            predicted = self.predict(self.policy, batch.condition, context)
+            terms = self.surety(predicted, batch.codes, step)
             draws = self.rollout(predicted, batch, context, step, terms)
             if draws is not None:
-                draws.old = grpo.chosen(grpo.tempered(predicted, self.tune.temperature), draws.codes)
+                draws.old = self.chosen(predicted, batch.codes, draws.codes)[1]
         del predicted
         for image in range(len(batch)):
             one = batch[image : image + 1]
             repeat = [0] * self.tune.group_size
             with _dropout(self.policy, int(grpo.keys(one.rows, self.tune.seed, DROPOUT, step))):
-                rows = self.log_probs(self.policy, one.condition[repeat], context[image : image + 1][repeat])
+                rows = self.predict(self.policy, one.condition[repeat], context[image : image + 1][repeat])
             yield self.loss(rows, one.codes[repeat], None if draws is None else draws.of(image), step, terms)
 
     def context(self, batch: Batch, step: int) -> Tensor:
@@ -132,30 +133,56 @@ class Objective:
         keys = grpo.keys(batch.rows, self.tune.seed, NOISE, step).to(batch.codes.device)
         return grpo.corrupt(batch.codes, self.tune.context_noise, self.policy.vocab, keys)
 
-    def log_probs(self, policy: Policy, condition: Tensor, context: Tensor) -> Tensor:
-        """Teacher-forced log-probabilities (B, T, V)."""
-        with models.autocast(self.precision, self.policy.device):
-            return grpo.log_probs(policy.logits(condition, context))
+    def predict(self, policy: Policy, condition: Tensor, context: Tensor) -> Prediction:
+        """Teacher-forced log-probabilities."""
 
-    def prediction(self, log_probs: Tensor, codes: Tensor, step: int) -> Terms:
-        """Cross-entropy and entropy of a prediction: how well, and how surely, it names the true codes."""
-        return _finite({"ce": grpo.prior_ce(log_probs, codes), "entropy": grpo.entropy(log_probs)}, step)
+        def head(features: Tensor) -> Tensor:
+            with models.autocast(self.precision, self.policy.device):
+                return grpo.log_probs(policy.predict(features))
+
+        with models.autocast(self.precision, self.policy.device):
+            features = policy.features(condition, context)
+        return Prediction(features, head, policy.vocab)
 
     @torch.no_grad()
-    def rollout(self, log_probs: Tensor, batch: Batch, context: Tensor, step: int, terms: Terms) -> Draws | None:
+    def surety(self, predicted: Prediction, codes: Tensor, step: int) -> Terms:
+        """Cross-entropy and entropy of a prediction: how well, and how surely, it names the true codes (B, T)."""
+
+        def both(log_probs: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+            return grpo.chosen(log_probs, codes), grpo.entropy(log_probs)
+
+        true, entropy = predicted.ask(both, codes[..., None])
+        return _finite({"ce": grpo.prior_ce(true), "entropy": entropy.mean()}, step)
+
+    @torch.no_grad()
+    def draw(self, predicted: Prediction, group: int, keys: Tensor) -> Tensor:
+        """Token maps (B, G, T) from a prediction (eq. 7), G of an image by its key (B,)."""
+        uniforms = grpo.uniforms(keys, group, predicted.shape[1])
+        (codes,) = predicted.ask(lambda log_probs, u: (grpo.draw_at(log_probs, self.tune.temperature, u),), uniforms.mT)
+        return codes.mT
+
+    def chosen(self, predicted: Prediction, codes: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, T) of the true codes, and of G draws at the temperature at which they were drawn, (B, G, T)."""
+
+        def both(log_probs: Tensor, codes: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+            return grpo.chosen(log_probs, codes), grpo.chosen(grpo.tempered(log_probs, self.tune.temperature), draws)
+
+        true, drawn = predicted.ask(both, codes[..., None], draws.mT)
+        return true[..., 0], drawn.mT
+
+    @torch.no_grad()
+    def rollout(self, predicted: Prediction, batch: Batch, context: Tensor, step: int, terms: Terms) -> Draws | None:
         """Draw G token maps per image and reward them, unless the prior alone is wanted; adds to ``terms`` what that showed."""
         tune = self.tune
         if tune.policy_weight == 0:
             return None
-        keys = grpo.keys(batch.rows, tune.seed, DRAW, step).to(log_probs.device)
-        codes = grpo.draw(log_probs, tune.group_size, tune.temperature, keys)
+        codes = self.draw(predicted, tune.group_size, grpo.keys(batch.rows, tune.seed, DRAW, step).to(batch.codes.device))
         rewards, parts = self.score(codes, batch.images)
         terms |= _finite({**_named_means(parts), "reward": rewards.mean()}, step)
         draws = Draws(codes, grpo.advantages(rewards, tune.advantage_clip))
         terms |= {"reward_std": rewards.std(1).mean(), "advantage_std": draws.advantages.std(1).mean()}
         if self.base is not None:
-            base = self.log_probs(self.base, batch.condition, context)
-            draws.base = grpo.chosen(grpo.tempered(base, tune.temperature), codes)
+            draws.base = self.chosen(self.predict(self.base, batch.condition, context), batch.codes, codes)[1]
         return draws
 
     def score(self, codes: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
@@ -191,14 +218,14 @@ class Objective:
         with models.autocast(self.precision, self.policy.device):
             return self.reward.score(images, targets)
 
-    def loss(self, log_probs: Tensor, codes: Tensor, draws: Draws | None, step: int, terms: Terms) -> tuple[Tensor, Terms]:
-        """Equation 11: the clipped policy term plus beta times the prior. Predictions (B, T, V), true codes (B, T)."""
+    def loss(self, predicted: Prediction, codes: Tensor, draws: Draws | None, step: int, terms: Terms) -> tuple[Tensor, Terms]:
+        """Equation 11: the clipped policy term plus beta times the prior. True codes (B, T)."""
         tune = self.tune
-        prior = ce = grpo.prior_ce(log_probs, codes)
+        true, new = self.chosen(predicted, codes, codes.new_empty(len(codes), 0, codes.shape[1]) if draws is None else draws.codes)
+        prior = ce = grpo.prior_ce(true)
         terms = {**terms, "ce": ce.detach()}
         loss = torch.zeros_like(ce)
         if draws is not None:
-            new = grpo.chosen(grpo.tempered(log_probs, tune.temperature), draws.codes)
             policy, clipped = grpo.policy_term(new, new.detach() if draws.old is None else draws.old, draws.advantages, tune.ratio_clip)
             terms |= {"policy": policy.detach(), "clip_fraction": clipped}
             loss = loss + tune.policy_weight * policy
@@ -216,9 +243,9 @@ class Objective:
         for share, part in self.parts(batch):
             noise, draw = (grpo.keys(part.rows, HOLDOUT, purpose).to(part.codes.device) for purpose in (NOISE, DRAW))
             context = grpo.corrupt(part.codes, self.tune.context_noise, self.policy.vocab, noise)
-            predicted = self.log_probs(self.policy, part.condition, context)
-            terms = self.prediction(predicted, part.codes, step)
-            rewards, parts = self.score(grpo.draw(predicted, HOLDOUT_DRAWS, self.tune.temperature, draw), part.images)
+            predicted = self.predict(self.policy, part.condition, context)
+            terms = self.surety(predicted, part.codes, step)
+            rewards, parts = self.score(self.draw(predicted, HOLDOUT_DRAWS, draw), part.images)
             _add(totals, terms | {"reward": rewards.mean(), **_named_means(parts)}, share)
         return _summed(totals, self.world)
 

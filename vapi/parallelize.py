@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from vapi.config import TuneConfig
@@ -95,6 +95,7 @@ def _shard(policy: Policy, world: World) -> None:
     mesh = init_device_mesh(policy.device.type, (world.size,))
     for module in (*policy.blocks, policy.generator):
         fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(policy.generator, "features")  # training enters here; what it leaves whole, the head may read
     for shard in _shards(policy.generator):
         shard.set_gradient_divide_factor(1.0)  # each process weighs its images by all processes' images: the sum is the mean
         shard.set_force_sum_reduction_for_comms(True)

@@ -334,8 +334,8 @@ def sheet(policy: Policy, objective: Objective, batch: Batch) -> Image.Image:
 
 
 def _one_draw(objective: Objective, batch: Batch) -> Tensor:
-    predicted = objective.log_probs(objective.policy, batch.condition, batch.codes)
-    return grpo.draw(predicted, 1, objective.tune.temperature, grpo.keys(batch.rows, HOLDOUT, DRAW).to(predicted.device))[:, 0]
+    predicted = objective.predict(objective.policy, batch.condition, batch.codes)
+    return objective.draw(predicted, 1, grpo.keys(batch.rows, HOLDOUT, DRAW).to(batch.codes.device))[:, 0]
 
 
 # --- the stage ---------------------------------------------------------------------------------

@@ -131,10 +131,10 @@ def parts(objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch) 
     optimizer.zero_grad(set_to_none=True)
     for share, part in objective.parts(batch):
         with watch("forward"):
-            predicted = objective.log_probs(objective.policy, part.condition, objective.context(part, STEP))
+            predicted = objective.predict(objective.policy, part.condition, objective.context(part, STEP))
         with watch("draw"):
-            keys = grpo.keys(part.rows, tune.seed, DRAW, STEP).to(predicted.device)
-            codes = grpo.draw(predicted.detach(), tune.group_size, tune.temperature, keys)
+            keys = grpo.keys(part.rows, tune.seed, DRAW, STEP).to(part.codes.device)
+            codes = objective.draw(predicted, tune.group_size, keys)
         blocks = objective.blocks(*codes.shape[:2])
         with watch("decode"):
             images = list(objective.map(objective.decoded, [codes[block] for block in blocks]))

@@ -53,6 +53,12 @@ class Policy(Protocol):
     def logits(self, condition: Tensor, context: Tensor) -> Tensor:
         """Codes (B, T) -> (B, T, V); ``logits[:, t]`` depends on ``context[:, :t]`` only."""
 
+    def features(self, condition: Tensor, context: Tensor) -> Tensor:
+        """The first half of ``logits``: (B, T, D)."""
+
+    def predict(self, features: Tensor) -> Tensor:
+        """The second half, position by position: (..., D) -> (..., V)."""
+
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, T)."""
 

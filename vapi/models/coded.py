@@ -63,6 +63,14 @@ class Coded:
         """Teacher-forced logits (B, T, V); ``logits[:, t]`` depends on ``context[:, :t]`` only."""
         return self.generator(condition, context)
 
+    def features(self, condition: Tensor, context: Tensor) -> Tensor:
+        """(B, T, D), of which ``predict`` makes logits: in parts, where they are large."""
+        return self.generator.features(condition, context)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Logits (..., V) of features (..., D)."""
+        return self.generator.predict(features)
+
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to codes (B, T)."""
         return self.tokenizer.encode(images)

@@ -263,13 +263,17 @@ class Transformer(nn.Module):
 
         ``logits[:, t]`` depends on ``context[:, :t]`` only; the last code is never read.
         """
+        return self.predict(self.features(condition, context))
+
+    def features(self, condition: Tensor, context: Tensor) -> Tensor:
+        """What the last block says (B, T, D), of which ``predict`` makes logits."""
         x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(context[:, :-1])], dim=1)
         x = self.dropout(x)
         table, starts = self.rotary[: x.shape[1]], self.cls_embedding.starts(condition)
         mask = None if starts is None else visible(starts, x.shape[1])
         for layer in self.layers:
             x = layer(x, table, mask)
-        return self.predict(x[:, self.config.prefix - 1 :])  # the condition's last position predicts the first code
+        return x[:, self.config.prefix - 1 :]  # the condition's last position predicts the first code
 
     @property
     def padded(self) -> bool:

@@ -119,12 +119,16 @@ class Generator(nn.Module):
 
         ``logits[:, t]`` depends on ``context[:, :t]`` only; the last code is never read.
         """
+        return self.predict(self.features(condition, context))
+
+    def features(self, condition: Tensor, context: Tensor) -> Tensor:
+        """What the last layer says (B, T, D), of which ``predict`` makes logits."""
         x = torch.cat([self.words(condition), self.embed(context[:, :-1])], dim=1)
         starts = self.starts(condition)
         table, mask = self.rotary(starts, 0, x.shape[1]), gpt.visible(starts, x.shape[1])
         for layer in self.language_model.layers:
             x = layer(x, attention_mask=mask, position_embeddings=table)
-        return self.predict(x[:, condition.shape[1] - 1 :])  # the condition's last position predicts the first code
+        return x[:, condition.shape[1] - 1 :]  # the condition's last position predicts the first code
 
     @property
     def layers(self) -> nn.ModuleList:
