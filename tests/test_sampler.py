@@ -11,11 +11,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_GPT, TINY_VQ
+from conftest import TINY_GPT, TINY_VQ, write_tiny
 from torch import Tensor
 
 from vapi import models
@@ -328,7 +329,7 @@ def test_an_allocator_that_fails_while_sampling_is_put_into_words(tiny_policy: m
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop's parts on a CPU: the kernel interpreted by Triton (conftest), nothing compiled, nothing recorded."""
-    monkeypatch.setattr(graphs, "_compiled", lambda kind: (kind.before, kind.after, sampler.choose))
+    monkeypatch.setattr(graphs, "_compiled", lambda kind: (kind.before, kind.after))
 
 
 @needs_triton
@@ -452,6 +453,17 @@ def test_recorded_equals_step_by_step(tiny_policy: models.Policy, how: Sampling,
         again = policy.generate(condition, seeds, images_per_batch=8, **how)
     assert torch.equal(recorded, again)
     assert (recorded == plain).float().mean() > (0.95 if dtype == torch.float32 else 0.4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_large_codebook_is_drawn_from(tmp_path: Path) -> None:
+    """As LlamaGen's, on a GPU: what is compiled there depends on sizes."""
+    vocab = 16384
+    policy = models.load(write_tiny(tmp_path, dataclasses.replace(TINY_VQ, vocab=vocab), dataclasses.replace(TINY_GPT, vocab=vocab)))
+    policy.generator.cuda()
+    drawn = policy.generate(policy.condition([1] * 8), list(range(8)), images_per_batch=8, guidance=2.0, top_k=2000)
+    assert drawn.unique().numel() > 50
 
 
 @pytest.mark.gpu
