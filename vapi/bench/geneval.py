@@ -102,7 +102,8 @@ def _random_detector(device: torch.device) -> Detector:
     said = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
     torch.manual_seed(0)
     with device:
-        network = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, id2label=names)).eval()
+        # moved as well: transformers makes one of its weights on the CPU whatever is said
+        network = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, id2label=names)).to(device).eval()
         near = CLIPModel(CLIPConfig(vision_config=seen, text_config=said, projection_dim=768)).eval()
         sentences = torch.nn.functional.normalize(torch.randn(768, len(metric.COLOURS)), dim=0)  # (D, 10), in place of a text tokenizer
     colourist = clip.ColourClassifier(clip.Clip(near, None, device), {metric.CLASSES[0]: sentences})
