@@ -102,10 +102,10 @@ def _random_detector(device: torch.device) -> Detector:
     said = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
     torch.manual_seed(0)
     with device:
-        # moved as well: transformers makes one of its weights on the CPU whatever is said
-        network = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, id2label=names)).to(device).eval()
+        # moved below: transformers makes one of its weights on the CPU whatever is said
+        network: Any = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=backbone, id2label=names))
         near = CLIPModel(CLIPConfig(vision_config=seen, text_config=said, projection_dim=768)).eval()
         sentences = torch.nn.functional.normalize(torch.randn(768, len(metric.COLOURS)), dim=0)  # (D, 10), in place of a text tokenizer
     colourist = clip.ColourClassifier(clip.Clip(near, None, device), {metric.CLASSES[0]: sentences})
-    identity = Identity("mask2former", "random")
-    return mask2former.Mask2Former(network, device, identity, colourist, mask2former.ON_CPU if device.type == "cpu" else mask2former.ON_GPU)
+    at_once = mask2former.ON_CPU if device.type == "cpu" else mask2former.ON_GPU
+    return mask2former.Mask2Former(network.to(device).eval(), device, Identity("mask2former", "random"), colourist, at_once)
