@@ -88,6 +88,19 @@ def test_largest_advantage_of_a_group() -> None:
     assert grpo.advantages(rewards, 5.0).max() == pytest.approx(7 / math.sqrt(8), rel=1e-6)  # paper: the clip of 5 is idle at G = 8
 
 
+def test_local_advantages_by_hand() -> None:
+    rewards = torch.tensor([[[1.0, 5.0], [3.0, 5.0]]])  # two draws: they differ by 2 at the first place, not at all at the second
+    torch.testing.assert_close(grpo.local_advantages(rewards, 5.0), torch.tensor([[[-1.0, 0.0], [1.0, 0.0]]]))  # spread: sqrt((2 + 0) / 2)
+    assert grpo.local_advantages(rewards, 0.4).abs().max() == pytest.approx(0.4)
+
+
+def test_neighbours_by_hand() -> None:
+    rewards = torch.arange(9.0).view(1, 1, 9)
+    assert torch.equal(grpo.around(rewards, 0), rewards)
+    near = grpo.around(rewards, 1)[0, 0]
+    assert near[4] == 4 and near[0] == (0 + 1 + 3 + 4) / 4 and near[5] == (1 + 2 + 4 + 5 + 7 + 8) / 6
+
+
 def test_shared_ratio_is_one_and_never_clipped() -> None:
     new = torch.randn(3, 4, 5, requires_grad=True)
     advantages = torch.randn(3, 4)

@@ -73,6 +73,21 @@ def test_gradient_and_loss_equal_the_naive_step(
     assert totals["clip_fraction"] == 0
 
 
+@pytest.mark.parametrize("kind", ["tiny_model", "janus_model"])
+def test_credit_of_everything_around_is_that_of_the_image(request: pytest.FixtureRequest, kind: str) -> None:
+    """Where every code answers for all places, token by token is image by image; where it answers for its own, it is something else."""
+    found = {}
+    for name, credit in {"image": {}, "around": {"credit": "token", "credit_radius": 3}, "own": {"credit": "token"}}.items():
+        objective, batch, _ = problem(request.getfixturevalue(kind), torch.float32, TuneConfig(**{**vars(TUNE), **credit}))
+        pieces = list(objective.pieces(batch, step=3))
+        sum(share * loss for share, loss, _ in pieces).backward()
+        found[name] = flat_gradient(objective.policy), pieces[-1][2]
+    (image, numbers), (around, same), (own, others) = found.values()
+    assert ((image - around).norm() / image.norm()).item() < 1e-4 and ((image - own).norm() / image.norm()).item() > 0.1
+    for name in ("reward", "reward_mse", "reward_std", "ce"):
+        assert float(same[name]) == pytest.approx(float(numbers[name]), rel=1e-5) == float(others[name])
+
+
 def test_naive_runs_alone(tiny_model: ModelConfig) -> None:
     """As the authors run it: own draws, own rewards, dropout on, an unused base model."""
     objective, batch, near = problem(tiny_model, torch.float32)

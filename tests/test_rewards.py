@@ -46,6 +46,30 @@ def test_groups_are_rows() -> None:
     torch.testing.assert_close(total, parts["mse"] + parts["near"])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rewards_of_places_average_to_those_of_images(weighted: bool) -> None:
+    """On a grid whose places hold as many pixels each; and what changes in one place is felt there alone, by pixels."""
+    network = features.random_twin()
+    used = [torch.rand(m.shape[1]) for m in network.features(images(1, 3, 32, 32))] if weighted else None
+    reward = rewards.Reward({"mse": 1.0, "l1": 0.3, "near": 2.0}, functions={"near": rewards.Lpips(network.features, used)})
+    decoded, target = images(2, 3, 3, 32, 32), images(2, 3, 32, 32, seed=2)
+    (whole, parts), (places, theirs) = reward.score(decoded, target), reward.score(decoded, target, side=4)
+    assert places.shape == (2, 3, 16) and theirs.keys() == parts.keys()
+    torch.testing.assert_close(places.mean(-1), whole)
+    for name, part in parts.items():
+        torch.testing.assert_close(theirs[name].mean(-1), part)
+    moved = decoded.clone()
+    moved[..., 8:16, 16:24] += 0.5  # second row, third column
+    changed = rewards.Reward({"mse": 1.0}).score(moved, target, side=4)[0] != rewards.Reward({"mse": 1.0}).score(decoded, target, side=4)[0]
+    assert changed.nonzero()[:, 2].unique().tolist() == [6]
+
+
+def test_a_reward_that_does_not_tell_where_is_refused() -> None:
+    rewards.Reward({"mse": 1.0}).require_places()
+    with pytest.raises(ValueError, match="tune.credit token .* edges has no map; use credit image"):
+        rewards.Reward({"mse": 1.0, "edges": 1.0}, functions={"edges": lambda a, b: (a - b).mean((1, 2, 3))}).require_places()
+
+
 def test_features_of_an_image_are_computed_once() -> None:
     seen: list[int] = []
 

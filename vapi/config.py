@@ -168,6 +168,10 @@ class TuneConfig:
     """epsilon of the clipped ratio; active only with policy_dropout official."""
     advantage_clip: float = 5.0
     """Group-normalised advantages are clipped to this."""
+    credit: Literal["image", "token"] = "image"
+    """image: one advantage for a draw (eq. 4); token: one for each of its codes, from the reward around the code's place."""
+    credit_radius: int = 0
+    """With credit token: so many neighbours to each side count towards a code's reward."""
     temperature: float = 1.0
     """Temperature at which the G token maps are drawn."""
     rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 10.0})
@@ -205,6 +209,7 @@ class TuneConfig:
             f"tune.group_size is {self.group_size}; an advantage needs at least 2 draws to compare",
         )
         require(self.lr > 0, f"tune.lr is {self.lr}; it must be positive")
+        require(self.credit_radius >= 0, f"tune.credit_radius is {self.credit_radius}; it must not be negative")
         require(self.temperature > 0, f"tune.temperature is {self.temperature}; it must be positive")
         for name in ("max_grad_norm", "weight_decay", "ratio_clip"):
             require(getattr(self, name) >= 0, f"tune.{name} is {getattr(self, name)}; it must not be negative")

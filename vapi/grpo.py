@@ -18,6 +18,7 @@ Shapes: B images, G group, T codes, V codebook.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's increment, as a signed 64-bit number
@@ -106,14 +107,30 @@ def advantages(rewards: Tensor, clip: float) -> Tensor:
     return (centred / (rewards.std(1, keepdim=True) + 1e-8)).clamp(-clip, clip)
 
 
+def local_advantages(rewards: Tensor, clip: float) -> Tensor:
+    """The same for rewards of places, (B, G, T) -> (B, G, T): compared with the other draws at the same place, by the spread that
+    the image has over all of its places. So a place where draws hardly differ in what they do to the image hardly counts."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    spread = rewards.var(1, keepdim=True).mean(-1, keepdim=True).sqrt()
+    return (centred / (spread + 1e-8)).clamp(-clip, clip)
+
+
+def around(rewards: Tensor, radius: int) -> Tensor:
+    """Rewards of places (B, G, T), each with its neighbours up to ``radius`` rows and columns away: the mean of those there are."""
+    side = round(rewards.shape[-1] ** 0.5)
+    window = 2 * radius + 1
+    square = rewards.unflatten(-1, (side, side)).flatten(0, 1)[:, None]
+    return F.avg_pool2d(square, window, 1, radius, count_include_pad=False).reshape(rewards.shape) if radius else rewards
+
+
 def policy_term(new: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """The clipped term of equation 11 as a loss, and the share of ratios outside 1 +- clip.
 
-    ``new``, ``old`` (B, G, T) log-probabilities of the draws, ``old`` without gradient;
-    ``advantages`` (B, G), one per draw for all its codes. Mean over codes, draws and images.
+    ``new``, ``old`` (B, G, T) log-probabilities of the draws, ``old`` without gradient; ``advantages`` (B, G), one per draw for
+    all its codes, or (B, G, T). Mean over codes, draws and images.
     """
     ratio = (new - old).exp()
-    advantage = advantages.to(ratio.dtype)[:, :, None]
+    advantage = advantages.to(ratio.dtype).reshape(*ratio.shape[:2], -1)
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return -gain.mean(), ((ratio - 1).abs() > clip).float().mean()
 

@@ -62,7 +62,7 @@ class Draws:
     """G token maps of each image and how they fared."""
 
     codes: Tensor  # (B, G, T)
-    advantages: Tensor  # (B, G)
+    advantages: Tensor  # (B, G), or (B, G, T)
     old: Tensor | None = None  # (B, G, T) log-probabilities when drawn; None: those of now
     base: Tensor | None = None  # (B, G, T) log-probabilities under the frozen base
 
@@ -81,6 +81,9 @@ class Objective:
     def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32", world: World = ALONE) -> None:
         self.policy, self.tune, self.reward = policy, tune, reward
         self.precision, self.world = precision, world
+        self.side = round(policy.num_codes**0.5) if tune.credit == "token" else 0  # of the grid whose places have rewards of their own
+        if self.side and tune.policy_weight:
+            reward.require_places()
         self.map = _parallel_map(policy.device)
         self.base = _frozen_copy(policy) if tune.prior == "kl" and tune.prior_weight > 0 else None
 
@@ -177,21 +180,28 @@ class Objective:
         if tune.policy_weight == 0:
             return None
         codes = self.draw(predicted, tune.group_size, grpo.keys(batch.rows, tune.seed, DRAW, step).to(batch.codes.device))
-        rewards, parts = self.score(codes, batch.images)
+        rewards, parts = self.score(codes, batch.images, self.side)
         terms |= _finite({**_named_means(parts), "reward": rewards.mean()}, step)
-        draws = Draws(codes, grpo.advantages(rewards, tune.advantage_clip))
-        terms |= {"reward_std": rewards.std(1).mean(), "advantage_std": draws.advantages.std(1).mean()}
+        draws = Draws(codes, self.advantages(rewards))
+        terms |= {"reward_std": _of_images(rewards).std(1).mean(), "advantage_std": draws.advantages.std(1).mean()}
         if self.base is not None:
             draws.base = self.chosen(self.predict(self.base, batch.condition, context), batch.codes, codes)[1]
         return draws
 
-    def score(self, codes: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
-        """Reward (B, G) of token maps (B, G, T) against their images, and its parts: most of a step's work."""
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Of draws (B, G), or of their codes (B, G, T), as rewards are told."""
+        if self.tune.credit == "image":
+            return grpo.advantages(rewards, self.tune.advantage_clip)
+        return grpo.local_advantages(grpo.around(rewards, self.tune.credit_radius), self.tune.advantage_clip)
+
+    def score(self, codes: Tensor, targets: Tensor, side: int = 0) -> tuple[Tensor, Terms]:
+        """Reward (B, G) of token maps (B, G, T) against their images, and its parts: most of a step's work. With ``side``, that of
+        the images' codes, on so many rows: (B, G, T)."""
         blocks = self.blocks(*codes.shape[:2])
-        scored = list(self.map(lambda block: self.reward_of(self.decoded(codes[block]), targets[block[0]]), blocks))
+        scored = list(self.map(lambda block: self.reward_of(self.decoded(codes[block]), targets[block[0]], side), blocks))
 
         def whole(values: list[Tensor]) -> Tensor:
-            result = values[0].new_empty(codes.shape[:2])
+            result = values[0].new_empty((*codes.shape[:2], *values[0].shape[2:]))
             for block, value in zip(blocks, values, strict=True):
                 result[block] = value
             return result
@@ -213,10 +223,10 @@ class Objective:
             return self.policy.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
 
     @torch.no_grad()
-    def reward_of(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
-        """Reward (B, G) of one block of decoded images against their targets (B, 3, H, W), and its parts."""
+    def reward_of(self, images: Tensor, targets: Tensor, side: int = 0) -> tuple[Tensor, Terms]:
+        """Reward (B, G) of one block of decoded images against their targets (B, 3, H, W), and its parts. See ``score``."""
         with models.autocast(self.precision, self.policy.device):
-            return self.reward.score(images, targets)
+            return self.reward.score(images, targets, side)
 
     def loss(self, predicted: Prediction, codes: Tensor, draws: Draws | None, step: int, terms: Terms) -> tuple[Tensor, Terms]:
         """Equation 11: the clipped policy term plus beta times the prior. True codes (B, T)."""
@@ -274,6 +284,11 @@ def _dropout(policy: Policy, seed: int) -> Iterator[None]:
         policy.generator.train()
         yield
         policy.generator.eval()
+
+
+def _of_images(rewards: Tensor) -> Tensor:
+    """(B, G) or (B, G, T) -> (B, G)."""
+    return rewards.flatten(2).mean(-1) if rewards.dim() > 2 else rewards
 
 
 def _named_means(parts: Terms) -> Terms:

@@ -1,7 +1,8 @@
 """Rewards: how well a decoded token map reconstructs its image (eq. 10), as a weighted sum that keeps its parts.
 
-A reward is a function ``(images, targets) -> (N,)`` of two batches (N, 3, H, W) in [-1, 1]; higher
-is better. On a CPU, ``vapi.tune`` calls it from several threads. To add one, register it in Python,
+A reward is a function ``(images, targets) -> (N,)`` of two batches (N, 3, H, W) in [-1, 1]; higher is better. One that can
+tell where has a method ``map`` too: (N, h, w), of which it is the mean. On a CPU, ``vapi.tune`` calls it from several threads.
+To add one, register it in Python,
 
     REWARDS["edges"] = edges          # then: vapi.tune.tune(..., TuneConfig(rewards={"mse": 1.0, "edges": 0.5}), ...)
 
@@ -11,7 +12,7 @@ image once for its G reconstructions.
 
 Left out: adversarial and embedding rewards, which the released code carries and the paper does not use.
 
-Shapes: B images, G group, N = B x G.
+Shapes: B images, G group, N = B x G, T places of a grid.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vapi.config import nearest
@@ -33,14 +35,22 @@ ALEX_FILE = "alexnet-owt-7be5be79.pth"  # and for AlexNet
 LPIPS_FILE = "vgg.pth"  # the lpips package's name for its linear weights on VGG-16, v0.1
 
 
-def mse(images: Tensor, targets: Tensor) -> Tensor:
-    """Minus the mean squared error over channels and pixels, (N, 3, H, W) twice -> (N,)."""
-    return -(images - targets).square().flatten(1).mean(1)
+class Pixelwise:
+    """Minus an error of pixels, mean over channels and pixels, (N, 3, H, W) twice -> (N,)."""
+
+    def __init__(self, error: Callable[[Tensor], Tensor]) -> None:
+        self.error = error
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        return -self.error(images - targets).flatten(1).mean(1)
+
+    def map(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Where it comes from: (N, H, W)."""
+        return -self.error(images - targets).mean(1)
 
 
-def l1(images: Tensor, targets: Tensor) -> Tensor:
-    """Minus the mean absolute error over channels and pixels, (N, 3, H, W) twice -> (N,)."""
-    return -(images - targets).abs().flatten(1).mean(1)
+mse = Pixelwise(torch.square)
+l1 = Pixelwise(torch.abs)
 
 
 class Lpips:
@@ -59,18 +69,28 @@ class Lpips:
         owner = getattr(self.layers, "__self__", self.layers)
         return owner if isinstance(owner, nn.Module) else None
 
-    def grouped(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Images (B, G, 3, H, W) against their targets (B, 3, H, W) -> (B, G)."""
-        total = images.new_zeros(images.shape[:2])
+    def grouped(self, images: Tensor, targets: Tensor, side: int = 0) -> Tensor:
+        """Images (B, G, 3, H, W) against their targets (B, 3, H, W) -> (B, G), or by place of a grid of ``side`` x ``side``,
+        (B, G, T)."""
+        total = images.new_zeros((*images.shape[:2], *([side * side] if side else [])))
         pairs = zip(self.layers(images.flatten(0, 1)), self.layers(targets))
         for layer, (ours, theirs) in enumerate(pairs):
-            near = _normalised(ours).unflatten(0, images.shape[:2]) - _normalised(theirs)[:, None]
-            difference = near.square_().mean((3, 4))  # (B, G, C)
-            total -= difference.mean(-1) if self.weights is None else (difference * self.weights[layer]).sum(-1)
+            near = (_normalised(ours).unflatten(0, images.shape[:2]) - _normalised(theirs)[:, None]).square_()  # (B, G, C, h, w)
+            if side:
+                weights = near.new_full((near.shape[2],), 1 / near.shape[2]) if self.weights is None else self.weights[layer]
+                total -= pooled(torch.einsum("bgchw,c->bghw", near, weights), side)
+            else:
+                difference = near.mean((3, 4))
+                total -= difference.mean(-1) if self.weights is None else (difference * self.weights[layer]).sum(-1)
         return total
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         return self.grouped(images[:, None], targets)[:, 0]
+
+
+def pooled(maps: Tensor, side: int) -> Tensor:
+    """Maps (..., h, w) to the places of a grid of ``side`` x ``side``, (..., T), row by row: the mean of what lies in each."""
+    return F.adaptive_avg_pool2d(maps.flatten(0, -3), side).reshape(*maps.shape[:-2], side * side)
 
 
 def _normalised(maps: Tensor) -> Tensor:
@@ -219,21 +239,29 @@ class Reward:
                 function.grouped = torch.compile(function.grouped, dynamic=False)  # type: ignore[method-assign]
 
     @torch.no_grad()
-    def score(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Decoded images (B, G, 3, H, W) against their targets (B, 3, H, W): total (B, G), and each part unweighted.
+    def score(self, images: Tensor, targets: Tensor, side: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decoded images (B, G, 3, H, W) against their targets (B, 3, H, W): total (B, G), and each part unweighted. With ``side``,
+        all of these by place of a grid of ``side`` x ``side``: (B, G, T).
 
         Networks may run in low precision (autocast); images and distances are float32 at least.
         """
         images = images.to(torch.promote_types(images.dtype, torch.float32))
-        parts = {name: self._part(name, images, targets) for name in self.weights}
+        parts = {name: self._part(name, images, targets, side) for name in self.weights}
         total = torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum(0)
         return total, parts
 
-    def _part(self, name: str, images: Tensor, targets: Tensor) -> Tensor:
+    def require_places(self) -> None:
+        """Raises ValueError for a reward that does not tell where."""
+        if dumb := [name for name, function in self.functions.items() if not (isinstance(function, Lpips) or hasattr(function, "map"))]:
+            raise ValueError(f"tune.credit token asks rewards where they come from, and {', '.join(dumb)} has no map; use credit image")
+
+    def _part(self, name: str, images: Tensor, targets: Tensor, side: int) -> Tensor:
         function = self.functions[name]
         if isinstance(function, Lpips):
-            return function.grouped(images, targets)
+            return function.grouped(images, targets, side)
         flat = targets[:, None].expand_as(images).flatten(0, 1)
+        if side:
+            return pooled(function.map(images.flatten(0, 1), flat), side).unflatten(0, images.shape[:2])  # type: ignore[attr-defined]
         value = function(images.flatten(0, 1), flat)
         if value.shape != flat.shape[:1]:
             raise ValueError(f"reward {name!r} returned shape {tuple(value.shape)} for {len(flat)} images; it must be one number each")

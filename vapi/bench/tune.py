@@ -111,8 +111,9 @@ def _transformer(objective: Objective, batch: Batch, values: torch.Tensor) -> Wo
     """The shared step without decoding and reward."""
 
     class Given(Objective):
-        def score(self, codes: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return values[: len(codes)], {}
+        def score(self, codes: torch.Tensor, targets: torch.Tensor, side: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            given = values[: len(codes)]
+            return given[..., None].expand(-1, -1, side * side) if side else given, {}
 
     given = Given(objective.policy, objective.tune, objective.reward, objective.precision)
 
@@ -139,10 +140,11 @@ def parts(objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch) 
         with watch("decode"):
             images = list(objective.map(objective.decoded, [codes[block] for block in blocks]))
         with watch("reward features"):
-            scored = list(objective.map(objective.reward_of, images, [part.images[block[0]] for block in blocks]))
+            targets = [part.images[block[0]] for block in blocks]
+            scored = list(objective.map(objective.reward_of, images, targets, [objective.side] * len(blocks)))
         with watch("loss"):
-            rewards = torch.cat([total.flatten() for total, _ in scored]).view(codes.shape[:2])
-            loss, _ = objective.loss(predicted, part.codes, Draws(codes, grpo.advantages(rewards, tune.advantage_clip)), STEP, {})
+            rewards = torch.cat([total.flatten(0, 1) for total, _ in scored]).unflatten(0, codes.shape[:2])
+            loss, _ = objective.loss(predicted, part.codes, Draws(codes, objective.advantages(rewards)), STEP, {})
         with watch("backward"):
             (share * loss).backward()
     with watch("optimizer"):
