@@ -143,7 +143,7 @@ def run(made: Evidence, workers: int = 1) -> Scores:
     return summary
 
 
-def markdown(summary: Scores, searched: dict[str, dict[str, Scores]], plan: Plan) -> str:
+def markdown(summary: Scores, searched: dict[str, dict[str, Scores]], plan: evidence.Plan) -> str:
     """The tables that the documentation quotes."""
     gradients = summary["gradients"]
     cosines = [[name, *(f"{value:.2f}" for value in row.values())] for name, row in gradients["credit"].items()]
