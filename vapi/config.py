@@ -138,6 +138,8 @@ class TokensConfig:
 class TuneConfig:
     """VA-pi: objective, optimizer, sizes (arXiv 2512.19680, section 3 and table 7)."""
 
+    objective: Literal["va_pi", "ste", "cca"] = "va_pi"
+    """va_pi: the paper's; ste: the reward's gradient straight through the draws (table 2); cca: contrast of classes (arXiv 2410.09347)."""
     steps: int = 100
     """Optimizer steps; each sees a fresh batch of images."""
     images_per_step: int = 64
@@ -174,6 +176,10 @@ class TuneConfig:
     """With credit token: so many neighbours to each side count towards a code's reward."""
     temperature: float = 1.0
     """Temperature at which the G token maps are drawn."""
+    cca_beta: float = 0.02
+    """With objective cca: how far the tuned model may leave the base before the contrast counts as learned."""
+    cca_weight: float = 300.0
+    """With objective cca: lambda, the weight of images under another class than theirs."""
     rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 10.0})
     """Weight of each part of the reward (eq. 10), names in vapi.rewards.REWARDS; with VGG, whose distances are larger, lpips is 1."""
     perceptual: str = "data/models/reward.safetensors"
@@ -209,6 +215,14 @@ class TuneConfig:
             f"tune.group_size is {self.group_size}; an advantage needs at least 2 draws to compare",
         )
         require(self.lr > 0, f"tune.lr is {self.lr}; it must be positive")
+        if self.objective != "va_pi":
+            for name, default in {"policy_dropout": "none", "credit": "image", "prior": "ce"}.items():
+                require(
+                    getattr(self, name) == default,
+                    f"tune.{name} is {getattr(self, name)}, which objective {self.objective} knows nothing of; set it to {default}",
+                )
+        for name in ("cca_beta", "cca_weight"):
+            require(getattr(self, name) > 0, f"tune.{name} is {getattr(self, name)}; it must be positive")
         require(self.credit_radius >= 0, f"tune.credit_radius is {self.credit_radius}; it must not be negative")
         require(self.temperature > 0, f"tune.temperature is {self.temperature}; it must be positive")
         for name in ("max_grad_norm", "weight_decay", "ratio_clip"):

@@ -35,7 +35,7 @@ from vapi.models import Policy
 from vapi.prediction import Prediction
 from vapi.rewards import Reward
 
-ORDER, NOISE, DRAW, DROPOUT, HOLDOUT = range(5)  # what a random number is for
+ORDER, NOISE, DRAW, DROPOUT, HOLDOUT, OTHER = range(6)  # what a random number is for
 HOLDOUT_DRAWS = 1  # per held-out image; always from the same numbers, so that a change shows
 
 Terms = dict[str, Tensor]
@@ -85,7 +85,7 @@ class Objective:
         if self.side and tune.policy_weight:
             reward.require_places()
         self.map = _parallel_map(policy.device)
-        self.base = _frozen_copy(policy) if tune.prior == "kl" and tune.prior_weight > 0 else None
+        self.base = frozen_copy(policy) if tune.prior == "kl" and tune.prior_weight > 0 else None
 
     def pieces(self, batch: Batch, step: int) -> Iterator[tuple[float, Tensor, Terms]]:
         """(share of all images, loss, its terms): the gradient of the step is that of sum(share * loss) over all processes."""
@@ -155,7 +155,7 @@ class Objective:
             return grpo.chosen(log_probs, codes), grpo.entropy(log_probs)
 
         true, entropy = predicted.ask(both, codes[..., None])
-        return _finite({"ce": grpo.prior_ce(true), "entropy": entropy.mean()}, step)
+        return finite({"ce": grpo.prior_ce(true), "entropy": entropy.mean()}, step)
 
     @torch.no_grad()
     def draw(self, predicted: Prediction, group: int, keys: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class Objective:
             return None
         codes = self.draw(predicted, tune.group_size, grpo.keys(batch.rows, tune.seed, DRAW, step).to(batch.codes.device))
         rewards, parts = self.score(codes, batch.images, self.side)
-        terms |= _finite({**_named_means(parts), "reward": rewards.mean()}, step)
+        terms |= finite({**named_means(parts), "reward": rewards.mean()}, step)
         draws = Draws(codes, self.advantages(rewards))
         terms |= {"reward_std": _of_images(rewards).std(1).mean(), "advantage_std": draws.advantages.std(1).mean()}
         if self.base is not None:
@@ -244,7 +244,7 @@ class Objective:
                 terms["kl"] = prior.detach()
         if tune.prior_weight > 0:
             loss = loss + tune.prior_weight * prior
-        return loss, _finite({**terms, "loss": loss.detach()}, step)
+        return loss, finite({**terms, "loss": loss.detach()}, step)
 
     @torch.no_grad()
     def look(self, batch: Batch, step: int) -> dict[str, float]:
@@ -256,7 +256,7 @@ class Objective:
             predicted = self.predict(self.policy, part.condition, context)
             terms = self.surety(predicted, part.codes, step)
             rewards, parts = self.score(self.draw(predicted, HOLDOUT_DRAWS, draw), part.images)
-            _add(totals, terms | {"reward": rewards.mean(), **_named_means(parts)}, share)
+            _add(totals, terms | {"reward": rewards.mean(), **named_means(parts)}, share)
         return _summed(totals, self.world)
 
 
@@ -269,7 +269,7 @@ def _parallel_map(device: torch.device) -> Callable[..., Iterable[Any]]:
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)).map
 
 
-def _frozen_copy(policy: Policy) -> Policy:
+def frozen_copy(policy: Policy) -> Policy:
     """The policy as it is now, for the KL prior; the frozen tokenizer is shared."""
     base = copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer})
     base.generator.requires_grad_(False)
@@ -291,11 +291,11 @@ def _of_images(rewards: Tensor) -> Tensor:
     return rewards.flatten(2).mean(-1) if rewards.dim() > 2 else rewards
 
 
-def _named_means(parts: Terms) -> Terms:
+def named_means(parts: Terms) -> Terms:
     return {f"reward_{name}": part.mean() for name, part in parts.items()}
 
 
-def _finite(terms: Terms, step: int) -> Terms:
+def finite(terms: Terms, step: int) -> Terms:
     for name, value in terms.items():
         if not value.isfinite():
             raise ValueError(
@@ -342,6 +342,6 @@ def update(objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch,
     objective.world.sum([p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)])
     norm = clip_grad_norm_(parameters, objective.tune.max_grad_norm or float("inf"))
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    _finite({"grad_norm": norm}, step)
+    finite({"grad_norm": norm}, step)
     optimizer.step()
     return _summed(totals, objective.world) | {"grad_norm": norm.item()}

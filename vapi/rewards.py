@@ -238,7 +238,6 @@ class Reward:
             if isinstance(function, Lpips):
                 function.grouped = torch.compile(function.grouped, dynamic=False)  # type: ignore[method-assign]
 
-    @torch.no_grad()
     def score(self, images: Tensor, targets: Tensor, side: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """Decoded images (B, G, 3, H, W) against their targets (B, 3, H, W): total (B, G), and each part unweighted. With ``side``,
         all of these by place of a grid of ``side`` x ``side``: (B, G, T).

@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from vapi import checkpoint, data, grpo, images, launch, models, parallelize
+from vapi.baselines import OBJECTIVES
 from vapi.config import ModelConfig, TuneConfig, plain
 from vapi.launch import INTERRUPTED, World
 from vapi.models import Policy, text, weights
@@ -222,7 +223,7 @@ class Tuning:
         examples.fit(self.policy)
         self.policy.generator.eval()
         parallelize.speed_up(self.policy, reward, tune)
-        self.objective = Objective(self.policy, tune, reward, model.precision, world)
+        self.objective = OBJECTIVES[tune.objective](self.policy, tune, reward, model.precision, world)
         parallelize.parallelize(self.policy, tune, world)
         self.optimizer = optimizer_of(self.policy.generator, tune)
         self.held = examples.load(examples.held[world.part(len(examples.held))], self.policy)

@@ -65,6 +65,13 @@ class Policy(Protocol):
     def decode(self, codes: Tensor) -> Tensor:
         """(B, T) -> (B, 3, H, W), not clamped."""
 
+    @property
+    def codebook(self) -> Tensor:
+        """The vectors that codes stand for, (V, K), as they are decoded."""
+
+    def paint(self, vectors: Tensor) -> Tensor:
+        """``decode`` of vectors (B, T, K), the codebook's or between them: what a gradient passes through."""
+
     def generate(self, condition: Tensor, seeds: Sequence[int], images_per_batch: int = 0, **how: Unpack[Sampling]) -> Tensor:
         """Free-running codes (B, T); image n depends on seed n alone. In batches of exactly ``images_per_batch``; 0: all at once."""
 

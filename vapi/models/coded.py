@@ -79,6 +79,15 @@ class Coded:
         """Codes (B, T) to (B, 3, H, W), not clamped."""
         return self.tokenizer.decode(codes)
 
+    @property
+    def codebook(self) -> Tensor:
+        """The vectors that codes stand for, (V, K), as they are decoded."""
+        return self.tokenizer.quantize.entries()
+
+    def paint(self, vectors: Tensor) -> Tensor:
+        """Vectors (B, T, K), the codebook's or between them, to (B, 3, H, W), not clamped."""
+        return self.tokenizer.paint(vectors)
+
     def generate(self, condition: Tensor, seeds: Sequence[int], images_per_batch: int = 0, **how: Unpack[Sampling]) -> Tensor:
         """Free-running codes (B, T); image n depends on seed n alone.
 

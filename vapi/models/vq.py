@@ -201,8 +201,12 @@ class VQModel(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, T) to images (B, 3, H, W), about [-1, 1], not clamped."""
-        side = round(codes.shape[1] ** 0.5)
-        z = self.quantize.entries()[codes].transpose(1, 2).unflatten(2, (side, side))
+        return self.paint(self.quantize.entries()[codes])
+
+    def paint(self, vectors: Tensor) -> Tensor:
+        """Vectors (B, T, K) in the place of the codebook's to images, as ``decode``."""
+        side = round(vectors.shape[1] ** 0.5)
+        z = vectors.transpose(1, 2).unflatten(2, (side, side))
         return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
 
