@@ -359,7 +359,8 @@ class Hub(Stub):
         self.route("GET", "/api/datasets/([^/]+/[^/]+)")(lambda request, name: self._info(request, name, "main"))
         self.route("GET", f"/api/datasets/([^/]+/[^/]+)/revision/{revision}")(self._info)
         self.route("GET", f"/api/datasets/([^/]+/[^/]+)/tree/{revision}/?(.*)")(self._tree)
-        self.route("GET", f"/datasets/([^/]+/[^/]+)/resolve/{revision}/(.+)")(self._range)
+        self.route("GET", f"/datasets/([^/]+/[^/]+)/resolve/{revision}/(.+)")(self._resolve)
+        self.route("GET", "/storage/(.+)")(self._range)
         model = {"id": "team/model", "private": False, "siblings": [{"rfilename": "model.safetensors", "size": 123, "blobId": "0" * 40}]}
         self.route("GET", "/api/models/team/model")(lambda request: (200, model))
 
@@ -393,9 +394,12 @@ class Hub(Stub):
         size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
         return {"type": "file", "path": name, "oid": digest[:40], "size": size, "lfs": {"oid": digest, "size": size, "pointerSize": 130}}
 
-    def _range(self, request: Request, name: str, revision: str, path: str) -> Answer:
+    def _resolve(self, request: Request, name: str, revision: str, path: str) -> Answer:
         if self.gated:
             return 403, ({"error": "restricted"}, {"X-Error-Code": "GatedRepo"})
+        return 302, (b"", {"Location": f"{self.url}/storage/{path}"})
+
+    def _range(self, request: Request, path: str) -> Answer:
         self.before()
         first, last = request.headers["Range"].removeprefix("bytes=").split("-")
         self.ranges.append((path, f"{first}-{last}"))

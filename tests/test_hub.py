@@ -29,6 +29,7 @@ from vapi import config as configs
 from vapi import data, hub, images, sources
 from vapi.config import Config, SubsetConfig
 from vapi.listing import write_listing
+from vapi.run import Run
 from vapi.subset import subset
 
 FILES, ROWS, GROUP = 4, 24, 4
@@ -85,11 +86,22 @@ def groups_read(server: Hub) -> list[str]:
     return found
 
 
+class Tags(Run):
+    """Keeps what it is told about the run."""
+
+    def __init__(self) -> None:
+        self.tags: dict[str, str] = {}
+
+    def tag(self, key: str, value: str) -> None:
+        self.tags[key] = value
+
+
 # --- what is read ------------------------------------------------------------------------------
 
 
 def test_two_row_groups_of_twenty_four_and_nothing_else(server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    subset(config(), tmp_path / "subset")
+    run = Tags()
+    subset(config(), tmp_path / "subset", run)
     made = data.read_subset(tmp_path / "subset")
     places = [(Path(file).name, int(row)) for file, _, row in (key.partition(":") for key in made.keys)]
     groups = {f"{name}:{row // GROUP}" for name, row in places}
@@ -100,8 +112,8 @@ def test_two_row_groups_of_twenty_four_and_nothing_else(server: Hub, tmp_path: P
     asked = sum(int(last) - int(first) + 1 for first, last in (span.split("-") for _, span in server.ranges))
     whole = sum(path.stat().st_size for path in server.folder.rglob("*.parquet"))
     assert asked - FILES * 2**16 < 1.1 * whole * 2 / 24
-    assert f"2 row groups, 0.1 of {whole / 1e6:.1f} MB, are read" in capsys.readouterr().err
-    assert data.read_json(tmp_path / "subset/config.json")["inputs"]["commit"] == "a" * 40
+    assert f"2 row groups, 0.1 of {whole / 1e6:.1f} MB, come from" in capsys.readouterr().err
+    assert data.read_json(tmp_path / "subset/config.json")["inputs"]["commit"] == run.tags["subset.commit"] == "a" * 40
 
 
 def test_a_larger_subset_begins_with_the_smaller_and_reads_what_is_new(server: Hub, tmp_path: Path) -> None:
@@ -275,15 +287,17 @@ def offline(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
+def no_commit(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.revisions["main"] = "../../elsewhere"
+
+
 def no_library(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("huggingface_hub", "huggingface_hub.errors"):
         monkeypatch.setitem(sys.modules, name, None)
 
 
 def no_ranges(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.routes.insert(
-        0, ("GET", "/datasets/team/pictures/resolve/[^/]*/(.*)", lambda _, path: (200, (server.folder / path).read_bytes()))
-    )
+    server.routes.insert(0, ("GET", "/storage/(.*)", lambda _, path: (200, (server.folder / path).read_bytes())))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +306,7 @@ def no_ranges(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         (gated, "is gated or closed to you; accept its terms on its page, give a token that may read it .HF_TOKEN"),
         (no_network, "the hub does not give team/pictures .*where there is no network, fetch the files somewhere else and name the folder"),
         (offline, "the hub does not give team/pictures .*fline"),
+        (no_commit, "the hub does not give team/pictures .it calls '../../elsewhere' a commit"),
         (no_library, "lies on the hub; to read it: pip install huggingface_hub"),
         (no_ranges, "bytes came in place of 65,536; does a proxy drop the header Range.*run the same command again"),
     ],

@@ -75,7 +75,10 @@ class Dataset:
         with self._asked(self.name):
             from huggingface_hub import HfApi
 
-            return str(HfApi().dataset_info(self.name, revision=self.revision or None, timeout=SECONDS).sha)
+            found = str(HfApi().dataset_info(self.name, revision=self.revision or None, timeout=SECONDS).sha)
+            if not COMMIT.fullmatch(found):  # it becomes part of a path
+                raise OSError(f"it calls {found!r} a commit")
+            return found
 
     def files(self, folder: str, below: bool) -> list[File]:
         """All files of a folder in it, and with ``below`` of those below. Asked once for a commit."""

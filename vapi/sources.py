@@ -57,7 +57,7 @@ WNID = "a00000000"
 
 Where = Path | hub.File
 """A file of a source."""
-F = TypeVar("F", Path, Where)
+F = TypeVar("F")
 
 
 class Entry(NamedTuple):
@@ -476,7 +476,7 @@ class HubParquet(Parquet):
         found = super().groups(entries)
         some = sum(self._size(*wanted[0].place[:2]) for wanted in found) / 1e6
         whole = sum(file.size for _, file in self.files()) / 1e6
-        print(f"{len(found):,} row groups, {some:,.1f} of {whole:,.1f} MB, are read, or were kept", file=sys.stderr)
+        print(f"{len(found):,} row groups, {some:,.1f} of {whole:,.1f} MB, come from the hub, or were kept", file=sys.stderr)
         return found
 
     def _size(self, file: Where, group: int) -> int:
