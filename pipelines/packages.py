@@ -22,7 +22,7 @@ from vapi.cluster.config import ClusterConfig
 HERE = Path(__file__).parent
 CLUSTER = HERE / "cluster.yaml"
 COMPILED = HERE / "compiled"
-PUBLISHED = ("digits", "digits-t2i", "llamagen-xl-c2i", "llamagen-xl-t2i", "llamagen-xxl-c2i")
+PUBLISHED = ("digits", "digits-t2i", "janus-pro-1b", "llamagen-xl-c2i", "llamagen-xl-t2i", "llamagen-xxl-c2i")
 """Recipes whose packages are kept in git. A control or an -official run is one of these with a field changed."""
 COMPLETE = "python -m pipelines cluster --write"
 """The command that writes a complete cluster.yaml."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import threading
@@ -14,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from imports import ROOT
 
@@ -337,3 +339,74 @@ class Kubeflow(Stub):
     def _repeat(self, request: Request) -> Answer:
         self.recurring.append(request.json)
         return 200, {"recurring_run_id": "rr-1", **request.json}
+
+
+# --- the Hugging Face hub ----------------------------------------------------------------------
+
+
+class Hub(Stub):
+    """One dataset on the hub, the files of a folder: revisions, trees in pages of two, and files by ranges, each of which is noted.
+    One model too, whose size alone is known."""
+
+    def __init__(self, folder: Path, name: str = "team/pictures") -> None:
+        super().__init__()
+        self.folder, self.name = folder, name
+        self.revisions = {"main": "a" * 40, "refs/convert/parquet": "b" * 40}
+        self.gated = False
+        self.ranges: list[tuple[str, str]] = []
+        self.before: Callable[[], None] = lambda: None  # is called before a range is given
+        revision = "(refs/[^/]+/[^/]+|[^/]+)"
+        self.route("GET", "/api/datasets/([^/]+/[^/]+)")(lambda request, name: self._info(request, name, "main"))
+        self.route("GET", f"/api/datasets/([^/]+/[^/]+)/revision/{revision}")(self._info)
+        self.route("GET", f"/api/datasets/([^/]+/[^/]+)/tree/{revision}/?(.*)")(self._tree)
+        self.route("GET", f"/datasets/([^/]+/[^/]+)/resolve/{revision}/(.+)")(self._resolve)
+        self.route("GET", "/storage/(.+)")(self._range)
+        model = {"id": "team/model", "private": False, "siblings": [{"rfilename": "model.safetensors", "size": 123, "blobId": "0" * 40}]}
+        self.route("GET", "/api/models/team/model")(lambda request: (200, model))
+
+    def _refused(self, name: str, revision: str) -> Answer | None:
+        if name != self.name:  # it does not tell what is private from what is not there
+            return 401, ({"error": "Invalid username or password."}, {"X-Error-Code": "RepoNotFound"})
+        if revision not in (*self.revisions, *self.revisions.values()):
+            return 404, ({"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
+        return None
+
+    def _info(self, request: Request, name: str, revision: str) -> Answer:
+        sha = self.revisions.get(revision, revision)
+        return self._refused(name, revision) or (200, {"id": name, "sha": sha, "private": False, "downloads": 0, "tags": [], "likes": 0})
+
+    def _tree(self, request: Request, name: str, revision: str, path: str) -> Answer:
+        if refused := self._refused(name, revision):
+            return refused
+        if not (self.folder / path).is_dir():
+            return 404, ({"error": "no such entry"}, {"X-Error-Code": "EntryNotFound"})
+        below = request.query["recursive"].lower() == "true"
+        found = sorted((self.folder / path).rglob("*") if below else (self.folder / path).iterdir())
+        start = int(request.query.get("cursor", 0))
+        query = urllib.parse.urlencode({**request.query, "cursor": start + 2})
+        more = {"Link": f'<{self.url}{urllib.parse.quote(request.path)}?{query}>; rel="next"'} if start + 2 < len(found) else {}
+        return 200, ([self._entry(one) for one in found[start : start + 2]], more)
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        name = path.relative_to(self.folder).as_posix()
+        if path.is_dir():
+            return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+        size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+        return {"type": "file", "path": name, "oid": digest[:40], "size": size, "lfs": {"oid": digest, "size": size, "pointerSize": 130}}
+
+    def _resolve(self, request: Request, name: str, revision: str, path: str) -> Answer:
+        if self.gated:
+            return 403, ({"error": "restricted"}, {"X-Error-Code": "GatedRepo"})
+        return 302, (b"", {"Location": f"{self.url}/storage/{path}"})
+
+    def _range(self, request: Request, path: str) -> Answer:
+        self.before()
+        first, last = request.headers["Range"].removeprefix("bytes=").split("-")
+        self.ranges.append((path, f"{first}-{last}"))
+        return 206, (self.folder / path).read_bytes()[int(first) : int(last) + 1]
+
+
+def hub_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT does to a new process."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")

@@ -45,6 +45,13 @@ def test_nothing_below_a_stage_imports_one(module: str) -> None:
     assert not ours(module) & (STAGE_MODULES | ENTRY_POINTS)
 
 
+def test_a_source_is_read_by_one_process() -> None:
+    """Eight ranks that listed a data set on a hub would be eight times as many requests; they read what the subset holds."""
+    assert not STAGES["subset"].parallel
+    for stage in ("tokens", "tune"):
+        assert not reached(f"vapi.{stage}", without=set()) & {"vapi.sources", "vapi.hub"}
+
+
 def test_models_and_metrics_do_not_know_each_other() -> None:
     assert not [name for module in under("vapi.models") for name in ours(module) if name.startswith("vapi.metrics")]
     assert not [name for module in under("vapi.metrics") for name in ours(module) if name.startswith("vapi.models")]

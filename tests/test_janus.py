@@ -12,11 +12,12 @@ import janus_world
 import pytest
 import torch
 from conftest import CAPTIONS
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vapi import cli, data, models
-from vapi.config import ModelConfig, TuneConfig
+from vapi import cli, data, images, models, tokens
+from vapi.config import ModelConfig, TokensConfig, TuneConfig
 from vapi.models import janus, janus_files, weights
 from vapi.objective import optimizer_of
 
@@ -354,6 +355,52 @@ def test_what_is_not_whole_is_refused(whole: Path, tmp_path: Path, change: Calla
     change(tmp_path / "janus")
     with pytest.raises(ValueError, match=words):
         models.load(config(tmp_path / "janus"))
+
+
+def of_a_larger_one(folder: Path) -> None:
+    """As who puts Janus-Pro-7B's weights beside the configuration of the 1B."""
+    larger = janus_world.write(folder.parent / "larger", hidden_size=64, num_hidden_layers=3)
+    shutil.copyfile(Path(larger.generator) / "model.safetensors", folder / "model.safetensors")
+
+
+def on_a_hub(folder: Path) -> None:
+    shutil.rmtree(folder.parent)
+
+
+def as_it_is(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "caption", "words"),
+    [
+        (of_a_larger_one, "nine", "of width 32 and 2 layers, and the weights beside it have 64 and 3; they do not belong together"),
+        (lacks_shard, "nine", "lacks model-00002-of-00003.safetensors, which model.safetensors.index.json names; fetch it again"),
+        (no_image_tokens, "nine", "tokenizer.json knows no <begin_of_image>; it is not the tokenizer of a model that draws"),
+        (on_a_hub, "nine", "nobody/janus is no local file, and the hub did not give it"),
+        (as_it_is, "a very long one " * 12, "a caption makes 2.. tokens, and 129 fit before 16 codes: 'a very long one"),
+        (as_it_is, "a <begin_of_image> b", "the model's own marks; take them out"),
+    ],
+)
+def test_the_first_stage_that_reads_it_refuses_it_before_anything_is_on_a_device(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], caption: str, words: str
+) -> None:
+    """And so does whoever loads it, if it is not the caption's fault."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, tmp_path / "nobody/janus")
+    change(tmp_path / "nobody/janus")
+    png = images.png_bytes(Image.new("RGB", (16, 16)))
+    (tmp_path / "subset").mkdir()
+    data.write_subset(tmp_path / "subset", [data.Row("one", -1, caption, 16, 16, "RGB", png, data.text_digest("one"))])
+    monkeypatch.setattr(weights, "fill", lambda *given: pytest.fail("weights are on a device"))
+    model = config(Path("nobody/janus"))
+    with pytest.raises(ValueError, match=words):
+        tokens.tokens(model, TokensConfig(), tmp_path / "subset", tmp_path / "tokens")
+    if change is not as_it_is:
+        with pytest.raises(ValueError, match=words):
+            models.load(model)
 
 
 def test_what_does_not_belong_together(

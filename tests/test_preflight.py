@@ -14,7 +14,7 @@ import world
 
 from pipelines import pipeline
 from vapi import config, recipes
-from vapi.cluster import api, checks, preflight
+from vapi.cluster import api, checks, origin, preflight
 from vapi.cluster.config import ClusterConfig, ImageConfig, PodsConfig
 from vapi.config import Config
 
@@ -303,6 +303,33 @@ def test_with_a_volume_nothing_is_fetched_to_look_at_it(root: Path, here: Path) 
     assert not list((volume / ".vapi").rglob("*.parquet")) and not list((volume / ".vapi").rglob("*.safetensors"))
     assert "| subset_source | ok | data/digits/train.parquet," in (here / "checks.md").read_text()
     assert "bytes, still to be fetched" in (here / "checks.md").read_text()
+
+
+def test_what_lies_on_a_hub_is_looked_at_there(
+    root: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dataset by its list of files and the end of the first, a model by its size; neither is missed where the data come from."""
+    named = {"subset_source": "hf://datasets/team/pictures/train.parquet", "model_generator": "team/model", "model_tokenizer": "team/model"}
+    with stubs.serving(stubs.Hub(root / "data/digits")) as hub:
+        stubs.hub_at(hub.url, monkeypatch)
+        plans = step(root, here, **named, subset_images=20)
+        table = (here / "checks.md").read_text()
+        assert f"| subset_source | ok | hf://datasets/team/pictures/train.parquet at commit {'a' * 40}, 1 files, " in table
+        assert "| model_generator | ok | team/model, 123 bytes |" in table
+        assert plans["subset"]["config"]["subset"]["source"] == named["subset_source"]
+        volume = here / "volume"
+        volume.mkdir()
+        step(root, here, **named, work_dir=str(volume), data_uri=f"local://{root}")
+        for words, changes in (
+            ("subset_source: the hub knows no dataset team/none", {"subset_source": "hf://datasets/team/none"}),
+            ("subset_source: train.parquet has no column 'lable'; did you mean 'label'?", {"also": {"subset.label_column": "lable"}}),
+            ("evaluate_reference: hf://datasets/team/pictures is not in", {"evaluate_reference": "hf://datasets/team/pictures"}),
+        ):
+            with pytest.raises(SystemExit):
+                step(root, here, **{**named, **changes})
+            assert words in capsys.readouterr().err
+    source = origin.Origin(f"local://{root}")
+    assert not list(origin.root(source, named.values(), here / "other").iterdir()), "a hub's names are left to whoever reads them"
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class SubsetConfig:
     """Which real images to tune on."""
 
     source: str = "data/digits/train.parquet"
-    """Folder of class folders; Parquet or webdataset tars: a file, a folder, a pattern (data/train-*.parquet); CSV / JSONL of paths."""
+    """Class folders; Parquet or tars (a file, a folder, a pattern); CSV, JSONL; hf://datasets/OWNER/NAME@REVISION/folder or pattern."""
     format: Literal["auto", "folder", "parquet", "table", "webdataset"] = "auto"
     """How to read the source; auto looks at what lies there."""
     images: int = 2048

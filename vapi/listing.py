@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from vapi import data, sources
+from vapi import data, hub, sources
 from vapi.config import SubsetConfig, write_text
-from vapi.sources import Source
+from vapi.sources import Source, Where
 
 HASHED_BELOW = 256 * 2**20
 """A source of fewer bytes is listed with the hash of each file, a larger one with the time of its last change."""
@@ -25,7 +25,7 @@ STATS = 500
 
 def listing(source: Source) -> str:
     """The files of a source as JSON, a line each: name, bytes, and sha256, or for a large source (hashing 150 GB
-    takes longer than tuning) the time of the last change in nanoseconds."""
+    takes longer than tuning) the time of the last change in nanoseconds. Of one on a hub: what the hub says of its files."""
     lines: list[str] = []
     total = 0
     with tqdm(desc="listing", unit="file", delay=1, disable=None) as bar:
@@ -34,22 +34,33 @@ def listing(source: Source) -> str:
             total += size
             bar.update(len(some))
     if total < HASHED_BELOW:
-        lines = [_line(name, path.stat().st_size, sha256=data.file_digest(path)) for name, path in source.files()]
+        lines, _ = _described(source.files(), hashed=True)
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
 
-def _described(files: Sequence[tuple[str, Path]]) -> tuple[list[str], int]:
+def _described(files: Iterable[tuple[str, Where]], hashed: bool = False) -> tuple[list[str], int]:
     """Lines of some files, and their bytes together."""
-    stats = [path.stat() for _, path in files]
-    lines = [_line(name, stat.st_size, changed=stat.st_mtime_ns) for (name, _), stat in zip(files, stats, strict=True)]
-    return lines, sum(stat.st_size for stat in stats)
+    lines, total = [], 0
+    for name, file in files:
+        size, mark = _mark(file, hashed)
+        lines.append(_line(name, size, **mark))
+        total += size
+    return lines, total
+
+
+def _mark(file: Where, hashed: bool) -> tuple[int, dict[str, str | int]]:
+    """A file's bytes, and what changes when it does."""
+    if isinstance(file, hub.File):
+        return file.size, {"digest": file.digest}
+    stat = file.stat()
+    return stat.st_size, {"sha256": data.file_digest(file)} if hashed else {"changed": stat.st_mtime_ns}
 
 
 def _line(name: str, size: int, **mark: str | int) -> str:
     return json.dumps({"name": name, "bytes": size, **mark}, ensure_ascii=False)
 
 
-def _chunks(files: Iterable[tuple[str, Path]], size: int) -> Iterator[list[tuple[str, Path]]]:
+def _chunks(files: Iterable[tuple[str, Where]], size: int) -> Iterator[list[tuple[str, Where]]]:
     left = iter(files)
     while some := list(itertools.islice(left, size)):
         yield some

@@ -113,7 +113,7 @@ _LLAMAGEN_T2I = {
     "register.allowances": {"fid": 0.05, "fid_random": 0.1, "clipscore": 0.02},
 }
 
-# The paper's run of Janus-Pro-1B (table 7; its script says noise 1.0): the pictures of FLUX-Reason-6M as Parquet, 384 pixels, LPIPS
+# The paper's run of Janus-Pro-1B (table 7; its script says noise 1.0): pictures of FLUX-Reason-6M from the hub, 384 pixels, LPIPS
 # on AlexNet. Results are bound by the licences of Janus's weights (DeepSeek's, with restrictions of use that stay with tuned
 # weights) and of FLUX.1 [dev], which drew the pictures.
 _JANUS = {
@@ -123,7 +123,7 @@ _JANUS = {
     "model.tokenizer": "deepseek-ai/Janus-Pro-1B",
     "model.text_encoder": "",
     "model.image_size": 384,
-    "subset.source": "data/flux-reason/*.parquet",
+    "subset.source": "hf://datasets/LucasFang/FLUX-Reason-6M",
     "subset.images": 12_928,
     "subset.caption_column": "caption_original",
     "subset.min_size": 384,

@@ -8,7 +8,7 @@ without a field for the label or the caption are refused; a caption that is ther
 blank, no text) is that image's loss alone.
 
     folder      source/<class>/**/*.png       labels by sorted folder name, as torchvision's ImageFolder
-    parquet     one file, a folder or a pattern of them; a column of bytes or Hugging Face's {bytes, path}
+    parquet     one file, a folder or a pattern of them; a column of bytes or Hugging Face's {bytes, path}; also on a hub
     table       .csv or .jsonl that names images, relative to itself
     webdataset  .tar, a folder or a pattern of them: 0001.jpg with 0001.cls, 0001.txt, 0001.json
 
@@ -28,15 +28,17 @@ import functools
 import json
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from vapi import hub
 from vapi.config import SubsetConfig
 from vapi.data import parallel, require_column
 from vapi.images import SUFFIXES
@@ -53,13 +55,19 @@ WNID = "a00000000"
 """ImageNet's class folders look like this: a letter and eight digits."""
 
 
+Where = Path | hub.File
+"""A file of a source."""
+F = TypeVar("F")
+
+
 class Entry(NamedTuple):
     """One image that could be picked. ``place`` is where its source finds it."""
 
     key: str
     label: int  # -1: none
-    caption: str | None  # "": none is asked for; None: there should be one
+    caption: str | None  # "": none is asked for, or it comes with the image; None: there should be one
     place: Any
+    cluster: str = ""  # those of a cluster are drawn together; "": each by itself
 
 
 class Source(Protocol):
@@ -72,15 +80,17 @@ class Source(Protocol):
         """Some entries in groups, each of which is read at one go."""
 
     def read(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
-        """The encoded bytes of some entries, or in a few words why they cannot be had, in any order. From any thread.
-        Raises OSError when a file is gone that was there when it was listed."""
+        """The encoded bytes of some entries, or in a few words why they cannot be had, in any order; entries with their captions,
+        if these come with the images. From any thread. Raises OSError when a file is gone that was there when it was listed."""
 
-    def files(self) -> Iterable[tuple[str, Path]]:
+    def files(self) -> Iterable[tuple[str, Where]]:
         """Every file that belongs to the source, by relative name, sorted."""
 
 
 def open_source(config: SubsetConfig) -> Source:
     """The reader for ``subset.source``. Raises ValueError if nothing lies there or it is not clear what."""
+    if hub.is_address(config.source):
+        return HubParquet(config)
     path = Path(config.source)
     if not path.exists() and not _is_pattern(path):
         hint = "the bundled data comes with: dvc pull data.dvc"
@@ -308,20 +318,27 @@ def _shards(path: Path, suffix: str) -> list[tuple[str, Path]]:
         return [(path.name, path)]
     root, pattern = (path, f"*{suffix}") if path.is_dir() else (path.parent, path.name)
     names = (p.relative_to(root).as_posix() for p in (root.rglob(pattern) if path.is_dir() else root.glob(pattern)) if p.is_file())
+    return [(name, root / name) for name in _chosen(names, str(path), pattern, path.is_dir())]
+
+
+def _chosen(names: Iterable[str], source: str, pattern: str, whole: bool) -> list[str]:
+    """Those of the files' names that are shards of a source, a pattern or a ``whole`` folder; sorted."""
     found = sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))  # .cache of a download
+    suffix = PurePosixPath(pattern).suffix
     if not found:
-        raise ValueError(f"{path} holds no {suffix} files" if path.is_dir() else f"no file is called {path}")
+        raise ValueError(f"{source} holds no {suffix} files" if whole else f"no file is called {source}")
     splits = sorted({match[1] for name in found if (match := SPLITS.search(name))})
-    if path.is_dir() and len(splits) > 1:
+    if whole and len(splits) > 1:
+        folder = "/".join([source.rstrip("/"), *found[0].split("/")[:-1]])
         raise ValueError(
-            f"{path} holds shards of {' and '.join(splits)}; name those that are meant, "
-            f"as in subset.source '{path}/*train*{suffix}' (or '{path}/*{suffix}' for all)"
+            f"{source} holds shards of {' and '.join(splits)}; name those that are meant, "
+            f"as in subset.source '{folder}/*train*{suffix}' (or '{folder}/*{suffix}' for all)"
         )
-    _require_all_parts(found, root, pattern)
-    return [(name, root / name) for name in found]
+    _require_all_parts(found, source, pattern)
+    return found
 
 
-def _all_of(files: list[tuple[str, Path]], entries: Callable[[str, Path], Iterator[Entry]]) -> list[Entry]:
+def _all_of(files: Sequence[tuple[str, F]], entries: Callable[[str, F], Iterator[Entry]]) -> list[Entry]:
     """The entries of all shards, several of which are read at a time."""
     found: list[Entry] = []
     with tqdm(total=len(files), desc="listing", unit="shard", delay=1, disable=None) as bar:
@@ -331,7 +348,7 @@ def _all_of(files: list[tuple[str, Path]], entries: Callable[[str, Path], Iterat
     return found
 
 
-def _require_all_parts(found: Sequence[str], root: Path, pattern: str) -> None:
+def _require_all_parts(found: Sequence[str], source: str, pattern: str) -> None:
     """``train-00003-of-00294.parquet`` tells of 293 others, as far as they match the pattern."""
     for start, width, total, suffix in sorted({(m[1], len(m[2]), m[3], m[4]) for name in found if (m := PART.fullmatch(name))}):
         parts = [f"{start}-{number:0{width}d}-of-{total}{suffix}" for number in range(int(total))]
@@ -340,7 +357,7 @@ def _require_all_parts(found: Sequence[str], root: Path, pattern: str) -> None:
         if missing:
             there = len(wanted) - len(missing)
             raise ValueError(
-                f"{root} holds {there} of {len(wanted)} shards, without {_list(missing)}; fetch them, or name those that are meant"
+                f"{source} holds {there} of {len(wanted)} shards, without {_list(missing)}; fetch them, or name those that are meant"
             )
 
 
@@ -358,55 +375,131 @@ def _whole(what: str) -> Iterator[None]:
 class Parquet:
     """Images inside Parquet. The key is file and row: an image's own name, where it has one, need not be unique."""
 
+    far = False
+    """Whether reading takes so long that captions come with the images, and the images of a row group together."""
+
     def __init__(self, path: Path, config: SubsetConfig) -> None:
         self.path, self.config = path, config
 
     def entries(self) -> list[Entry]:
         return _all_of(self.files(), self._entries)
 
-    def _entries(self, name: str, file: Path) -> Iterator[Entry]:
-        with _whole(f"{file} is not a Parquet file, or not a whole one"):
-            parquet = pq.ParquetFile(file)
-        label, caption = _columns(parquet.schema_arrow.names, file, self.config)
-        self._check_images(parquet, file)
-        row = 0
-        for group in range(parquet.num_row_groups):
-            columns = parquet.read_row_group(group, columns=[c for c in (label, caption) if c]).to_pydict()
-            for i in range(parquet.metadata.row_group(group).num_rows):
-                key = f"{name}:{row:07d}"
-                number = _label(columns[label][i], key, self.config) if label else -1
-                yield Entry(key, number, _caption(columns[caption][i], self.config) if caption else "", (file, group, i))
-                row += 1
+    def _entries(self, name: str, file: Where) -> Iterator[Entry]:
+        with self._opened(file) as parquet:
+            label, caption = _columns(parquet.schema_arrow.names, file, self.config)
+            self._bytes_of(parquet, file)
+            listed, row = [column for column in (label, "" if self.far else caption) if column], 0
+            for group in range(parquet.num_row_groups):
+                columns = parquet.read_row_group(group, columns=listed).to_pydict()
+                cluster = f"{name}:{group}" if self.far else ""
+                for i in range(parquet.metadata.row_group(group).num_rows):
+                    key = f"{name}:{row:07d}"
+                    number = _label(columns[label][i], key, self.config) if label else -1
+                    words = _caption(columns[caption][i], self.config) if caption in columns else ""
+                    yield Entry(key, number, words, (file, group, i), cluster)
+                    row += 1
 
-    def _check_images(self, parquet: pq.ParquetFile, file: Path) -> None:
-        kind = parquet.schema_arrow.field(self.config.image_column).type
-        inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    def _opened(self, file: Where) -> pq.ParquetFile:
+        with _whole(f"{file} is not a Parquet file, or not a whole one"):
+            return pq.ParquetFile(file)
+
+    def _bytes_of(self, parquet: pq.ParquetFile, file: Where) -> str:
+        """The column of the encoded bytes, which may lie in one of {bytes, path}."""
+        name = self.config.image_column
+        kind = parquet.schema_arrow.field(name).type
+        inside = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        inner = kind.field("bytes").type if inside else kind
         if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
-            raise ValueError(f"{file}: column {self.config.image_column!r} holds {kind}, not image bytes or {{bytes, path}}")
+            raise ValueError(f"{file}: column {name!r} holds {kind}, not image bytes or {{bytes, path}}")
+        return f"{name}.bytes" if inside else name
 
     def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
-        groups: dict[tuple[Path, int], list[Entry]] = {}
-        for entry in entries:
-            groups.setdefault(entry.place[:2], []).append(entry)
-        return [wanted for _, wanted in sorted(groups.items())]
+        return _by_row_group(entries)
 
     def read(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | str]]:
-        for wanted in self.groups(entries):
+        for wanted in _by_row_group(entries):
             file, group, _ = wanted[0].place
-            column = self._column(file, group)
+            table = self._table(file, group)
             for entry in wanted:
-                value = column[entry.place[2]].as_py()
+                row = entry.place[2]
+                value = table[self.config.image_column][row].as_py()
                 data = value["bytes"] if isinstance(value, dict) else value
+                if self.config.caption_column in table.column_names:
+                    entry = entry._replace(caption=_caption(table[self.config.caption_column][row].as_py(), self.config))
                 yield entry, "no image bytes (null)" if data is None else data
 
-    def _column(self, file: Path, group: int) -> pa.ChunkedArray:
-        """The images of a row group: as little as can be read."""
-        name = self.config.image_column
-        with _whole(f"{file}: row group {group} cannot be read"), pq.ParquetFile(file) as parquet:
-            return parquet.read_row_group(group, columns=[name], use_threads=False)[name]  # the threads are ours
+    def _table(self, file: Where, group: int) -> pa.Table:
+        """The images of a row group, and captions that were not listed: as little as can be read."""
+        with _whole(f"{file}: row group {group} cannot be read"), self._opened(file) as parquet:
+            columns = [self._bytes_of(parquet, file)]
+            if self.far and self.config.caption_column in parquet.schema_arrow.names:
+                columns.append(self.config.caption_column)
+            return parquet.read_row_group(group, columns=columns, use_threads=False)  # the threads are ours
 
-    def files(self) -> list[tuple[str, Path]]:
+    def files(self) -> Sequence[tuple[str, Where]]:
         return _shards(self.path, ".parquet")
+
+
+def _by_row_group(entries: Iterable[Entry]) -> list[list[Entry]]:
+    groups: dict[tuple[Where, int], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.place[:2], []).append(entry)
+    return [wanted for _, wanted in sorted(groups.items())]
+
+
+class HubParquet(Parquet):
+    """The same on a hub, read by ranges of bytes."""
+
+    far = True
+
+    def __init__(self, config: SubsetConfig) -> None:
+        if config.format not in ("auto", "parquet"):
+            raise ValueError(f"subset.format is {config.format}, and on a hub Parquet alone is read; fetch the files and name their folder")
+        self.dataset, self.config = hub.Dataset(config.source), config
+        self._end = functools.lru_cache(maxsize=8)(self._read_end)
+
+    def files(self) -> list[tuple[str, hub.File]]:
+        folder, _, pattern = self.dataset.path.rpartition("/")
+        whole = not (pattern.endswith(".parquet") or any(sign in pattern for sign in "*?["))
+        if whole:
+            folder, pattern = self.dataset.path, "*.parquet"
+        listed = {file.path.removeprefix(f"{folder}/"): file for file in self.dataset.files(folder, below=whole)}
+        named = (name for name in listed if fnmatch.fnmatchcase(name, pattern))
+        return [(name, listed[name]) for name in _chosen(named, self.config.source, pattern, whole)]
+
+    def _opened(self, file: Where) -> pq.ParquetFile:
+        assert isinstance(file, hub.File)
+        with _whole(f"{file} is not a Parquet file, or not a whole one"):
+            return pq.ParquetFile(self.dataset.open(file))
+
+    def groups(self, entries: Iterable[Entry]) -> list[list[Entry]]:
+        found = super().groups(entries)
+        some = sum(self._size(*wanted[0].place[:2]) for wanted in found) / 1e6
+        whole = sum(file.size for _, file in self.files()) / 1e6
+        print(f"{len(found):,} row groups, {some:,.1f} of {whole:,.1f} MB, come from the hub, or were kept", file=sys.stderr)
+        return found
+
+    def _size(self, file: Where, group: int) -> int:
+        """Bytes of a row group's images."""
+        metadata, images = self._end(file)
+        chunks = (metadata.row_group(group).column(n) for n in range(metadata.num_columns))
+        return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema == images)
+
+    def _read_end(self, file: Where) -> tuple[pq.FileMetaData, str]:
+        with self._opened(file) as parquet:
+            return parquet.metadata, self._bytes_of(parquet, file)
+
+    def described(self) -> str:
+        """What lies there, in words, after a look at the list of files and into the first of them."""
+        files = self.files()
+        next(self._entries(*files[0]), None)
+        size = sum(file.size for _, file in files)
+        return f"{self.config.source} at commit {self.dataset.commit}, {len(files):,} files, {size:,} bytes"
+
+
+def commit(source: Source) -> dict[str, str]:
+    """The ``commit`` that a dataset on a hub is read at; nothing for other sources."""
+    return {"commit": source.dataset.commit} if isinstance(source, HubParquet) else {}
 
 
 # --- table -------------------------------------------------------------------------------------

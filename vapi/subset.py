@@ -3,7 +3,8 @@
 Which images are picked hangs on the seed and on each image's key, never on the order in which a
 file system lists them: every entry gets the hash of (seed, key), each class queues up by it, and the
 classes take turns. So any first n images of a subset are balanced too, and a larger subset with the
-same seed begins with the smaller one.
+same seed begins with the smaller one. Images of a cluster (a row group on a hub) queue up together, by
+the hash of (seed, cluster).
 
 Only what is picked is opened. An image that cannot be decoded, that has no caption where there should be
 one, or whose bytes were picked already under another key, is quarantined with the reason and the next in
@@ -14,6 +15,7 @@ resizing and re-encoding. Pixels are the tokenizer's business, and other stages 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import os
 import time
@@ -45,6 +47,7 @@ def subset(subset: SubsetConfig, out: Path, run: Run = NO_RUN) -> None:
     with data.output_folder(out, "subset") as folder:
         with sources.still_there(subset):
             source = sources.open_source(subset)
+            commit = sources.commit(source)
             digest = hashlib.sha256(listing.listing(source).encode()).hexdigest()
             queues = _queues(source.entries(), subset)
         with (folder / "spool").open("w+b") as spool:
@@ -52,8 +55,10 @@ def subset(subset: SubsetConfig, out: Path, run: Run = NO_RUN) -> None:
             data.write_subset(folder, picked.rows(spool), subset.images_per_shard)
         (folder / "spool").unlink()
         summary = _report(folder, picked.rejected, subset)
-        data.describe(folder, "subset", {"subset": subset}, {"source": digest}, time.perf_counter() - started)
+        data.describe(folder, "subset", {"subset": subset}, {"source": digest, **commit}, time.perf_counter() - started)
     run.dataset(Path(subset.source).name, data.file_digest(Path(out) / "manifest.parquet"), subset.source)
+    for name, value in commit.items():
+        run.tag(f"subset.{name}", value)
     run.metrics({f"subset/{name}": float(summary[name]) for name in ("images", "quarantined", "unreadable")})
     run.artifact(Path(out) / "quality.html")
     print(f"{summary['images']:,} images, {summary['quarantined']:,} quarantined -> {out}")
@@ -66,6 +71,11 @@ def _draw(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}\0{name}".encode()).digest()
 
 
+def _turn(seed: int, entry: Entry) -> bytes:
+    """What an image's place in its queue goes by."""
+    return (_draw(seed, entry.cluster) if entry.cluster else b"") + _draw(seed, entry.key)
+
+
 def _queues(entries: Sequence[Entry], config: SubsetConfig) -> list[list[Entry]]:
     """One queue per class, in the order in which the classes take turns; or a single queue.
 
@@ -76,7 +86,7 @@ def _queues(entries: Sequence[Entry], config: SubsetConfig) -> list[list[Entry]]
     if config.images > len(entries):
         raise ValueError(f"subset.images is {config.images}, and {config.source} holds {len(entries)}; ask for fewer, or 0 for all")
     _require_labels(entries, config)
-    by_turn = sorted(entries, key=lambda entry: _draw(config.seed, entry.key))
+    by_turn = sorted(entries, key=lambda entry: _turn(config.seed, entry))
     if config.classes == 0 or config.balance == "random":
         return [by_turn]
     queues: list[list[Entry]] = [[] for _ in range(config.classes)]
@@ -121,8 +131,9 @@ class Found:
     height: int
     mode: str
     sha256: str
-    offset: int
     size: int
+    caption: str | None  # None: there should be one
+    offset: int = 0
 
 
 @dataclass
@@ -139,7 +150,7 @@ class Picked:
             yield data.Row(
                 key=entry.key,
                 label=entry.label,
-                caption=cast(str, entry.caption),
+                caption=cast(str, found.caption),
                 width=found.width,
                 height=found.height,
                 mode=found.mode,
@@ -187,10 +198,10 @@ class _Picker:
 
     def _next(self, queue: Iterator[Entry], picked: Picked, seen: dict[str, Entry]) -> Entry | None:
         for entry in queue:
-            if entry.caption is None:
+            found = self.known.get(entry.key)
+            if (found.caption if isinstance(found, Found) else entry.caption) is None:
                 picked.rejected.append((entry.key, f"no caption (no text under {self.config.caption_column!r})", True))
                 continue
-            found = self.known.get(entry.key)
             if found is None:
                 picked.unknown.append(entry)
                 return entry
@@ -219,7 +230,7 @@ class _Picker:
             for looked in data.parallel(self._look, groups, cores, 2 * cores):
                 for entry, payload, found in looked:
                     if isinstance(found, Found):
-                        found = Found(found.width, found.height, found.mode, found.sha256, self.spool.tell(), found.size)
+                        found = dataclasses.replace(found, offset=self.spool.tell())
                         self.spool.write(payload)
                     self.known[entry.key] = found
                 bar.update(len(looked))
@@ -229,18 +240,18 @@ class _Picker:
         looked: list[tuple[Entry, bytes, Found | str]] = []
         with sources.still_there(self.config):
             for entry, payload in self.source.read(group):
-                found = payload if isinstance(payload, str) else self._inspect(payload)
+                found = payload if isinstance(payload, str) else self._inspect(payload, entry.caption)
                 looked.append((entry, b"" if isinstance(found, str) else cast(bytes, payload), found))
         return looked
 
-    def _inspect(self, payload: bytes) -> Found | str:
+    def _inspect(self, payload: bytes, caption: str | None) -> Found | str:
         """What an image is, decoded to the last pixel, or why it is none."""
         try:
             image = images.inspect(payload, self.config.max_pixels)
             images.unpack(image)
         except ValueError as error:
             return str(error)
-        return Found(*image.size, image.mode, hashlib.sha256(payload).hexdigest(), 0, len(payload))
+        return Found(*image.size, image.mode, hashlib.sha256(payload).hexdigest(), len(payload), caption)
 
     def _require_readable(self) -> None:
         bad = [(key, found, False) for key, found in sorted(self.known.items()) if isinstance(found, str)]

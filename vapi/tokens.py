@@ -64,6 +64,7 @@ def tokens(model: ModelConfig, tokens: TokensConfig, subset: Path, out: Path, ru
     with world.first_enters(data.output_folder(out, "tokens")) as folder:
         picked = data.read_subset(subset)
         require_captions(model, picked, subset)
+        models.require_readable(model, picked.captions)
         tokenizer, device = models.load_tokenizer(model), models.device_of(model)
         features, counts = _features(picked, device, model, tokens, world) if model.text_encoder else (None, {})
         codes, encoded = _codes(tokenizer, device, picked, model, tokens, world)

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import vapi
-from vapi import data
+from vapi import data, hub
 from vapi.config import Config, named_files, write_text
 
 IMAGE = Path(vapi.__file__).resolve().parents[1]
@@ -108,7 +108,7 @@ def _relative(names: Iterable[str]) -> list[str]:
     for name in names:
         if ".." in Path(name).parts:
             raise ValueError(f"{name!r} leads out of the data; names are relative to data_uri and stay inside")
-    return sorted({name for name in names if not Path(name).is_absolute()})
+    return sorted({name for name in names if not Path(name).is_absolute() and not hub.is_address(name)})
 
 
 @contextlib.contextmanager
@@ -201,8 +201,9 @@ def _fetched(uri: str, names: list[str], state: Path) -> Path:
             for name, about in files.items():
                 (inside,) = _relative([name.removeprefix(f"{base}/")])  # a server's listing may say anything
                 _fetch(system, name, _version(about), folder / inside)
-    if names and not any(folder.iterdir()):
-        raise ValueError(f"data_uri {uri} holds none of {', '.join(names)}; a recipe's names are relative to it")
+    wanted = [name for name in names if name.startswith("data/")]  # others may be a hub's
+    if wanted and not any(folder.iterdir()):
+        raise ValueError(f"data_uri {uri} holds none of {', '.join(wanted)}; a recipe's names are relative to it")
     return folder
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vapi import config, data
+from vapi import config, data, hub
 from vapi.cluster import api, checks, form, origin, pages, step
 from vapi.cluster.api import Demand, Kubernetes
 from vapi.cluster.checks import Check, failed, ok, warning
@@ -132,7 +132,7 @@ def about_here(settings: Config, source: Origin, place: step.Place) -> list[Chec
         os.chdir(origin.root(source, [] if place.volume else wanted.values(), place.state))
     except ValueError as error:
         return [failed("data_uri", str(error))]
-    found = [ok("data_uri", _described(source)), *_files(wanted, there), *_readable(settings, there), *_networks(settings)]
+    found = [ok("data_uri", _described(source)), *_files(settings, wanted, there), *_readable(settings, there), *_networks(settings)]
     if place.volume:
         found += _room(place.volume, bytes_needed(settings) + sum(there.values()))
     return [*found, mlflow(settings.track.uri or os.environ.get("MLFLOW_TRACKING_URI", ""))]
@@ -144,7 +144,7 @@ def _described(source: Origin) -> str:
     return source.uri or "the image's own data"
 
 
-def _files(wanted: Mapping[str, str], there: Mapping[str, int]) -> Iterator[Check]:
+def _files(settings: Config, wanted: Mapping[str, str], there: Mapping[str, int]) -> Iterator[Check]:
     for dotted, name in wanted.items():
         with _field(dotted.replace(".", "_", 1)) as (field, found):
             if name in there:
@@ -154,6 +154,10 @@ def _files(wanted: Mapping[str, str], there: Mapping[str, int]) -> Iterator[Chec
 
                 size = text.size(name) if dotted == "model.text_encoder" else weights.size(name)
                 found.append(ok(field, f"{name}, {size:,} bytes"))
+            elif dotted == "subset.source" and hub.is_address(name):
+                from vapi import sources  # with the weight of what reads images
+
+                found.append(ok(field, sources.HubParquet(settings.subset).described()))
             elif here := origin.matches(Path(name)):
                 found.append(ok(field, name + (f", {len(here)} files" if len(here) > 1 else "")))
             else:
@@ -233,7 +237,8 @@ def bytes_needed(settings: Config) -> int:
     sweep = len(looks.temperatures) * len(looks.guidances) * looks.sweep_samples
     drawn = 2 * (sweep + 4 * looks.samples * len(looks.seeds))
     captions = CAPTION_BYTES * settings.subset.images if settings.model.text_encoder else 0
-    return 8 * generator + (IMAGE_BYTES * settings.subset.images + captions) + FEATURE_BYTES * drawn
+    images = settings.subset.images * (2 if hub.is_address(settings.subset.source) else 1)  # what is read of a hub is kept beside
+    return 8 * generator + (IMAGE_BYTES * images + captions) + FEATURE_BYTES * drawn
 
 
 def mlflow(uri: str, inside: bool = True) -> Check:

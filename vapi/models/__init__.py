@@ -15,7 +15,7 @@ from typing import Any, Protocol, Unpack
 import torch
 from torch import Tensor, nn
 
-from vapi.config import ModelConfig, nearest
+from vapi.config import READERS, ModelConfig, nearest
 from vapi.models.memory import Footprint
 from vapi.models.sampler import Sampling
 
@@ -94,8 +94,8 @@ def _janus() -> ModuleType:
     return janus
 
 
-# name -> the module, with ``load`` and ``load_tokenizer``; imported when named, so that one model's
-# dependencies are not another's.
+# name -> the module, with ``load`` and ``load_tokenizer``, and of config.READERS with ``require_readable``; imported when named, so
+# that one model's dependencies are not another's.
 POLICIES: dict[str, Callable[[], ModuleType]] = {
     "llamagen": _llamagen,
     "janus": _janus,
@@ -124,6 +124,13 @@ def _module(model: ModelConfig) -> ModuleType:
     if model.policy not in POLICIES:
         raise ValueError(f"model.policy is {model.policy!r}; {nearest(model.policy, POLICIES)}")
     return POLICIES[model.policy]()
+
+
+def require_readable(model: ModelConfig, captions: Sequence[str]) -> None:
+    """Raises ValueError for captions that a policy which reads them itself cannot read, and for files of it that do not belong
+    together, before any weights are on a device. What others read, their text encoder sees to."""
+    if model.policy in READERS:
+        _module(model).require_readable(model, captions)
 
 
 def load(model: ModelConfig, generator: str | Path = "") -> Policy:

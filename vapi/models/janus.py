@@ -264,6 +264,17 @@ class Prompts:
                 raise ValueError(f"the caption {caption!r} holds {BOS} or {START}, which are the model's own marks; take them out")
         return found
 
+    def fitting(self, captions: Sequence[str], sizes: Sizes) -> list[list[int]]:
+        """The same. Raises ValueError for a caption that leaves no room for an image's codes too."""
+        found = self.ids(captions)
+        longest = max(range(len(found)), key=lambda number: len(found[number]), default=0)
+        if found and len(found[longest]) > sizes.room:
+            raise ValueError(
+                f"a caption makes {len(found[longest])} tokens, and {sizes.room} fit before {sizes.codes} codes: "
+                f"{captions[longest][:60]!r}...; shorten it, or leave it out"
+            )
+        return found
+
 
 # --- reading -----------------------------------------------------------------------------------
 
@@ -338,30 +349,50 @@ def _side(config: Mapping[str, Any]) -> int | None:
 
 def load_tokenizer(model: ModelConfig, device: torch.device) -> vq.VQModel:
     """The frozen image tokenizer, from a whole Janus or from a file of its own. Raises ValueError for what is none, or does not fit."""
+    return frozen_tokenizer(*_tokenizer(model), model, device)
+
+
+def _tokenizer(model: ModelConfig) -> tuple[dict[str, Tensor], int]:
+    """Weights of the image tokenizer, mapped, and the groups of its norms (0: as published)."""
     path = weights.locate(model.tokenizer)
-    state, groups = (janus_files.read(path).tokenizer(), 0) if path.is_dir() else _tokenizer_file(path)
-    return frozen_tokenizer(state, groups, model, device)
-
-
-def _tokenizer_file(path: Path) -> tuple[dict[str, Tensor], int]:
+    if path.is_dir():
+        return janus_files.read(path).tokenizer(), 0
     state, meta = weights.read(path)
     return state, int(meta.get("groups", 0))
 
 
-def load_generator(model: ModelConfig, name: str | Path, factor: int, device: torch.device) -> tuple[Generator, Prompts]:
-    """What is tuned, ready to train, and the tokens it reads. ``name``: a whole Janus, or a file of tuned weights. What is no weights
-    (config.json, tokenizer.json) is the base's, which is ``model.generator``, or ``model.tokenizer`` where that is a tuned file too.
+def _whole(model: ModelConfig) -> str:
+    """Where config.json and tokenizer.json lie: ``model.generator``, or ``model.tokenizer`` where that is a file of tuned weights."""
+    return model.tokenizer if weights.locate(model.generator).is_file() else model.generator
 
-    Raises ValueError for weights that do not fit in every key, or were made for other images.
+
+def described(model: ModelConfig) -> tuple[Checkpoint, Prompts, Sizes]:
+    """A whole Janus, the tokens that it reads, and its sizes, while its weights are where they lie.
+
+    Raises ValueError for one that is not all there, is put together of several, or was made for other images.
     """
-    whole = model.tokenizer if weights.locate(model.generator).is_file() else model.generator
+    whole = _whole(model)
     base = janus_files.read(whole)
     prompts = Prompts(base.folder)
-    side, codes = _side(base.config), (model.image_size // factor) ** 2
+    state, groups = _tokenizer(model)
+    side, factor = _side(base.config), vq.infer_config(weights.shapes(state), groups).factor
     if side not in (None, model.image_size):
         raise ValueError(f"model.image_size is {model.image_size}, and {whole} draws {side} pixels")
-    sizes = sizes_of(base.folder, base.config, base.trained(), prompts, codes)
-    if str(name) == str(whole):
+    return base, prompts, sizes_of(base.folder, base.config, base.trained(), prompts, (model.image_size // factor) ** 2)
+
+
+def require_readable(model: ModelConfig, captions: Sequence[str]) -> None:
+    """Raises ValueError as ``described`` does, and for a caption that is too long or holds a mark that is the model's own."""
+    _, prompts, sizes = described(model)
+    prompts.fitting(captions, sizes)
+
+
+def load_generator(base: Checkpoint, sizes: Sizes, name: str | Path, device: torch.device) -> Generator:
+    """What is tuned, ready to train. ``name``: the base itself, another whole Janus, or a file of tuned weights.
+
+    Raises ValueError for weights that do not fit in every key.
+    """
+    if weights.locate(name) == base.folder:
         state = base.trained()
         _say_unread(base)
     else:
@@ -369,7 +400,7 @@ def load_generator(model: ModelConfig, name: str | Path, factor: int, device: to
     with META:
         generator = Generator(sizes)
     weights.fill(generator, state, name, device)
-    return generator.eval(), prompts
+    return generator.eval()
 
 
 def tuned(name: str | Path, sizes: Sizes | None = None) -> dict[str, Tensor]:
@@ -397,9 +428,9 @@ def load(model: ModelConfig, generator: str | Path, device: torch.device) -> Jan
     """Read both networks and the text tokenizer; every key must match."""
     if model.text_encoder:
         raise ValueError(f"model.text_encoder is {model.text_encoder!r}; Janus reads captions itself: leave it empty")
+    base, prompts, sizes = described(model)
     tokenizer = load_tokenizer(model, device)
-    network, prompts = load_generator(model, generator, tokenizer.config.factor, device)
-    return Janus(network, tokenizer, prompts, model.image_size)
+    return Janus(load_generator(base, sizes, generator, device), tokenizer, prompts, model.image_size)
 
 
 def export(base: str | Path, source: str | Path, target: str | Path, layout: str = "transformers") -> None:
@@ -439,16 +470,9 @@ class Janus(Coded):
             assert what.dim() == 2 and not what.is_floating_point(), what.shape
             return what.to(self.device)
         assert self.prompts is not None
-        captions, room = [str(caption) for caption in what], self.generator.config.room
-        prompts = self.prompts.ids(captions)
+        prompts = self.prompts.fitting([str(caption) for caption in what], self.generator.config)
         longest = max(map(len, prompts), default=1)
-        if longest > room:
-            caption = captions[[len(prompt) for prompt in prompts].index(longest)]
-            raise ValueError(
-                f"a caption makes {longest} tokens, and {room} fit before {self.num_codes} codes: {caption[:60]!r}...; "
-                "shorten it, or leave it out"
-            )
-        condition = torch.full((len(prompts), min(room, STEP * math.ceil(longest / STEP))), NOTHING)
+        condition = torch.full((len(prompts), min(self.generator.config.room, STEP * math.ceil(longest / STEP))), NOTHING)
         for row, prompt in zip(condition, prompts, strict=True):
             row[len(row) - len(prompt) :] = torch.tensor(prompt)
         return condition.to(self.device)
