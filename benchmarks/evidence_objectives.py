@@ -62,7 +62,7 @@ class Evidence(evidence.Evidence):
         "ste": {"objective": "ste"},
         "cca": {"objective": "cca"},
     }
-    searched = ("token", "ste", "cca")
+    searched: tuple[str, ...] = ("token", "ste", "cca")
     same = {"token, radius 1": "token"}
     known = {"va-pi": 1e-4}
 
