@@ -335,7 +335,7 @@ def test_a_version_bears_its_card(project: Project) -> None:
         f"| generator | part of it | {project.model.generator} | unknown | nobody |",
         f"| reference | measured it | data/digits/reference.parquet | {licences.DIGITS} | its name |",
         "**Unknown: generator, tokenizer.**",
-        "### challenger: passed, tuned against base, both sampled alike", "| fid | 14 | 9 | 13.3 | 4.3 | yes |",
+        "### challenger: passed, tuned against base, both sampled alike", "| tuned | limit |", "| fid | 14 | 9 | 13.3 | 4.3 | yes |",
         "| tuned | 9.00 | 10.00 | 5.00 |", "One seed of sampling", "Not measured: sFID", "| `tune.lr` | 0.0001 | 3.0e-06 |",
     ):  # fmt: skip
         assert words in text, words
@@ -361,7 +361,10 @@ def test_gates_are_shown_in_the_report_and_in_the_summary(project: Project) -> N
     page = (project.folder / "artifacts" / "register" / "report.html").read_text()
     assert "<h3>challenger: FAILED, tuned against base, both sampled alike</h3>" in page
     assert "<td>0.45</td><td>−0.35</td><td><b>no</b></td>" in page and page.count("</section>") == 1
-    assert register.report._gates(project.folder / "artifacts" / "register").startswith("challenger: FAILED")
+    shown = "challenger: FAILED, tuned against base, both sampled alike (recall)\nchampion: FAILED with challenger, tuned against"
+    assert shown in (said := report.table(project.folder / "artifacts")) and "register/report.html" in said
+    project.tuned(2)
+    assert "FAILED" not in (said := report.table(project.folder / "artifacts")) and "evaluate/report.html" in said, "not of this evaluation"
 
 
 # --- by hand -----------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def card(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate: Pat
         "register": config.plain(register),
     }
     parts = {
-        "": report.verdict(results),
+        "": f"{report.verdict(results)} {' '.join(report.caveats(results))}",
         "What it is": _origin(sections, tuned["inputs"], summary, subset, results),
         "Licences": _licences(sections, model, register, results),
         "Gates": gates(verdict),
@@ -111,7 +111,7 @@ def gates(verdict: Values) -> str:
     parts = []
     for alias, against in verdict["against"].items():
         rows = [[gate["metric"], *report.gate_numbers(gate), "yes" if gate["passed"] else "**no**"] for gate in against["gates"]]
-        parts += [f"### {report.gate_title(verdict, alias)}", table(("", *report.GATE, "passed"), rows)]
+        parts += [f"### {report.gate_title(verdict, alias)}", table(("", *report.GATE.values(), "passed"), rows)]
     return "\n\n".join(parts + [verdict["note"]] * bool(verdict["note"]))
 
 
@@ -125,7 +125,6 @@ def _limits(results: Values, model: ModelConfig) -> str:
     protocol, measured = results["protocol"], report.columns_of(results)
     absent = [column.title for column in report.COLUMNS if column.key not in {one.key for one in measured}]
     lines = [
-        *report.caveats(results),
         f"Measured on {protocol['samples']:,} samples per model and seed against {protocol['reference']['images']:,} real images; "
         "numbers of another protocol do not compare.",
         f"Not measured: {', '.join(absent)}." if absent else "",

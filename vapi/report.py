@@ -460,7 +460,9 @@ GATE = {"rival": "rival", "candidate": "tuned", "limit": "limit", "margin": "mar
 
 def gate_title(judged: Results, alias: str) -> str:
     """Of the gates in front of an alias: whether all are open, and who is on the other side."""
-    return f"{alias}: {'passed' if judged['passed'][alias] else 'FAILED'}, tuned against {judged['against'][alias]['rival']}"
+    against = judged["against"][alias]
+    shut = "FAILED" if not all(gate["passed"] for gate in against["gates"]) else "FAILED with challenger"  # never without it
+    return f"{alias}: {'passed' if judged['passed'][alias] else shut}, tuned against {against['rival']}"
 
 
 def gate_numbers(gate: Scores) -> list[str]:
