@@ -19,6 +19,9 @@ FILE = "MODEL_CARD.md"
 DESCRIPTION = 5000
 """Characters of a version's description that every store of MLflow's registry takes; PostgreSQL refuses more."""
 
+JUDGES = {"detector": "geneval", "second_detector": "geneval_second"}
+"""The column of metrics.json in which each detector's score stands."""
+
 Values = Mapping[str, Any]
 
 
@@ -39,7 +42,7 @@ def card(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate: Pat
     }
     parts = {
         "": f"{report.verdict(results)} {' '.join(report.caveats(results))}",
-        "What it is": _origin(sections, tuned["inputs"], summary, subset, results),
+        "What it is": _origin(model, sections["tune"], tuned["inputs"], summary, subset, results["weights"]["tuned"]),
         "Licences": _licences(sections, model, register, results),
         "Gates": gates(verdict),
         "Measured": _measured(results),
@@ -68,14 +71,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --- its parts ---------------------------------------------------------------------------------
 
 
-def _origin(sections: Values, inputs: Values, summary: Values, subset: Values, results: Values) -> str:
-    model, tune = sections["model"], sections["tune"]
-    asked = "captions" if ModelConfig(**model).captions else "classes"
+def _origin(model: ModelConfig, tune: Values, inputs: Values, summary: Values, subset: Values, digest: str) -> str:
+    asked = "captions" if model.captions else "classes"
     rows = {
-        "draws": f"{model['image_size']} x {model['image_size']} pixels from {asked}; {summary['parameters']:,} parameters",
-        "weights": f"`{results['weights']['tuned']}`",
-        "base": f"{model['generator']}, `{inputs['generator']}`",
-        "tokenizer": f"{model['tokenizer']}, `{inputs['tokenizer']}`",
+        "draws": f"{model.image_size} x {model.image_size} pixels from {asked}; {summary['parameters']:,} parameters",
+        "weights": f"`{digest}`",
+        "base": f"{model.generator}, `{inputs['generator']}`",
+        "tokenizer": f"{model.tokenizer}, `{inputs['tokenizer']}`",
         "data": f"{subset['source'] or licences.UNKNOWN}, {subset['images'] or licences.UNKNOWN} images, `{inputs['subset']}`",
         "method": f"VA-pi (arXiv 2512.19680), {_method(tune)}; {summary['steps']} steps, {summary['images_seen']:,} images seen",
     }
@@ -89,7 +91,7 @@ def _method(tune: Values) -> str:
     return "reward and prior" if tune["prior_weight"] else "reward alone"
 
 
-def _licences(sections: Values, model: ModelConfig, register: RegisterConfig, results: Values) -> str:
+def _licences(sections: dict[str, Any], model: ModelConfig, register: RegisterConfig, results: Values) -> str:
     unused = [] if model.captions else [*config.FOR_CAPTIONS]
     unused += [] if "lpips" in sections["tune"]["rewards"] else ["tune.perceptual"]
     named = {field: str(name) for field, name in config.flat(sections).items() if field not in unused}
@@ -100,10 +102,6 @@ def _licences(sections: Values, model: ModelConfig, register: RegisterConfig, re
     unknown = [row[0] for row in rows if row[3] == licences.UNKNOWN]
     note = f"\n\n**Unknown: {', '.join(unknown)}.** Whoever knows says so in `register.licences`." if unknown else ""
     return table(("input", "its part", "name", "licence", "says"), rows) + note
-
-
-JUDGES = {"detector": "geneval", "second_detector": "geneval_second"}
-"""The column of metrics.json in which each detector's score stands."""
 
 
 def gates(verdict: Values) -> str:
@@ -135,11 +133,11 @@ def _limits(results: Values, model: ModelConfig) -> str:
     return "\n".join(f"- {line}" for line in lines if line)
 
 
-def _configuration(sections: Values) -> str:
+def _configuration(sections: dict[str, Any]) -> str:
     """What differs from the closest recipe."""
-    name = recipes.closest(dict(sections))
-    given = {field for field in config.flat(dict(sections)) if not field.startswith("register.licences")}  # the card has a table of them
-    changes = {field: pair for field, pair in recipes.changes(recipes.recipe(name), dict(sections)).items() if field in given}
+    name = recipes.closest(sections)
+    given = {field for field in config.flat(sections) if not field.startswith("register.licences")}  # the card has a table of them
+    changes = {field: pair for field, pair in recipes.changes(recipes.recipe(name), sections).items() if field in given}
     if not changes:
         return f"The recipe `{name}`."
     rows = [[f"`{field}`", *("absent" if value is None else config.scalar(value) for value in pair)] for field, pair in changes.items()]
