@@ -485,7 +485,7 @@ def test_mlflow_serves_it(name: str, project: Project, captioned_model: ModelCon
         assert sizes == [(16, 16)] * 2
         with pytest.raises(urllib.error.HTTPError) as refused:
             answered(f"http://127.0.0.1:{port}/invocations", log, {"inputs": {name: [wrong]}})
-        assert refused.value.code == 400 and words in refused.value.read().decode()
+        assert refused.value.code == 400 and words in json.loads(refused.value.read())["stack_trace"].strip().splitlines()[-1]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
