@@ -109,6 +109,17 @@ def test_caveats_tell_of_disagreement_and_of_the_price() -> None:
     assert "Recall fell from 0.700 to 0.500." in doubtful
 
 
+def test_gates_stand_below_the_verdict() -> None:
+    gate = {"metric": "<fid>", "rival": 14.0, "candidate": None, "limit": None, "margin": -0.5, "passed": False}
+    judged = {"passed": {"champion": False}, "against": {"champion": {"rival": "base", "gates": [gate]}}, "note": "by another protocol"}
+    text = report.gated(page(results()), judged)
+    Outline(text)
+    assert text.index("</header>") < text.index("champion: FAILED, tuned against base") < text.index("Before: base")
+    assert (
+        "&lt;fid&gt;" in text and "<td>missing</td><td>missing</td><td>−0.5</td><td><b>no</b></td>" in text and "another protocol" in text
+    )
+
+
 # --- the terminal ------------------------------------------------------------------------------
 
 

@@ -188,6 +188,16 @@ def test_the_gates_of_a_generator_of_captions(project: Path) -> None:
     gates = {gate["metric"]: gate for gate in told["against"]["challenger"]["gates"]}
     assert set(gates) == {"geneval", "geneval_second"} and not gates["geneval"]["passed"]
     assert gates["geneval"]["limit"] == pytest.approx(0.3)
+    card = (project / "artifacts/register/MODEL_CARD.md").read_text()
+    for words in (
+        "| detector | measured it | digits | Apache-2.0 (this project) | its name |",
+        "| text_encoder | part of it | words | Apache-2.0 (this project) | its name |",
+        "| data | data/scenes/train.parquet, 40 images, `",
+        "40 x 40 pixels from captions",
+        "GenEval (scenes, classical judge) ↑",
+    ):
+        assert words in card, words
+    assert "<h2>Gates</h2>" in (project / "artifacts/register/report.html").read_text()
 
 
 def test_janus_goes_through_the_same_stages(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

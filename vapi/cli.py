@@ -84,8 +84,7 @@ def _command(name: str, command: Command, rest: list[str]) -> int:
     if command.flags is None:
         return command.run(rest, {})
     if _wants_help(rest):
-        print(f"usage: vapi {name} {command.usage}\n\n{_wrap(command.doc)}")
-        return 0
+        return _help(name, command)
     positional, flags = parse(rest)
     for flag in flags.keys() - set(command.flags):
         raise ValueError(
@@ -298,9 +297,7 @@ def _geneval_score(words: list[str], flags: Flags) -> int:
 
 def _geneval_generate(words: list[str], _: Flags) -> int:
     if _wants_help(words):
-        command = GENEVAL["generate"]
-        print(f"usage: vapi geneval generate {command.usage}\n\n{_wrap(command.doc)}")
-        return 0
+        return _help("geneval generate", GENEVAL["generate"])
     positional, given = parse(words)
     if len(positional) != 1:
         raise ValueError("vapi geneval generate takes one new folder: vapi geneval generate OUT --prompts data/geneval/prompts.jsonl")
@@ -419,6 +416,37 @@ def _track(words: list[str], flags: Flags) -> int:
     return 1 if left else 0
 
 
+def _promote(words: list[str], _: Flags) -> int:
+    if _wants_help(words):
+        return _help("promote", COMMANDS["promote"])
+    positional, flags = parse(words)
+    if len(positional) > 1:
+        raise ValueError(f"vapi promote takes one version, not {' '.join(positional)}")
+    reason = _one("force", flags.pop("force")) if "force" in flags else ""
+    if reason.isdigit():
+        raise ValueError(f"--force takes a reason in words, which is kept; a version goes first: vapi promote {reason} --force REASON")
+    return _decide("promote", flags, *positional, reason=reason)
+
+
+def _rollback(words: list[str], _: Flags) -> int:
+    if _wants_help(words):
+        return _help("rollback", COMMANDS["rollback"])
+    positional, flags = parse(words)
+    if positional:
+        raise ValueError(f"vapi rollback takes no version; to make one champion: vapi promote {positional[0]}")
+    return _decide("rollback", flags)
+
+
+def _decide(name: str, flags: Flags, *words: str, **named: str) -> int:
+    """A function of ``vapi.register`` that changes the registry, and what it says."""
+    settings, _ = configure("register", flags)
+    from vapi import register, track
+
+    with track.registry(settings) as client:
+        print(getattr(register, name)(settings.register, client, *words, **named))
+    return 0
+
+
 def _summary(words: list[str], flags: Flags) -> int:
     from vapi import report
 
@@ -489,12 +517,27 @@ COMMANDS = {
         "Text to image by GenEval's rules: score, generate, convert-detector, compare; no second environment.", _geneval, flags=None
     ),
     "listing": Command("Write down which files the source of the subset holds; DVC runs subset again when that changes.", _listing),
+    "promote": Command(
+        "Make a registered version champion, the challenger if none is named; it must pass the gates of register against the present "
+        "champion, and its run must have ended, or a REASON is given, which is kept in the version's tags. Who was champion before "
+        f"bears the alias previous. {PARAMS} says which model and where, flags win over it.",
+        _promote,
+        "[VERSION] [--force REASON] [--section.field value ...]",
+        None,
+    ),
     "recipe": Command(
         "List the recipes; print one; --write it to params.yaml (refuses to lose edits, unless --force); "
         "diff: what params.yaml changes against a recipe (the closest one if none is named).",
         _recipe,
         "[NAME] [--write [--force]] | diff [NAME]",
         ("write", "force"),
+    ),
+    "rollback": Command(
+        "Make the version champion again that was it before; the one taken back is no champion again by itself. A second call "
+        "changes nothing.",
+        _rollback,
+        "[--section.field value ...]",
+        None,
     ),
     "summary": Command("Base and tuned side by side, seconds per stage, and where to look next.", _summary),
     "weights": Command(
@@ -511,6 +554,11 @@ COMMANDS = {
 
 def _wants_help(words: list[str]) -> bool:
     return "-h" in words or "--help" in words
+
+
+def _help(name: str, command: Command) -> int:
+    print(f"usage: vapi {name} {command.usage}\n\n{_wrap(command.doc)}")
+    return 0
 
 
 def _wrap(text: str, indent: str = "") -> str:

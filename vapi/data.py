@@ -326,6 +326,12 @@ class Subset:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def source(self) -> str:
+        """What it was picked from, by the name that its configuration gave; empty where nobody wrote that down."""
+        made = self.folder / "config.json"
+        return str(read_json(made)["sections"]["subset"]["source"]) if made.is_file() else ""
+
     def image(self, i: int) -> bytes:
         """The encoded bytes of image ``i``, as they were in the source."""
         shard, row = self._places[i]

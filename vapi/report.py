@@ -205,7 +205,9 @@ def table(artifacts: Path = ARTIFACTS) -> str:
     artifacts = Path(artifacts)
     results = data.read_json(artifacts / "evaluate" / "metrics.json")
     asked = [report_prompts.grid(results["prompts"]), ""] if "prompts" in results else []
-    parts = [verdict(results), " ".join(caveats(results)), "", grid(results), "", *asked, _seconds(artifacts), "", _pointers(artifacts)]
+    gates = [_gates(artifacts / "register"), ""] if _judged(artifacts) else []
+    parts = [verdict(results), " ".join(caveats(results)), "", grid(results), "", *asked, *gates, _seconds(artifacts), ""]
+    parts.append(_pointers(artifacts / ("register" if gates else "evaluate")))
     return "\n".join(parts)
 
 
@@ -228,12 +230,25 @@ def _seconds(artifacts: Path) -> str:
     return f"seconds   {'   '.join(words)}   all {sum(spent.values()):.1f}"
 
 
-def _pointers(artifacts: Path) -> str:
+def _judged(artifacts: Path) -> bool:
+    """Whether the gates have seen this very evaluation."""
+    made = artifacts / "register" / "config.json"
+    return made.is_file() and data.read_json(made)["inputs"]["evaluate"] == data.file_digest(artifacts / "evaluate")
+
+
+def _gates(register: Path) -> str:
+    """What the gates said, a line for each alias, with those that are shut."""
+    judged = data.read_json(register / "registration.json")
+    shut = {alias: [gate["metric"] for gate in against["gates"] if not gate["passed"]] for alias, against in judged["against"].items()}
+    return "\n".join(gate_title(judged, alias) + (f" ({', '.join(names)})" if names else "") for alias, names in shut.items())
+
+
+def _pointers(folder: Path) -> str:
     program = Path(sys.executable).parent / "mlflow"
     mlflow = os.path.relpath(program) if program.is_relative_to(Path.cwd()) else "mlflow"
     return "\n".join(
         [
-            f"report    {artifacts / 'evaluate' / 'report.html'}",
+            f"report    {folder / 'report.html'}",
             f"runs      {mlflow} ui, then http://127.0.0.1:5000",
             "yours     point model.generator, model.tokenizer and subset.source in params.yaml at your own, then: dvc repro",
         ]
@@ -437,6 +452,39 @@ def page(results: Results, curves: Sequence[Scores], sheets: Sheets, provenance:
         sections.append(f"<section><h2>While tuning</h2>{charts}</section>")
     sections += [_more_sheets(results, sheets, columns), _details(results, provenance)]
     return document(first, sections)
+
+
+GATE = {"rival": "rival", "candidate": "tuned", "limit": "limit", "margin": "margin"}
+"""Numbers of a gate as registration.json holds them, and their titles."""
+
+
+def gate_title(judged: Results, alias: str) -> str:
+    """Of the gates in front of an alias: whether all are open, and who is on the other side."""
+    against = judged["against"][alias]
+    shut = "FAILED" if not all(gate["passed"] for gate in against["gates"]) else "FAILED with challenger"  # never without it
+    return f"{alias}: {'passed' if judged['passed'][alias] else shut}, tuned against {against['rival']}"
+
+
+def gate_numbers(gate: Scores) -> list[str]:
+    """A gate's numbers in words."""
+    return ["missing" if gate[name] is None else f"{gate[name]:.4g}" for name in GATE]
+
+
+def gated(text: str, judged: Results) -> str:
+    """A page of ``page`` with what the gates said, below its verdict. ``judged``: registration.json."""
+    head = "".join(f"<th>{title}</th>" for title in ("", *GATE.values(), "passed"))
+    parts = []
+    for alias, against in judged["against"].items():
+        rows = "".join(_gate(gate) for gate in against["gates"])
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        parts.append(f'<h3>{_e(gate_title(judged, alias))}</h3><div class="scroll">{table}</div>')
+    note = f'<p class="small">{_e(judged["note"])}</p>' if judged["note"] else ""
+    return text.replace("</header>", f"</header>\n<section><h2>Gates</h2>{''.join(parts)}{note}</section>", 1)
+
+
+def _gate(gate: Scores) -> str:
+    cells = "".join(f"<td>{_e(number.replace('-', '−'))}</td>" for number in gate_numbers(gate))
+    return f'<tr><th scope="row">{_e(gate["metric"])}</th>{cells}<td>{"yes" if gate["passed"] else "<b>no</b>"}</td></tr>'
 
 
 def document(title: str, sections: Iterable[str]) -> str:

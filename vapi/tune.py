@@ -316,6 +316,7 @@ class Tuning:
             "images_seen": self.tune.steps * self.tune.images_per_step,
             "parameters": parameters,
             "captions_cut": self.examples.cut(self.policy),
+            "subset": {"source": self.examples.subset.source, "images": len(self.examples.subset)},
             "holdout": {"images": len(self.examples.held), "first": looks[0], "last": looks[-1]},
         }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from vapi import data, images, report
+from vapi import card, data, images, report
 
 WIDTH = 1120
 """Pixels of a sheet on a page, at most."""
@@ -47,8 +47,7 @@ def tokens(folder: Path) -> str:
 
 def markdown_table(title: str, head: tuple[str, ...], rows: list[list[str]]) -> str:
     """A Markdown page with one table."""
-    lines = [f"# {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)]) + "\n"
+    return f"# {title}\n\n{card.table(head, rows)}\n"
 
 
 # --- tune --------------------------------------------------------------------------------------
@@ -119,20 +118,7 @@ def evaluation_metrics(folder: Path) -> dict[str, float]:
 def registration(folder: Path) -> str:
     """Markdown: whether the model entered the registry and where it is, and what each gate said."""
     made = data.read_json(folder / "registration.json")
-    lines = [_registered(made), ""]
-    for alias, against in made["against"].items():
-        rows = [
-            [
-                gate["metric"],
-                *(_number(gate[name]) for name in ("rival", "candidate", "limit", "margin")),
-                "yes" if gate["passed"] else "**no**",
-            ]
-            for gate in against["gates"]
-        ]
-        lines.append(
-            markdown_table(f"{alias}: tuned against {against['rival']}", ("", "rival", "tuned", "limit", "margin", "passed"), rows)
-        )
-    return "\n".join([*lines, made["note"]]).rstrip() + "\n"
+    return f"{_registered(made)}\n\n{card.gates(made)}\n"
 
 
 def _registered(made: Mapping[str, Any]) -> str:
@@ -144,7 +130,3 @@ def _registered(made: Mapping[str, Any]) -> str:
     if made["passed"]["challenger"]:
         return "Not registered: the gates are passed, but there is no MLflow server (track_uri is empty or off)."
     return "Not promoted: a gate is shut."
-
-
-def _number(value: float | None) -> str:
-    return "missing" if value is None else f"{value:.4g}"

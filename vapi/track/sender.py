@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,31 @@ def _unreachable(uri: str) -> str:
     except OSError as error:
         return str(getattr(error, "reason", error))
     return ""
+
+
+def out_of_reach(uri: str, why: str) -> ValueError:
+    """An MLflow that somebody needs now, and that does not answer."""
+    return ValueError(
+        f"the MLflow server at {uri} cannot be reached ({why}); start it, or point track.uri (or MLFLOW_TRACKING_URI) at one that runs, "
+        "then repeat the command"
+    )
+
+
+@contextlib.contextmanager
+def answering(uri: str) -> Iterator[Any]:
+    """A client of an MLflow that is there. What it refuses is a ValueError with its words, and so is one that is not there."""
+    database = _database(uri)
+    if database is not None and not database.is_file():
+        raise ValueError(f"{database} is not here: nothing was tracked yet; a registry begins with: vapi register")
+    if why := _unreachable(uri):
+        raise out_of_reach(uri, why)
+    client = connect(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield client
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {uri} says: {str(error).strip().splitlines()[0]}") from error
 
 
 def resend() -> int:
