@@ -335,13 +335,11 @@ def _side(config: Mapping[str, Any]) -> int | None:
 def load_tokenizer(model: ModelConfig, device: torch.device) -> vq.VQModel:
     """The frozen image tokenizer, from a whole Janus or from a file of its own. Raises ValueError for what is none, or does not fit."""
     path = weights.locate(model.tokenizer)
-    state, groups = (janus_files.read(path).tokenizer(), 0) if path.is_dir() else _tokenizer_file(path)
-    return frozen_tokenizer(state, groups, model, device)
-
-
-def _tokenizer_file(path: Path) -> tuple[dict[str, Tensor], int]:
+    if path.is_dir():
+        whole = janus_files.read(path)
+        return frozen_tokenizer(whole.tokenizer(), whole.norm_groups, model, device)
     state, meta = weights.read(path)
-    return state, int(meta.get("groups", 0))
+    return frozen_tokenizer(state, int(meta.get("groups", 0)), model, device)
 
 
 def load_generator(model: ModelConfig, name: str | Path, factor: int, device: torch.device) -> tuple[Generator, Prompts]:
