@@ -16,7 +16,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,12 +145,12 @@ def config(c: janus.Sizes, pictures: vq.VQConfig, prompts: janus.Prompts) -> Any
     """transformers' configuration. What only understands images is as small as it can be."""
     from transformers import JanusConfig
 
-    grid = round(c.codes**0.5)
+    grid, id_of = round(c.codes**0.5), cast(Any, prompts.tokenizer.token_to_id)
     return JanusConfig(
         architectures=["JanusForConditionalGeneration"], dtype="float32", tie_word_embeddings=False,
-        image_token_id=prompts.tokenizer.token_to_id(IMAGE),
+        image_token_id=id_of(IMAGE),
         text_config={
-            "model_type": "llama", "bos_token_id": prompts.bos, "eos_token_id": prompts.tokenizer.token_to_id(EOS),
+            "model_type": "llama", "bos_token_id": prompts.bos, "eos_token_id": id_of(EOS),
             "pad_token_id": prompts.pad, "vocab_size": c.words, "hidden_size": c.dim, "intermediate_size": c.hidden,
             "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "num_key_value_heads": c.heads,
             "max_position_embeddings": c.places, "rms_norm_eps": c.norm_eps,
