@@ -106,11 +106,12 @@ def run(made: Evidence, workers: int = 1) -> Scores:
     """Search, repeat, summarise; evidence.json and evidence.md in the folder."""
     plan = made.plan
     made.prepare()
-    sweep = [("search", arm, lr) for arm in made.searched for lr in plan.rates]
+    # a single rate is not searched
+    sweep = [("search", arm, lr) for arm in made.searched for lr in plan.rates if len(plan.rates) > 1]
     searched: dict[str, dict[str, Scores]] = {arm: {} for arm in made.searched}
     for (_, arm, lr), score in zip(sweep, evidence.share(made, sweep, workers), strict=True):
         searched[arm][f"{lr:g}"] = score
-    best = {arm: float(max(by_lr, key=lambda lr: by_lr[lr]["geneval"])) for arm, by_lr in searched.items()}
+    best = {arm: float(max(by_lr, key=lambda lr: by_lr[lr]["geneval"])) if by_lr else plan.rates[0] for arm, by_lr in searched.items()}
     chosen = {arm: best.get(arm, best["va-pi"]) for arm in made.arms}
     grid = [("report", arm, chosen[arm], 0, seed) for arm in made.arms for seed in plan.tuning_seeds]
     found: dict[str, list[Scores]] = {arm: [] for arm in made.arms}
@@ -167,6 +168,8 @@ def markdown(summary: Scores, searched: dict[str, dict[str, Scores]]) -> str:
     ]
     head = ["", *(f"{name} {side}" for name in ("reward", "cross-entropy") for side in ("before", "after"))]
     lines += [*evidence._table(head, rows), ""]
+    if not next(iter(searched.values())):
+        return "\n".join(lines) + "\n"
     lines += ["Learning rates searched (overall on the validation prompts, classical judge):", ""]
     rates = list(next(iter(searched.values())))
     cells = [[arm, *(f"{scores['geneval']:.3f}" for scores in by_lr.values())] for arm, by_lr in searched.items()]

@@ -172,6 +172,10 @@ _DIGITS_JANUS = _DIGITS_T2I | {
     "model.generator": "data/models/scenes-janus",
     "model.tokenizer": "data/models/scenes-janus",
     "model.text_encoder": "",
+    "tune.images_per_step": 16,
+    "evaluate.images_per_prompt": 2,
+    "evaluate.guidance": 6.0,  # chosen on the validation prompts: docs/janus.md
+    "evaluate.guidances": [4.0, 6.0],
     "register.model_name": "vapi-digits-janus",
 }
 

@@ -33,7 +33,7 @@ FOLDER = "models/scenes-janus"
 TOKENIZER = "models/scenes-tokenizer.safetensors"
 MARKS = (BOS, EOS, PAD, START, END, IMAGE, "<|User|>", "<|Assistant|>")
 PLACES = 256  # of the language model: a prompt of up to 157 tokens, and 100 codes
-GUIDANCE = 4.0  # of transformers' generate, where it is not told another
+GUIDANCE = 6.0  # of transformers' generate, where it is not told another
 NOTHING_ASKED = 0.1  # share of captions that are not told, as guidance needs
 
 WORLD = dataclasses.replace(
