@@ -1,6 +1,7 @@
 """What VA-pi does for captions on the embedded scenes: arms, seeds, controls, and the context noise of the paper's table 5 (digits-t2i).
 
-    python benchmarks/evidence_t2i.py [--recipe digits-t2i] [--rates 3e-5 1e-4 3e-4] [--out artifacts/evidence-t2i] [--workers 0]
+    python benchmarks/evidence_t2i.py [--recipe digits-t2i] [--rates 3e-5 1e-4 3e-4]
+        [--images-per-prompt 4] [--out artifacts/evidence-t2i] [--workers 0]
 
 Three tuning seeds of every arm, each sampled with a seed of its own, against the base sampled with the same three. Learning
 rates are searched alike for VA-pi, the prior alone and the reward alone, by the overall score on the validation prompts with
@@ -42,6 +43,7 @@ class Plan:
     tuning_seeds: tuple[int, ...] = (0, 1, 2)
     search_seed: int = 1000
     samples: int = 600
+    images_per_prompt: int = 4
     pretraining_seeds: tuple[int, ...] = (0,)
 
 
@@ -52,13 +54,13 @@ class Evidence(evidence.Evidence):
 
     def __init__(self, out: Path, params: config.Config, plan: Plan, arms: dict[str, dict[str, Any]]) -> None:
         super().__init__(out, params, plan, None)  # type: ignore[arg-type]
-        self.arms = arms
+        self.arms, self.images_per_prompt = arms, plan.images_per_prompt
 
     def how(self, **changes: Any) -> Any:
         """The recipe's evaluation with as few pictures beside those of prompts as it allows."""
         wanted = self.params.evaluate
         few: dict[str, Any] = {"samples": self.plan.samples, "sweep_samples": 20, "temperatures": [1.0], "guidances": [wanted.guidance]}
-        return dataclasses.replace(wanted, **few, **changes)
+        return dataclasses.replace(wanted, **few, images_per_prompt=self.images_per_prompt, **changes)
 
     def search(self, arm: str, lr: float) -> Scores:
         """A learning rate, judged by the validation prompts."""
@@ -180,11 +182,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, default="digits-t2i")
     parser.add_argument("--rates", type=float, nargs="+", default=Plan.rates, help="learning rates to search")
+    parser.add_argument("--images-per-prompt", type=int, default=Plan.images_per_prompt)
     parser.add_argument("--out", type=Path, help="artifacts/evidence-t2i, or as the recipe is called")
     parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0: one per core")
     arguments = parser.parse_args()
     out = arguments.out or Path("artifacts") / f"evidence-{arguments.recipe.removeprefix('digits-')}"
-    made = Evidence(out, recipe(arguments.recipe), Plan(rates=tuple(arguments.rates)), RECIPES[arguments.recipe])
+    plan = Plan(rates=tuple(arguments.rates), images_per_prompt=arguments.images_per_prompt)
+    made = Evidence(out, recipe(arguments.recipe), plan, RECIPES[arguments.recipe])
     result = run(made, arguments.workers)
     print((out / "evidence.md").read_text())
     print(json.dumps(result))
