@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import janus_world
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -22,7 +21,7 @@ from PIL import Image
 
 from vapi import data, models, prompted, references, report, report_prompts
 from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, TuneConfig, plain
-from vapi.digits import build_scenes
+from vapi.digits import build_janus, build_scenes
 from vapi.evaluate import evaluate
 from vapi.metrics import geneval
 from vapi.models import text, weights
@@ -44,9 +43,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings() -> Config:
-    """The recipe, with small numbers."""
-    made = recipe("digits-t2i")
+def settings(name: str = "digits-t2i") -> Config:
+    """A recipe, with small numbers."""
+    made = recipe(name)
     return replace(
         made,
         model=replace(made.model, device="cpu"),
@@ -205,8 +204,9 @@ def test_janus_goes_through_the_same_stages(scenes: Path, tmp_path: Path, monkey
     shutil.copytree(scenes, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    made = settings()
-    model = janus_world.write(tmp_path / "data/janus", side=40, max_position_embeddings=400)
+    made = settings("digits-janus")
+    build_janus.build(tmp_path / "data", build_janus.TINY)
+    model = made.model
     few = replace(made.evaluate, temperatures=[1.0], images_per_prompt=1)
     subset(made.subset, Path("artifacts/subset"))
     tokens(model, made.tokens, Path("artifacts/subset"), Path("artifacts/tokens"))
