@@ -24,9 +24,11 @@ def evaluate(
         report: Base and tuned on one page, with the pictures.
         metrics: The numbers of base and tuned, and of each at its best.
     """
+    from pathlib import Path
+
     from vapi.cluster import pages, step
 
     made = step.run("evaluate", plan, work_dir, evaluation.path, tune=model.path)
-    step.show(made / "report.html", report.path)
+    step.write(pages.evaluation(made, Path(model.path)), report.path)
     for name, value in pages.evaluation_metrics(made).items():
         metrics.log_metric(name, value)
