@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 import world
@@ -96,13 +97,6 @@ def test_rewards_of_a_sheet_are_the_sum_of_their_parts(project: Path) -> None:
         assert np.allclose(summed, look.rewards["reward"], rtol=1e-4)
 
 
-def test_classes_add_up_to_the_accuracy(project: Path) -> None:
-    run = compare.read("a", project / "a")
-    assert [row["samples"] for row in run.classes] == [8.0] * 10
-    for model in ("base", "tuned"):
-        assert np.mean([row[model] for row in run.classes]) == pytest.approx(run.results[model]["class_accuracy"], abs=1e-5)
-
-
 # --- what is refused, and what is said ---------------------------------------------------------
 
 
@@ -171,6 +165,8 @@ def test_folders_that_do_not_belong_together_are_no_run(project: Path, tmp_path:
     shutil.copytree(project / "b/tune", tmp_path / "a/tune")  # tuned anew, and not evaluated yet
     run = compare.read("a", tmp_path / "a")
     assert set(run.folders) == {"evaluate"} and "the evaluation is of other weights" in run.notices[0]
+    run = compare.read("a/tune", tmp_path / "a/tune")
+    assert set(run.folders) == {"subset", "tokens", "tune"} and "it is not evaluated" in run.notices[0], "who names it wants to see it"
     shutil.rmtree(tmp_path / "a/tune")
     shutil.copytree(project / "a/tune", tmp_path / "a/tune")
     (tmp_path / "a/tokens/summary.json").write_text("{}")
@@ -191,7 +187,7 @@ def test_runs_of_different_protocols_never_share_a_table(project: Path, tmp_path
     assert "B beside A: measured by different protocols" in page
     tables = [table for table in re.findall(r"<table.*?</table>", page, re.DOTALL) if "Metrics of every model" in table]
     assert len(tables) == 2
-    assert [set(re.findall(r'letter run(\d)"', table)) for table in tables] == [{"0"}, {"1"}]
+    assert [table.count('<th scope="row">tuned</th>') for table in tables] == [1, 1]
     assert "Protocol of A" in page and "Protocol of B" in page
 
 
@@ -355,3 +351,114 @@ def test_a_run_that_was_killed_comes_back_with_its_numbers(
     assert [json.dumps(row) for row in found.curves][-1] == '{"step": 2, "tune/ce": 2.0}'
     assert found.settings["tune.lr"] == settings.tune.lr and found.settings["tune.rewards.lpips"] == 10.0
     assert "MLflow calls it killed" in found.notices[0] and "While tuning" in compare_page.page([found])
+
+
+# --- in a browser ------------------------------------------------------------------------------
+
+needs_chromium = pytest.mark.skipif(not browser.CHROMIUM, reason="no chromium here")
+UNREADABLE = """(() => {
+  const parse = text => (text.match(/[\\d.]+/g) || []).map(Number);
+  const light = c => { const l = c.slice(0, 3).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * l[0] + .7152 * l[1] + .0722 * l[2]; };
+  const ground = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
+    if (c.length === 3 || c[3] > 0) return c; } };
+  const words = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  let seen = 0;
+  while (words.nextNode()) {
+    const e = words.currentNode.parentElement, style = getComputedStyle(e);
+    if (!words.currentNode.textContent.trim() || !e.getClientRects().length || ['SCRIPT', 'title'].includes(e.tagName)) continue;
+    const [a, b] = [light(parse(e.closest('svg') ? style.fill : style.color)), light(ground(e))].sort((x, y) => y - x);
+    seen += 1;
+    if ((a + .05) / (b + .05) < 4.5) found.push(`${e.tagName}.${e.className.baseVal ?? e.className}: ${words.currentNode.textContent}`);
+  }
+  return [seen, found];
+})()"""
+
+
+@pytest.fixture(scope="session")
+def shown(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
+    """The page in a browser."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page)
+    with browser.chromium() as one:
+        one.look()
+        one.open(path)
+        yield one
+
+
+@needs_chromium
+def test_nothing_fails_and_nothing_is_fetched(shown: browser.Page) -> None:
+    assert shown.complaints == []
+    assert {address.partition(":")[0] for address in shown.fetched} == {"file", "data"} and sum("file:" in a for a in shown.fetched) == 1
+    shown.run("for (const one of document.querySelectorAll('details')) one.open = true")
+    assert shown.run("[...document.images].length") == 100
+    assert shown.run("[...document.images].every(one => one.complete && one.naturalWidth === 16 && one.alt)")
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_can_be_read_as_it_is_shown(shown: browser.Page, scheme: str) -> None:
+    shown.look(scheme)
+    seen, unreadable = shown.run(UNREADABLE)
+    assert seen > 500 and unreadable == []
+    dark = shown.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 20, 20)"
+    assert dark == (scheme == "dark")
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_its_window(shown: browser.Page, width: int) -> None:
+    shown.look(width=width)
+    assert shown.run("document.documentElement.scrollWidth") <= width
+
+
+@needs_chromium
+def test_paper_is_white_and_holds_no_controls(shown: browser.Page) -> None:
+    shown.look("dark", "print", 794)
+    assert shown.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert shown.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert shown.run("document.documentElement.scrollWidth") <= 794
+    shown.look()
+
+
+@needs_chromium
+def test_tables_are_sorted_from_the_keyboard(shown: browser.Page) -> None:
+    shown.look()
+    table = "[...document.querySelectorAll('table')].find(one => one.caption.textContent.startsWith('Metrics of'))"
+    shown.run(f"{table}.querySelector('thead button').focus()")
+    shown.press("Tab")  # from the model to FID
+    column = f"[...{table}.tBodies[0].rows].map(row => Number(row.cells[1].dataset.by))"
+    before = shown.run(column)
+    states = []
+    for key in ("Enter", " "):
+        shown.press(key)
+        states.append((shown.run("document.activeElement.parentElement.getAttribute('aria-sort')"), shown.run(column)))
+    assert states == [("ascending", sorted(before)), ("descending", sorted(before, reverse=True))] and before != sorted(before)
+    assert shown.run(f"{table}.querySelectorAll('[aria-sort]').length") == 1
+
+
+@needs_chromium
+def test_what_has_no_number_is_sorted_to_the_end(shown: browser.Page) -> None:
+    table = "[...document.querySelectorAll('table')].find(one => one.caption.textContent.startsWith('Metrics of'))"
+    shown.run(f"[...{table}.querySelectorAll('thead button')].at(-1).click()")
+    last = shown.run(f"[...{table}.tBodies[0].rows].map(row => row.cells[row.cells.length - 1].textContent)")
+    numbers = [float(text.replace("−", "-")) for text in last if text != "–"]
+    assert numbers == sorted(numbers) and set(last[len(numbers) :]) == {"–"}
+
+
+@needs_chromium
+def test_pictures_are_enlarged_from_the_keyboard(shown: browser.Page) -> None:
+    shown.look()
+    shown.run("document.querySelector('#heldout .zoom').focus()")
+    shown.press("Tab")
+    tip = "document.activeElement.nextElementSibling"
+    assert shown.run(f"getComputedStyle({tip}).display") == "block" and "× mse" in shown.run(f"{tip}.textContent")
+    assert shown.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    small = shown.run("document.activeElement.querySelector('img').clientWidth")
+    shown.press("Enter")
+    assert shown.run("document.querySelector('dialog').open") and "× mse" in shown.run("document.querySelector('dialog .said').textContent")
+    assert shown.run("document.querySelectorAll('dialog img').length") == 5
+    assert shown.run("document.querySelector('dialog img').clientWidth") >= 2 * small
+    shown.press("Escape")
+    assert not shown.run("document.querySelector('dialog').open")
+    assert shown.run("document.activeElement.classList.contains('zoom')"), "the reader is where he was"

@@ -26,14 +26,11 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import vapi
 from vapi import config, recipes
 from vapi.config import ARTIFACTS, BENCHES, PARAMS, STAGES, BenchConfig, Config, Measured
-
-if TYPE_CHECKING:
-    from vapi.run import Run
 
 Flags = dict[str, list[str]]
 MISTAKE = 2
@@ -211,7 +208,7 @@ def run_stage(stage: str, settings: Config, folders: dict[str, Path]) -> Any:
     return made
 
 
-def _keep(stage: str, folders: dict[str, Path], run: Run) -> None:
+def _keep(stage: str, folders: dict[str, Path], run: Any) -> None:
     """Hand MLflow what ``vapi report`` reads of a stage, and after the evaluation the page itself."""
     from vapi import compare, compare_page, track
 

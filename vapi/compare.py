@@ -58,7 +58,7 @@ class Run:
     """One run, as far as it has come."""
 
     name: str  # a letter
-    place: str  # as the user names it
+    place: str  # as the user names it; empty where there is one only
     folders: Mapping[str, Path]  # by stage
     notices: Sequence[str] = ()  # what a reader must know
 
@@ -194,12 +194,12 @@ def read(place: str, folder: Path, name: str = "A") -> Run:
             f"{folder} holds no run: neither it nor a folder in it ({stages}) is what a stage of vapi wrote; "
             "give a folder like artifacts, or a run's id in MLflow"
         )
-    return _without_strangers(Run(name, place, folders))
+    return _without_strangers(Run(name, place, folders), _stage_of(folder))
 
 
 def of(evaluate: Path, tune: Path) -> Run:
     """The run of one evaluation, and what lies beside the tuned weights."""
-    return _with_notices(Run("A", str(evaluate), {**_beside(tune), "tune": tune, "evaluate": evaluate}))
+    return _with_notices(Run("A", "", {**_beside(tune), "tune": tune, "evaluate": evaluate}))
 
 
 def _stages_in(folder: Path) -> dict[str, Path]:
@@ -225,14 +225,18 @@ def _stage_of(folder: Path) -> str:
     return "tune" if (folder / UNFINISHED).is_file() else ""
 
 
-def _without_strangers(run: Run) -> Run:
-    """The same without folders that others of it were not made from: artifacts/tune made anew, and not evaluated yet."""
+def _without_strangers(run: Run, named: str) -> Run:
+    """The same without folders that others of it were not made from: artifacts/tune made anew, and not evaluated yet. ``named`` is the
+    stage whose folder the user named, which is what he wants to see; empty for a whole run."""
     folders, notices = dict(run.folders), []
     weights = folders.get("tune", Path()) / HEAVY["tune"]
     measured = run.results.get("weights", {}).get("tuned")
     if measured and weights.is_file() and data.known_digest(weights) != measured:
-        notices.append("its tuning is not shown: the evaluation is of other weights than those that lie beside it; run: vapi evaluate")
-        folders = {stage: folder for stage, folder in folders.items() if stage == "evaluate"}
+        if named == "tune":
+            folders = {stage: folder for stage, folder in folders.items() if stage not in ("evaluate", "register")}
+        else:
+            folders = {"evaluate": folders["evaluate"]}
+            notices.append("its tuning is not shown: the evaluation is of other weights than those that lie beside it; run: vapi evaluate")
     for stage in ("subset", "tokens"):
         wanted = run.made.get("tune", {}).get("inputs", {}).get(stage)
         if wanted and stage in folders and (folders[stage] / HEAVY[stage]).is_file() and data.known_digest(folders[stage]) != wanted:
@@ -300,7 +304,7 @@ def differing(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def warnings(runs: Sequence[Run]) -> list[str]:
     """What a reader must know before looking at numbers, in sentences: what each run lacks, and which ones do not compare."""
-    found = [f"{run.name} ({run.place}): {notice}." for run in runs for notice in run.notices]
+    found = [f"{run.name} ({run.place}): {notice}." if run.place else f"{notice}." for run in runs for notice in run.notices]
     groups = by_protocol(runs)
     if len(groups) > 1:
         fields = ", ".join(differing([group[0].protocol for group in groups]))

@@ -74,8 +74,11 @@ def _against(first: Run, other: Run) -> str:
 
 
 def _header(runs: Sequence[Run]) -> str:
-    said = [f"{_letter(run)} {esc(report.verdict(run.results))}" for run in runs if run.results]
-    said += [esc(f"{_against(runs[0], run)}.") for run in runs[1:] if len(runs) > 2]
+    if len(runs) == 1 and runs[0].results:
+        said = [esc(report.verdict(runs[0].results).partition(". ")[2]), esc(" ".join(report.caveats(runs[0].results)))]
+    else:
+        said = [f"{_letter(run)} {esc(report.verdict(run.results))}" for run in runs if run.results]
+        said += [esc(f"{_against(runs[0], run)}.") for run in runs[1:] if len(runs) > 2]
     warned = "".join(f"<li>{esc(words)}</li>" for words in compare.warnings(runs))
     return (
         f'<header><p class="eyebrow">vapi · report of {len(runs)} run{"s" * (len(runs) > 1)}</p><h1>{esc(_title(runs))}</h1>'
@@ -86,7 +89,7 @@ def _header(runs: Sequence[Run]) -> str:
 
 
 def _who(runs: Sequence[Run]) -> str:
-    items = "".join(f"<li>{_letter(run)} <span>{esc(run.place)}</span></li>" for run in runs)
+    items = "".join(f"<li>{_letter(run) if len(runs) > 1 else ''} <span>{esc(run.place)}</span></li>" for run in runs if run.place)
     return f'<ul class="who">{items}</ul><p class="small">Hollow, or dashed: before tuning. Filled: after.</p>'
 
 
@@ -121,9 +124,15 @@ class Seen:
     shared: bool  # by all that are compared
 
     @property
+    def words(self) -> str:
+        """The model and how it was sampled."""
+        model, _, how = self.model.partition("_")
+        return f"{model}{' at its best' if how == 'best' else f' {how}' if how else ''}"
+
+    @property
     def title(self) -> str:
-        """Which model of which runs."""
-        return self.model if self.shared else f"{', '.join(run.name for run in self.runs)} {self.model}"
+        """The same, with the letters of the runs, unless it is of all of them."""
+        return self.words if self.shared else f"{','.join(run.name for run in self.runs)} {self.words}"
 
     @property
     def kind(self) -> str:
@@ -148,8 +157,7 @@ def _once(runs: Sequence[Run], model: str, values: Sequence[T | None], same: Cal
                 break
         else:
             groups.append(([run], value))
-    alone = len(runs) == 1
-    return [Seen(own, model, value, alone or len(own) == len(runs)) for own, value in groups]
+    return [Seen(own, model, value, len(own) == len(runs)) for own, value in groups]
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -249,12 +257,6 @@ def _rows(runs: Sequence[Run]) -> list[Seen]:
     return [one for name in report.COMPARED for one in _once(runs, name, [run.results.get(name) for run in runs], _equal)]
 
 
-def _words(one: Seen) -> str:
-    """A row's title without the run: base, tuned at its best."""
-    model, _, how = one.model.partition("_")
-    return f"{model}{' at its best' if how == 'best' else f' {how}' if how else ''}"
-
-
 def _numbers(runs: Sequence[Run]) -> str:
     results = [run.results for run in runs]
     columns = list({column.key: column for found in results for column in report.columns_of(found)}.values())
@@ -263,7 +265,7 @@ def _numbers(runs: Sequence[Run]) -> str:
     for anchor, title in (("reconstruction", "tokenizer reconstructions"), ("real", "real images")):
         for one in _once(runs, anchor, [found["anchors"][anchor] for found in results], _equal):
             rows.append((esc(title), [Cell(report.html_cell(one.value, column), one.value.get(column.key)) for column in columns]))
-    note = report.table_note(results[0]) + " Bold: tuned is better than the base of its run by more than the noise."
+    note = report.table_note(results[0])
     charts = f'<div class="two"><figure>{_spread(runs, "fid", "FID, lower is better")}</figure>'
     charts += f"<figure>{_spread(runs, 'inception_score', 'Inception Score, higher is better')}</figure></div>"
     plane = f"<figure>{_plane(runs)}</figure>"
@@ -281,8 +283,8 @@ def _row_title(one: Seen) -> str:
     if "temperature" in one.value:
         setting = f"temperature {one.value['temperature']:g}"
         setting += f", guidance {one.value['guidance']:g}" if one.value["guidance"] != 1 else ""
-    letters = "" if one.shared and one.before else "".join(_letter(run) for run in one.runs)
-    return f"{letters}{esc(_words(one))}" + (f"<i>{esc(setting)}</i>" if setting else "")
+    letters = "" if one.shared else "".join(_letter(run) for run in one.runs)
+    return f"{letters}{esc(one.words)}" + (f"<i>{esc(setting)}</i>" if setting else "")
 
 
 def _number_cell(one: Seen, column: report.Column) -> Cell:
@@ -297,13 +299,8 @@ def _spread(runs: Sequence[Run], key: str, name: str) -> str:
         value, spread = one.value[key], one.value.get(f"{key}_std")
         words = f"{value:.4g}" + (f" ± {spread:.2g}" if spread else "")
         dot = Dot(value, words, one.kind, one.before, value - spread if spread else None, value + spread if spread else None)
-        rows.append((_lane_title(one), [dot]))
+        rows.append((one.title, [dot]))
     return lanes(name, rows)
-
-
-def _lane_title(one: Seen) -> str:
-    letters = "" if one.shared and one.before else ",".join(run.name for run in one.runs) + " "
-    return letters + _words(one)
 
 
 def _exposure(runs: Sequence[Run]) -> str:
@@ -311,7 +308,7 @@ def _exposure(runs: Sequence[Run]) -> str:
     for one in _both(runs, lambda run, model: run.results["exposure"][model]):
         forced, free = one.value["fid_teacher_forced"], one.value["fid_free_running"]
         dots = [Dot(forced, f"on true codes {markup.distance(forced)}", one.kind, True)]
-        rows.append((_lane_title(one), [*dots, Dot(free, f"running free {markup.distance(free)}", one.kind)]))
+        rows.append((one.title, [*dots, Dot(free, f"running free {markup.distance(free)}", one.kind)]))
     return lanes("FID against the validation images; hollow: codes drawn from true contexts, filled: running free", rows)
 
 
@@ -322,9 +319,9 @@ def _plane(runs: Sequence[Run]) -> str:
             off = (one.value.get("recall_std") or 0.0, one.value.get("precision_std") or 0.0)
             path = f"{run.name}{one.model.partition('_')[2]}"
             place = (one.value["recall"], one.value["precision"])
-            points.append(Point(_lane_title(one), *place, one.kind, one.before, "_" in one.model, off, path))
+            points.append(Point(one.title, *place, one.kind, one.before, "_" in one.model, off, path))
     keys = {point.title: f"{point.kind} {'ring' if point.hollow else 'disc'}" for point in points if not point.small}
-    return markup.plane(points, "recall", "precision") + markup.legend([*keys.items(), ("small: at their best", "")])
+    return markup.plane(points, "recall", "precision") + markup.legend([*keys.items(), ("small: at their best", "none")])
 
 
 # --- sweeps ------------------------------------------------------------------------------------
@@ -336,27 +333,31 @@ def _points(run: Run, model: str) -> list[Scores]:
 
 def _sweeps(runs: Sequence[Run]) -> str:
     seen = _both(runs, _points)
-    swept = {name: sorted({point[name] for one in seen for point in one.value}) for name in ("temperature", "guidance")}
-    charts = []
-    for over, other in (("temperature", "guidance"), ("guidance", "temperature")):
-        for value in swept[other] if len(swept[over]) > 1 or over == "temperature" else []:
-            lines = [_line(one, over, {other: value}) for one in seen]
-            drawn = markup.chart(
-                [line for line in lines if line.points], f"{over}, at {other} {value:g}", "FID, validation (log)", log=True
-            )
-            charts.append(f"<figure>{drawn}</figure>")
+    guidances, temperatures = (sorted({point[name] for one in seen for point in one.value}) for name in ("guidance", "temperature"))
+    charts = [_swept(seen, "temperature", f"temperature, at guidance {value:g}", value) for value in guidances]
+    if len(guidances) > 1:
+        at = "each at its best temperature" if len(temperatures) > 1 else f"at temperature {temperatures[0]:g}"
+        charts.append(_swept(seen, "guidance", f"guidance, {at}"))
     head = ["model", "temperature", "guidance", "FID", "Inception Score", "precision", "recall"]
     keys = ("temperature", "guidance", "fid", "inception_score", "precision", "recall")
-    rows = [(esc(_lane_title(one)), [Cell(f"{point[key]:.4g}", point[key]) for key in keys]) for one in seen for point in one.value]
+    rows = [(esc(one.title), [Cell(f"{point[key]:.4g}", point[key]) for key in keys]) for one in seen for point in one.value]
     samples = runs[0].results["protocol"]["sweep"]["samples"]
     note = f"{samples:,} samples per point against the validation images, so numbers differ from the table's; the best were chosen here."
     table = f"<details><summary>All {len(rows)} points</summary>{markup.table('Sweep', head, rows)}</details>"
     return f'<div class="two">{"".join(charts)}</div><p class="small">{note}</p>{table}'
 
 
-def _line(one: Seen, over: str, at: Mapping[str, float]) -> Line:
-    points = sorted((point[over], point["fid"]) for point in one.value if all(point[name] == value for name, value in at.items()))
-    return Line(_lane_title(one), points, f"{one.kind} {'dash1' * one.before}")
+def _swept(seen: Sequence[Seen], over: str, title: str, guidance: float | None = None) -> str:
+    """FID over temperature at one guidance, or over guidance."""
+    lines = []
+    for one in seen:
+        best: dict[float, float] = {}
+        for point in one.value:
+            if guidance in (None, point["guidance"]):
+                best[point[over]] = min(point["fid"], best.get(point[over], point["fid"]))
+        if best:
+            lines.append(Line(one.title, sorted(best.items()), f"{one.kind} {'dash1' * one.before}"))
+    return f"<figure>{markup.chart(lines, title, 'FID, validation (log)', log=True)}</figure>"
 
 
 # --- prompts -----------------------------------------------------------------------------------
@@ -367,7 +368,8 @@ def _prompts(runs: Sequence[Run], how: tuple[int, int]) -> str:
     if not asked:
         return ""
     detectors = asked[0].results["prompts"]["detectors"]
-    return "".join(_tasks(asked, name) for name in detectors) + _answers(asked, how)
+    notes = "".join(f"{_letter(run) if len(asked) > 1 else ''}{report_prompts.notes(run.results['prompts'])}" for run in asked)
+    return "".join(_tasks(asked, name) for name in detectors) + notes + _answers(asked, how)
 
 
 def _tasks(runs: Sequence[Run], detector: str) -> str:
@@ -385,7 +387,7 @@ def _tasks(runs: Sequence[Run], detector: str) -> str:
             text = f"<span>{row['difference']:+.3f}</span><i>{row['low']:+.3f} to {row['high']:+.3f}</i>".replace("-", "−")
             cells.append(Cell(text, row["difference"], "win" if row["low"] > 0 else ""))
         rows.append((esc(report_prompts.TITLES[task]), cells))
-    head = ["task", *(esc(_lane_title(one)) for one in seen), *(f"{esc(run.name)}: tuned − base, 95 %" for run in runs)]
+    head = ["task", *(esc(one.title) for one in seen), *(_head(runs, run, "tuned − base, 95 %") for run in runs)]
     title = judged[0]["base"]["title"]
     partial = "; ".join(judged[0]["base"]["partial"])
     chart = lanes("Share of pictures that are as asked, with the standard error", lane_rows, (0.0, 1.0))
@@ -402,11 +404,11 @@ def _task(found: Scores, task: str) -> tuple[float, float]:
 
 
 def _task_dot(one: Seen, value: float, error: float) -> Dot:
-    return Dot(value, f"{_lane_title(one)} {value:.3f} ± {error:.3f}", one.kind, one.before, value - error, value + error)
+    return Dot(value, f"{one.title} {value:.3f} ± {error:.3f}", one.kind, one.before, value - error, value + error)
 
 
 def _keys(seen: Iterable[Seen]) -> str:
-    return markup.legend((_lane_title(one), f"{one.kind} {'ring' if one.before else 'disc'}") for one in seen)
+    return markup.legend((one.title, f"{one.kind} {'ring' if one.before else 'disc'}") for one in seen)
 
 
 def _answers(runs: Sequence[Run], how: tuple[int, int]) -> str:
@@ -433,7 +435,7 @@ def _classes(runs: Sequence[Run]) -> str:
         return ""
     seen = _both(known, lambda run, model: {row["class"]: row[model] for row in run.classes})
     names = [int(row["class"]) for row in known[0].classes]
-    head = ["class", "samples", *(esc(_lane_title(one)) for one in seen), *(f"{esc(run.name)}: change" for run in known)]
+    head = ["class", "samples", *(esc(one.title) for one in seen), *(_head(known, run, "change") for run in known)]
     rows = []
     for n, name in enumerate(names):
         counts = known[0].classes[n]["samples"]
@@ -451,7 +453,12 @@ def _classes(runs: Sequence[Run]) -> str:
 
 
 def _class_dot(one: Seen, share: float) -> Dot:
-    return Dot(share, f"{_lane_title(one)} {share:.1%}", one.kind, one.before)
+    return Dot(share, f"{one.title} {share:.1%}", one.kind, one.before)
+
+
+def _head(runs: Sequence[Run], run: Run, title: str) -> str:
+    """The head of a column about one run."""
+    return f"{run.name}: {title}" if len(runs) > 1 else title
 
 
 # --- while tuning ------------------------------------------------------------------------------
@@ -478,19 +485,21 @@ def _curve(runs: Sequence[Run], key: str, title: str) -> str:
         for prefix, name, kind in (("tune", "batches", "faint "), ("holdout", "held out", "")):
             points = [(row["step"], row[f"{prefix}/{key}"]) for row in run.curves if f"{prefix}/{key}" in row]
             if points:
-                lines.append(Line(f"{run.name} {name}", points, f"{kind}{_colour(run)}", dots=prefix == "holdout"))
+                lines.append(
+                    Line(f"{run.name} {name}" if len(runs) > 1 else name, points, f"{kind}{_colour(run)}", dots=prefix == "holdout")
+                )
     return markup.chart(lines, "step", title, width=380, height=250) if lines else ""
 
 
 # --- tables whose columns are runs -------------------------------------------------------------
 
 
-def _columns(name: str, runs: Sequence[Run], rows: Mapping[str, Sequence[Cell]], first: str, same: bool = False) -> str:
+def _columns(name: str, runs: Sequence[Run], rows: Mapping[str, Sequence[Cell]], first: str, kind: str = "", same: bool = False) -> str:
     """A table with a column for each run; ``same``: and one that says whether they agree."""
     agree = same and len(runs) > 1
-    head = [first, *(f"{_letter(run)}" for run in runs), *(["same"] if agree else [])]
+    head = [first, *(map(_letter, runs) if len(runs) > 1 else ["this run"]), *(["same"] if agree else [])]
     body = [(title, [*cells, *([_agreement(cells)] if agree else [])]) for title, cells in rows.items()]
-    return markup.table(name, head, body)
+    return markup.table(name, head, body, kind)
 
 
 def _agreement(cells: Sequence[Cell]) -> Cell:
@@ -573,13 +582,13 @@ def _configuration(runs: Sequence[Run]) -> str:
     docs = _docs()
     rows = {
         f"{esc(name)}<i class='doc'>{esc(docs.get('.'.join(name.split('.')[:2]), ''))}</i>": [
-            Cell(f"<i>{MISSING}</i>") if value is None else Cell(esc(config.scalar(value)), value if _is_number(value) else None, "words")
+            Cell(f"<i>{MISSING}</i>") if value is None else Cell(esc(config.scalar(value)), value if _is_number(value) else None)
             for value in values
         ]
         for name, values in found.items()
     }
     total = len({name for run in runs for name in run.settings})
-    return f'{_columns("Configuration", runs, rows, "field")}<p class="small">{total - len(rows)} other fields are the same.</p>'
+    return f'{_columns("Configuration", runs, rows, "field", "words")}<p class="small">{total - len(rows)} other fields are the same.</p>'
 
 
 def _is_number(value: Any) -> bool:
@@ -597,20 +606,23 @@ def _lineage(runs: Sequence[Run]) -> str:
     columns = [_lineage_of(run) for run in runs]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = {esc(name): [_digest_cell(column.get(name)) for column in columns] for name in names}
-    return _columns("Lineage", runs, rows, "what", same=True) if rows else ""
+    return _columns("Lineage", runs, rows, "what", "words", same=True) if rows else ""
 
 
 def _lineage_of(run: Run) -> dict[str, str]:
     """Digests of data, weights and code, by what they are of."""
-    found: dict[str, str] = {}
-    for stage in (stage for stage in STAGES if stage in run.folders):
-        found |= {f"{stage}: {name}": digest for name, digest in run.made[stage].get("inputs", {}).items() if digest}
-        found |= {f"{stage}: code, {name}": value for name, value in run.told[stage].get("code", {}).items() if value}
-    return found | {f"weights: {name}": value for name, value in run.results.get("weights", {}).items()}
+    stages = [stage for stage in STAGES if stage in run.folders]
+    found = {f"{stage}: {name}": digest for stage in stages for name, digest in run.made[stage].get("inputs", {}).items() if digest}
+    found |= {f"weights: {name}": value for name, value in run.results.get("weights", {}).items()}
+    codes = {stage: run.told[stage]["code"] for stage in stages if "code" in run.told[stage]}
+    alike = len({str(code) for code in codes.values()}) == 1
+    for stage, code in codes.items():
+        found |= {f"code{'' if alike else f' of {stage}'}: {name}": value for name, value in code.items()}
+    return found
 
 
 def _digest_cell(value: str | None) -> Cell:
-    return Cell(f"<i>{MISSING}</i>" if value is None else markup.digest(value), None, "words")
+    return Cell(f"<i>{MISSING}</i>" if value is None else markup.digest(value))
 
 
 def _protocol(runs: Sequence[Run]) -> str:

@@ -84,12 +84,13 @@ class Cell:
     kind: str = ""
 
 
-def table(name: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]]) -> str:
-    """A table that can be sorted by any column, with the heads of its rows first; ``head`` and heads are HTML. ``name`` says what it is."""
+def table(name: str, head: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]], kind: str = "") -> str:
+    """A table that can be sorted by any column, with the heads of its rows first; ``head`` and heads are HTML. ``name`` says what it is,
+    ``kind`` is its CSS class (words: aligned for reading)."""
     columns = "".join(f'<th scope="col"><button type="button">{title}</button></th>' for title in head)
     body = "".join(f'<tr><th scope="row">{title}</th>{"".join(map(_cell, cells))}</tr>' for title, cells in rows)
     return (
-        f'<div class="scroll" role="region" aria-label="{esc(name)}" tabindex="0"><table class="sortable">'
+        f'<div class="scroll" role="region" aria-label="{esc(name)}" tabindex="0"><table class="sortable {esc(kind)}">'
         f'<caption class="hidden">{esc(name)}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
@@ -403,15 +404,16 @@ table.prompts img{width:auto;max-width:none}
 .key::before{content:"";display:inline-block;width:14px;height:3px;margin-right:7px;border-radius:2px;vertical-align:middle;
 background:var(--own,var(--base))}
 .key.ring::before,.key.disc::before{width:11px;height:11px;border-radius:50%;background:var(--own,var(--soft))}
+.key.none::before{display:none}.key.faint::before{height:1.2px;opacity:.65}
+.key.dash1::before{background:linear-gradient(90deg,var(--own) 40%,transparent 40% 60%,var(--own) 60%)}
 .key.ring::before{background:none;border:2px solid var(--own,var(--soft))}
 dl{display:grid;grid-template-columns:minmax(96px,auto) 1fr;gap:4px 16px;margin:0;font-size:13.5px}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}dd dl{font-size:13px}
 code{font:12.5px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .sortable thead button{font:inherit;color:inherit;background:none;border:0;padding:0;margin:0}
-.js .sortable thead button{cursor:pointer}
-.js .sortable thead button::after{content:"↕";color:var(--soft);margin-left:5px;font-weight:400}
-.js .sortable th[aria-sort=ascending] button::after{content:"↑"}.js .sortable th[aria-sort=descending] button::after{content:"↓"}
-td.words,td.digest{text-align:left;white-space:normal;overflow-wrap:anywhere}
+.js .sortable thead button{cursor:pointer;text-decoration:underline dotted;text-underline-offset:4px}
+.sortable th[aria-sort=ascending] button::before{content:"▲ "}.sortable th[aria-sort=descending] button::before{content:"▼ "}
+.words th,.words td{text-align:left;white-space:normal;overflow-wrap:anywhere}
 .verdict{margin:0 0 10px;font-size:17px}
 .notice{margin:18px 0;padding:14px 18px;border:1px solid var(--ink);border-left-width:6px;border-radius:8px;background:var(--card)}
 .notice ul{margin:6px 0 0;padding-left:20px}
@@ -420,16 +422,14 @@ td.words,td.digest{text-align:left;white-space:normal;overflow-wrap:anywhere}
 border:2px solid var(--own);border-radius:6px;font-size:.82em;line-height:1.5}
 nav{display:flex;flex-wrap:wrap;gap:6px 18px;margin:0 0 40px;padding:12px 0;border-block:1px solid var(--rule);font-size:14.5px}
 .cards{display:flex;flex-wrap:wrap;gap:12px}
-.card{position:relative}
 .zoom{display:flex;gap:6px;padding:6px;background:var(--card);border:1px solid var(--rule);border-radius:8px;font:inherit;color:inherit}
 .js .zoom{cursor:zoom-in}
 .shot{display:block;width:64px;font-size:11.5px;line-height:1.3;color:var(--own,var(--soft))}.shot>span{display:block;margin-top:3px}
 .shot img{border-radius:3px}
 .asked .shot{width:230px}
-.tip{display:none;position:absolute;z-index:2;left:0;top:100%;width:max-content;max-width:min(440px,90vw);padding:8px 12px;
-background:var(--card);color:var(--ink);border:1px solid var(--ink);border-radius:8px;font-size:13px}
+.tip{display:none;position:fixed;z-index:2;left:50%;bottom:16px;transform:translateX(-50%);width:max-content;max-width:92vw;
+padding:8px 14px;background:var(--card);color:var(--ink);border:1px solid var(--ink);border-radius:8px;font-size:14px}
 .zoom:hover+.tip,.zoom:focus-visible+.tip{display:block}
-.card:nth-child(n+4) .tip{left:auto;right:0}.cards .card:nth-child(3n+1) .tip{left:0;right:auto}
 details{margin-top:14px}summary{cursor:pointer;font-weight:600}details>*:not(summary){margin-top:12px}
 dialog{width:min(1100px,94vw);max-height:92vh;padding:20px 24px;color:var(--ink);background:var(--bg);
 border:1px solid var(--rule);border-radius:12px}
@@ -445,8 +445,9 @@ td>i:only-child{font-size:13px}
 @media print{
 main{padding:0;max-width:none}body{font-size:11pt}section{margin-bottom:24px}
 figure,.card,tr,.notice,svg{break-inside:avoid}h2,h3{break-after:avoid}
-.scroll{overflow:visible}table{font-size:8.5pt}th,td{padding:4px 5px;white-space:normal}
-nav,dialog,.tip,details:not([open]),.js .sortable thead button::after{display:none!important}
+.scroll{overflow:visible}table{font-size:8.5pt}th,td{padding:4px 5px;white-space:normal}td i{white-space:nowrap}
+nav,dialog,.tip,details:not([open]),.sortable thead button::before{display:none!important}
+.sortable thead button{text-decoration:none!important}
 .zoom{border:0;padding:2px}.shot{width:52px}
 img,svg,.key{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 }

@@ -108,15 +108,22 @@ def section(prompts: Scores, sheets: Mapping[str, np.ndarray], shown: Sequence[S
     parts = [f"<section><h2>What was asked for, and what came</h2><p class='small'>{esc(_note(prompts))}</p>"]
     for judged in prompts["detectors"].values():
         parts.append(f"<h3>{esc(judged['base']['title'])}</h3><figure>{chart(judged)}{LEGEND}</figure>{_table(judged)}")
+    parts.append(notes(prompts))
+    return "".join([*parts, "</section>", pictures(sheets, shown, prompts["images_per_prompt"])])
+
+
+def notes(prompts: Scores) -> str:
+    """HTML: how often the judges agree, and what text metrics say."""
+    parts = []
     if prompts["agreement"]:
-        shares = ", ".join(f"{esc(side.replace('_', ' '))} {share:.1%}" for side, share in prompts["agreement"].items())
-        parts.append(f"<p class='small'>Pictures on which both judges say the same: {shares}.</p>")
+        shares = ", ".join(f"{side.replace('_', ' ')} {share:.1%}" for side, share in prompts["agreement"].items())
+        parts.append(f"Pictures on which both judges say the same: {shares}.")
     for name, sides in prompts["metrics"].items():
         words = ", ".join(
             f"{side.replace('_', ' ')} {one['mean']:.4f}{_error(one)}" for side, one in sides.items() if side != "description"
         )
-        parts.append(f"<p class='small'>{esc(name)}: {esc(words)}. {esc(sides['description'])}.</p>")
-    return "".join([*parts, "</section>", pictures(sheets, shown, prompts["images_per_prompt"])])
+        parts.append(f"{name}: {words}. {sides['description']}.")
+    return "".join(f"<p class='small'>{esc(words)}</p>" for words in parts)
 
 
 def _error(one: Scores) -> str:

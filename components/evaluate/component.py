@@ -21,7 +21,7 @@ def evaluate(
         work_dir: Folder in which the volume is mounted; empty without one.
         model: What the step tune made.
         evaluation: All numbers, sheets and the report.
-        report: Base and tuned on one page, with the pictures.
+        report: The run on one page, base against tuned, as vapi report makes it.
         metrics: The numbers of base and tuned, and of each at its best.
     """
     from pathlib import Path
