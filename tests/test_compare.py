@@ -82,7 +82,7 @@ def test_pictures_come_back_from_the_sheets_to_the_pixel(project: Path) -> None:
     title = slice(report.TITLE_HEIGHT, report.TITLE_HEIGHT + images.sheet_height(10, 10, 16))
     assert np.array_equal(np.asarray(again)[title], np.asarray(images.decode(path.read_bytes()))[title])
     looks = run.looks
-    assert looks and [look.step for look in looks] == [0, STEPS]
+    assert [look.step for look in looks] == [0, STEPS]
     assert looks[0].pictures["real"].shape == (8, 16, 16, 3) and np.array_equal(looks[0].pictures["real"], looks[1].pictures["real"])
     subset = data.read_subset(project / "a" / "subset")
     real = subset.pixels(subset.keys.index(looks[0].keys[0]), 16)
@@ -91,7 +91,6 @@ def test_pictures_come_back_from_the_sheets_to_the_pixel(project: Path) -> None:
 
 def test_rewards_of_a_sheet_are_the_sum_of_their_parts(project: Path) -> None:
     run = compare.read("a", project / "a")
-    assert run.looks
     for look in run.looks:
         summed = sum(run.settings[f"tune.rewards.{name}"] * np.array(look.rewards[name]) for name in ("mse", "lpips"))
         assert np.allclose(summed, look.rewards["reward"], rtol=1e-4)
@@ -238,7 +237,7 @@ def test_the_page_says_what_the_runs_have_kept(page: str, project: Path) -> None
         assert f'<code title="{digest}">' in page
     assert "GPU utilisation not recorded not recorded" in text and "0 (no GPU)" in text and "device cpu cpu" in text
     assert "real images: perplexity" in text and f"{a.tokens['perplexity']:,.0f}" in text
-    assert f"reward {_short(a.looks[0].rewards['reward'][0])} = 10 × lpips" in text  # type: ignore[index]
+    assert f"reward {_short(a.looks[0].rewards['reward'][0])} = 10 × lpips" in text
 
 
 def _short(value: float) -> str:
@@ -325,7 +324,7 @@ def test_a_run_comes_back_out_of_mlflow(
     here, there = compare.read("one", out), compare.read(parent, track.fetch(parent, uri, tmp_path / "fetched"))
     assert here.results == there.results and here.curves == there.curves and here.classes == there.classes
     assert here.made == there.made and np.array_equal(here.samples("best")["tuned"], there.samples("best")["tuned"])
-    assert here.looks and there.looks and here.looks[1].rewards == there.looks[1].rewards
+    assert here.looks[1].rewards == there.looks[1].rewards
     assert "page.html" in {file.path for file in client.list_artifacts(parent)}
 
     code, _, err = call(capsys, "0" * 32)

@@ -149,11 +149,11 @@ class Run:
         return {name: np.stack([band[n * each : (n + 1) * each] for band in bands]) for n, name in enumerate(("base", "tuned"))}
 
     @cached_property
-    def looks(self) -> tuple[Looked, Looked] | None:
-        """The first and the last sheet of the stage tune; None where there are not two."""
+    def looks(self) -> tuple[Looked, ...]:
+        """The first and the last sheet of the stage tune; nothing where there are not two."""
         paths = sorted((self.folders["tune"] / "sheets").glob("step-*.json")) if "tune" in self.folders else []
         if len(paths) < 2 or "model" not in self.made["tune"].get("sections", {}):
-            return None
+            return ()
         return self._look(paths[0]), self._look(paths[-1])
 
     def _look(self, path: Path) -> Looked:
@@ -279,13 +279,7 @@ def by_subjects(runs: Sequence[Run]) -> list[list[Run]]:
 
 def by_images(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs that hold out the same images, together."""
-    return _alike([run for run in runs if run.looks], lambda run: json.dumps(_first_look(run).keys))
-
-
-def _first_look(run: Run) -> Looked:
-    looks = run.looks
-    assert looks is not None
-    return looks[0]
+    return _alike([run for run in runs if run.looks], lambda run: json.dumps(run.looks[0].keys))
 
 
 def _alike(items: Sequence[T], key: Callable[[T], str]) -> list[list[T]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from vapi.compare import Run
 from vapi.config import STAGES
 from vapi.markup import Cell, Dot, Line, Point, Shot, card, esc, lanes
 
-T = TypeVar("T")
 Scores = Mapping[str, Any]
 
 BUDGET = 1_900_000
@@ -145,18 +144,15 @@ class Seen:
         return self.model.startswith("base")
 
 
-def _once(runs: Sequence[Run], model: str, values: Sequence[T | None], same: Callable[[T, T], bool]) -> list[Seen]:
-    """What runs have, equal ones together; those that have nothing left out."""
-    groups: list[tuple[list[Run], T]] = []
-    for run, value in zip(runs, values, strict=True):
-        if value is None:
-            continue
-        for own, other in groups:
-            if same(value, other):
-                own.append(run)
-                break
-        else:
+def _once(runs: Sequence[Run], model: str, values: Sequence[Any], same: Callable[[Any, Any], bool]) -> list[Seen]:
+    """What runs have, equal things together; None, which is nothing, left out."""
+    groups: list[tuple[list[Run], Any]] = []
+    for run, value in ((run, value) for run, value in zip(runs, values, strict=True) if value is not None):
+        own = next((own for own, other in groups if same(value, other)), None)
+        if own is None:
             groups.append(([run], value))
+        else:
+            own.append(run)
     return [Seen(own, model, value, len(own) == len(runs)) for own, value in groups]
 
 
@@ -178,7 +174,7 @@ def _pictures(runs: Sequence[Run]) -> Iterable[np.ndarray]:
         for sets in (run.samples("plain"), run.samples("best")):
             yield from (one for pictures in sets.values() for one in pictures)
         yield from (one for pictures in run.answers.values() for band in pictures for one in band)
-        yield from (one for look in run.looks or () for pictures in look.pictures.values() for one in pictures)
+        yield from (one for look in run.looks for pictures in look.pictures.values() for one in pictures)
 
 
 def _seeds(runs: Sequence[Run], how: tuple[int, int]) -> str:
@@ -221,18 +217,16 @@ def _heldout(runs: Sequence[Run], how: tuple[int, int]) -> str:
 
 
 def _redrawn(runs: Sequence[Run], how: tuple[int, int]) -> str:
-    pairs = [run.looks for run in runs if run.looks]
-    first = pairs[0][0]
-    seen = []
-    for n, model in enumerate(("base", "tuned")):
-        seen += _once(runs, model, [pair[n] for pair in pairs], lambda a, b: np.array_equal(a.pictures["draw"], b.pictures["draw"]))
+    first = runs[0].looks[0]
+    when = {"base": 0, "tuned": 1}
+    seen = _both(runs, lambda run, model: run.looks[when[model]], lambda a, b: np.array_equal(a.pictures["draw"], b.pictures["draw"]))
     cards = []
     for i, key in enumerate(first.keys):
         shots = [Shot(first.pictures["real"][i], "real"), Shot(first.pictures["reconstruction"][i], "tokenizer's")]
         shots += [Shot(one.value.pictures["draw"][i], one.title, one.kind) for one in seen]
         rows = [f"{esc(one.title)}, step {one.value.step}: {_reward(one, i)}" for one in seen]
         cards.append(card(shots, key, "".join(f"<br>{row}" for row in rows), f"heldout-{runs[0].name}-{i}", how))
-    return f'<div class="cards wide">{"".join(cards)}</div>'
+    return f'<div class="cards">{"".join(cards)}</div>'
 
 
 def _reward(one: Seen, image: int) -> str:
@@ -449,7 +443,9 @@ def _classes(runs: Sequence[Run]) -> str:
         dots = [(f"class {name}", [_class_dot(one, one.value[name]) for one in seen]) for name in names]
         chart = f"<figure>{lanes('Share of samples that the metric network takes for their class', dots, left=70)}{_keys(seen)}</figure>"
     note = "Share of each class's samples that the metric network takes for it, plain comparison, all seeds; changes in percentage points."
-    return f'<div class="two">{chart}<div>{markup.table("Recognised samples by class", head, rows)}</div></div><p class="small">{note}</p>'
+    table = markup.table("Recognised samples by class", head, rows)
+    both = f'<div class="two">{chart}<div>{table}</div></div>' if len(known) == 1 else f'{chart}<div class="below">{table}</div>'
+    return f'{both}<p class="small">{note}</p>'
 
 
 def _class_dot(one: Seen, share: float) -> Dot:
@@ -515,6 +511,9 @@ def _missing(value: Any, show: Callable[[Any], str]) -> Cell:
 
 
 def _tokens(runs: Sequence[Run]) -> str:
+    if not any(run.tokens or run.summary for run in runs):
+        return ""
+
     def held(run: Run, when: str, name: str) -> Any:
         return run.summary.get("holdout", {}).get(when, {}).get(f"holdout/{name}")
 
@@ -531,14 +530,16 @@ def _tokens(runs: Sequence[Run]) -> str:
         "captions longer than the generator reads": (lambda run: run.summary.get("captions_cut"), lambda v: f"{v:,}"),
     }
     rows = {title: [_missing(get(run), show) for run in runs] for title, (get, show) in sources.items()}
-    if not any(run.tokens or run.summary for run in runs):
-        return ""
     note = "Perplexity is how many codes would be in use if all were used alike; one that falls while tuning is a model that narrows. "
     note += "Held-out draws are fewer than the real images, so hold before against after, not against these."
     return f'{_columns("Tokens in use", runs, rows, "tokens")}<p class="small">{note}</p>'
 
 
 def _cost(runs: Sequence[Run]) -> str:
+    stages = [stage for stage in STAGES if any(run.told.get(stage) for run in runs)]
+    if not stages:
+        return ""
+
     def told(stage: str, name: str) -> Callable[[Run], Any]:
         return lambda run: run.told.get(stage, {}).get(name)
 
@@ -563,12 +564,10 @@ def _cost(runs: Sequence[Run]) -> str:
         "seconds per step (median)": (told("tune", "seconds_per_step"), lambda v: f"{v:.3g}"),
         "images per second while tuning": (per_second, lambda v: f"{v:.3g}"),
         "share of tune's time that steps took": (of_steps, lambda v: f"{v:.0%}"),
-        **{f"{stage}: seconds": (told(stage, "seconds"), lambda v: f"{v:,.1f}") for stage in STAGES},
+        **{f"{stage}: seconds": (told(stage, "seconds"), lambda v: f"{v:,.1f}") for stage in stages},
     }
     rows = {title: [_missing(get(run), show) for run in runs] for title, (get, show) in sources.items()}
     rows["GPU utilisation"] = [Cell(f"<i>{MISSING}</i>") for _ in runs]
-    if not any(run.told.get(stage) for run in runs for stage in run.folders):
-        return ""
     note = "Seconds are those of the process that ended the stage; what was cached or resumed from before is not in them."
     return f'{_columns("Cost", runs, rows, "measure")}<p class="small">{note}</p>'
 

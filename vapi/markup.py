@@ -69,10 +69,10 @@ def facts(values: Scores) -> str:
 
 
 def digest(text: str) -> str:
-    """A word; a long digest is shortened, whole in its title."""
-    if len(text) >= 40 and all(c in "0123456789abcdef" for c in text):
-        return f'<code title="{esc(text)}">{esc(text[:12])}</code>'
-    return esc(text)
+    """A word; a digest in type of one width, shortened where it is long, whole in its title."""
+    if len(text) < 16 or not all(c in "0123456789abcdef" for c in text):
+        return esc(text)
+    return f'<code title="{esc(text)}">{esc(text[:12])}</code>' if len(text) >= 40 else f"<code>{esc(text)}</code>"
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ h3{margin:22px 0 10px;font-size:16px;font-weight:650}
 a{color:inherit}
 :focus-visible{outline:3px solid var(--tuned);outline-offset:2px}
 .hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
-.small{margin:10px 0 0;color:var(--soft);font-size:13.5px}
+.below{margin-top:20px}.small{margin:10px 0 0;color:var(--soft);font-size:13.5px}
 .pair,.two{display:grid;grid-template-columns:1fr 1fr;gap:24px}
 .three{display:grid;grid-template-columns:repeat(3,1fr);gap:20px}
 .pair>*,.two>*,.three>*{min-width:0}
@@ -374,7 +374,7 @@ figure.tuned{border-color:var(--tuned)}
 figcaption{display:flex;justify-content:space-between;gap:12px;padding:10px 14px;font-size:14.5px}
 figcaption span{color:var(--soft);font-variant-numeric:tabular-nums}
 figure.tuned figcaption b{color:var(--tuned)}
-img{display:block;width:100%;height:auto;image-rendering:pixelated}
+img{display:block;width:100%;height:auto;image-rendering:pixelated}img[src^="data:image/webp"]{image-rendering:auto}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:10px}
 table{width:100%;border-collapse:collapse;font-size:14.5px;font-variant-numeric:tabular-nums}
 th,td{padding:9px 11px;text-align:right;white-space:nowrap;vertical-align:baseline}

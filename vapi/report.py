@@ -227,7 +227,7 @@ def _pointers(artifacts: Path) -> str:
     mlflow = os.path.relpath(program) if program.is_relative_to(Path.cwd()) else "mlflow"
     return "\n".join(
         [
-            f"report    {artifacts / 'evaluate' / 'report.html'}",
+            f"report    {artifacts / 'evaluate' / 'report.html'}, and beside other runs: vapi report",
             f"runs      {mlflow} ui, then http://127.0.0.1:5000",
             "yours     point model.generator, model.tokenizer and subset.source in params.yaml at your own, then: dvc repro",
         ]
