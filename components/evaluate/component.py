@@ -24,11 +24,9 @@ def evaluate(
         report: The run on one page, base against tuned, as vapi report makes it.
         metrics: The numbers of base and tuned, and of each at its best.
     """
-    from pathlib import Path
-
     from vapi.cluster import pages, step
 
     made = step.run("evaluate", plan, work_dir, evaluation.path, tune=model.path)
-    step.write(pages.evaluation(made, Path(model.path)), report.path)
+    step.write(pages.evaluation(made, model.path), report.path)
     for name, value in pages.evaluation_metrics(made).items():
         metrics.log_metric(name, value)

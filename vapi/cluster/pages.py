@@ -99,9 +99,9 @@ def tuning_metrics(folder: Path) -> dict[str, float]:
 # --- evaluate ----------------------------------------------------------------------------------
 
 
-def evaluation(folder: Path, tune: Path) -> str:
-    """HTML: base and tuned on one page, as ``vapi report`` shows a run."""
-    return compare_page.page([compare.of(folder, tune)])
+def evaluation(folder: Path, tune: str) -> str:
+    """HTML: base and tuned on one page, as ``vapi report`` shows a run. ``tune``: the artifact of that stage."""
+    return compare_page.page([compare.of(folder, Path(tune))])
 
 
 def evaluation_metrics(folder: Path) -> dict[str, float]:
