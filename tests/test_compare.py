@@ -143,6 +143,7 @@ def test_a_sheet_of_another_shape_is_refused() -> None:
 def test_an_unfinished_run_is_shown_as_far_as_it_went(project: Path, tmp_path: Path) -> None:
     for stage in ("subset", "tokens", "tune"):
         shutil.copytree(project / "a" / stage, tmp_path / "half" / stage)
+    assert "evaluate.samples" not in text_of(compare_page.page(runs(tmp_path / "half", project / "b"))), "it has not come to that yet"
     (half,) = runs(tmp_path / "half")
     page = compare_page.page([half])
     assert "A (half): it is not evaluated, so FID and its kin are missing; run: vapi evaluate." in text_of(page)

@@ -575,7 +575,10 @@ def _cost(runs: Sequence[Run]) -> str:
 def _configuration(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return ""
-    found = compare.differing([run.settings for run in runs])
+    known = [run.settings for run in runs]
+    shared = set.intersection(*({name.partition(".")[0] for name in settings} for settings in known))
+    known = [{name: value for name, value in settings.items() if name.partition(".")[0] in shared} for settings in known]
+    found = compare.differing(known)
     if not found:
         return "<p>Nothing, as far as it was written down.</p>"
     docs = _docs()
@@ -586,8 +589,9 @@ def _configuration(runs: Sequence[Run]) -> str:
         ]
         for name, values in found.items()
     }
-    total = len({name for run in runs for name in run.settings})
-    return f'{_columns("Configuration", runs, rows, "field", "words")}<p class="small">{total - len(rows)} other fields are the same.</p>'
+    same = len({name for settings in known for name in settings}) - len(rows)
+    note = f"{same} other fields are the same, of the sections that all runs have come to ({', '.join(sorted(shared))})."
+    return f'{_columns("Configuration", runs, rows, "field", "words")}<p class="small">{note}</p>'
 
 
 def _is_number(value: Any) -> bool:
