@@ -19,7 +19,7 @@ from conftest import CAPTIONS
 from imports import ROOT
 from PIL import Image
 
-from vapi import data, models, prompted, references, report, report_prompts
+from vapi import compare, compare_page, data, models, prompted, references, report, report_prompts
 from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, TuneConfig, plain
 from vapi.digits import build_janus, build_scenes
 from vapi.evaluate import evaluate
@@ -121,6 +121,18 @@ def test_before_and_after_by_task_with_anchors_and_pictures(project: Path) -> No
     table = report_prompts.grid(prompts)
     assert table.count("overall") == 2 and "other prompts" in table and "tuned at its best" in table
     assert "single_object" not in table and "one object" in report.table(project / "artifacts")
+
+
+def test_runs_beside_each_other_by_task_and_prompt(project: Path) -> None:
+    first, again = compare.read_all({"artifacts": Path("artifacts"), "again": project / "artifacts"})
+    asked = [json.loads(line)["prompt"] for line in (project / "data/scenes/test.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in first.prompts] == asked
+    assert first.answers["base"].shape == first.answers["tuned"].shape == (18, 2, 40, 40, 3)
+    page = compare_page.page([first, again])
+    assert page.count("by task</h3>") == 2 and page.count('class="card"') == 2 * 10 + 8 + 18
+    judged = first.results["prompts"]["detectors"]["geneval"]
+    assert f"<span>{judged['tuned']['tasks']['counting']['score']:.3f}</span>" in page
+    assert "Pictures on which both judges say the same" in page and len(page) < 3_000_000
 
 
 def test_an_evaluation_again_draws_nothing_and_says_the_same(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import textwrap
 import typing
 from collections.abc import Callable
@@ -197,9 +198,26 @@ def run_stage(stage: str, settings: Config, folders: dict[str, Path]) -> Any:
     if not first:
         return function(**sections, **folders)
     from vapi import track
+    from vapi.run import NO_RUN
 
     with track.start(stage, settings, folders) as run:
-        return function(**sections, **folders, run=run)
+        made = function(**sections, **folders, run=run)
+        if run is not NO_RUN:
+            _keep(stage, folders, run)
+    return made
+
+
+def _keep(stage: str, folders: dict[str, Path], run: Any) -> None:
+    """Hand MLflow what ``vapi report`` reads of a stage, and after the evaluation the page itself."""
+    from vapi import compare, compare_page, track
+
+    for path in compare.kept(stage, folders["out"]):
+        run.artifact(path, track.RECORD)
+    if stage == "evaluate":
+        with tempfile.TemporaryDirectory() as folder:
+            page = Path(folder) / "report.html"
+            page.write_text(compare_page.page([compare.of(folders["out"], folders["tune"])]))
+            run.artifact(page)
 
 
 # --- vapi bench ----------------------------------------------------------------------------------
@@ -447,6 +465,34 @@ def _decide(name: str, flags: Flags, *words: str, **named: str) -> int:
     return 0
 
 
+def _report(words: list[str], flags: Flags) -> int:
+    out = Path(_one("out", flags.get("out", [str(ARTIFACTS / "report.html")])))
+    log, names = _switch(flags, "log"), words or [str(ARTIFACTS)]
+    ids = [name for name in names if not Path(name).is_dir()]
+    config.require(bool(ids) or not log, "--log puts the page among a run's artifacts in MLflow; name a run by its id there")
+    from vapi import compare, compare_page, track
+
+    uri = _where_runs_are() if ids else ""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = compare.read_all({name: track.fetch(name, uri, Path(folder) / name) if name in ids else Path(name) for name in names})
+        config.write_text(out, compare_page.page(runs))
+    for sentence in compare.warnings(runs):
+        print(sentence, file=sys.stderr)
+    for name in ids if log else []:
+        track.attach(name, uri, out)
+    print(f"{out}  ({', '.join(f'{run.name}: {run.place}' for run in runs)})")
+    return 0
+
+
+def _where_runs_are() -> str:
+    """The MLflow that the configuration names; the defaults' where there is none."""
+    from vapi import data, track
+
+    settings = config.load() if PARAMS.is_file() else Config()
+    config.require(settings.track.uri != "off", "a run's id needs MLflow, and track.uri is off; name the run's folder")
+    return track.tracking_uri(settings, data.project_root())
+
+
 def _summary(words: list[str], flags: Flags) -> int:
     from vapi import report
 
@@ -531,6 +577,13 @@ COMMANDS = {
         _recipe,
         "[NAME] [--write [--force]] | diff [NAME]",
         ("write", "force"),
+    ),
+    "report": Command(
+        "Compare runs on one HTML page: pictures, numbers, curves, cost, configuration, lineage; RUN is a folder like artifacts (the "
+        "default), or a run's id in MLflow; the first is what others are compared with. --log puts the page among those runs' artifacts.",
+        _report,
+        "[RUN ...] [--out FILE.html] [--log]",
+        ("out", "log"),
     ),
     "rollback": Command(
         "Make the version champion again that was it before; the one taken back is no champion again by itself. A second call "

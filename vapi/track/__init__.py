@@ -13,7 +13,7 @@ without a step are final: they go to the parent too, under the same names, so th
 up in the compare view. Under an injected run (``MLFLOW_RUN_ID``) the stage logs into that run and its
 parent instead.
 
-``journal.py`` is the files on disk, ``sender.py`` the other process, this file the stage's side. Left
+``journal.py`` is the files on disk, ``sender.py`` the other process, ``reader.py`` the way back, this file the stage's side. Left
 out on purpose: system metrics, autologging, and MLflow's fluent API with its global state.
 """
 
@@ -39,12 +39,16 @@ from vapi.config import ARTIFACTS, STAGES, Config
 from vapi.run import NO_RUN, Run, Server
 from vapi.track import sender
 from vapi.track.journal import State, claim, name_for, now, waiting
+from vapi.track.reader import RECORD, attach, fetch
 from vapi.track.sender import answering, connect, out_of_reach, resend
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["answering", "connect", "data_digest", "execution", "resend", "registry", "start", "tracking_uri", "waiting"]
+__all__ = [
+    "RECORD", "answering", "attach", "connect", "data_digest", "execution", "fetch", "registry", "resend", "start", "tracking_uri",
+    "waiting",
+]  # fmt: skip
 
 log = logging.getLogger("vapi.track")
 
