@@ -25,7 +25,7 @@ import torch
 from conftest import CAPTIONED_GPT, CAPTIONS, TINY_GPT, write_tiny
 from PIL import Image
 
-from vapi import card, cli, config, data, images, licences, models, register, report, track
+from vapi import card, cli, config, data, images, licences, markup, models, register, report, track
 from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, TuneConfig
 from vapi.run import NO_RUN
 
@@ -130,7 +130,7 @@ class Project:
         digest = data.file_digest(tune / "model.safetensors")
         found = results(**changes) | {"weights": {"tuned": digest}}
         data.write_json(evaluate / "metrics.json", found)
-        (evaluate / "report.html").write_text(report.document("tuned", ["<header><h1>tuned</h1></header>"]))
+        (evaluate / "report.html").write_text(markup.document("tuned", ["<header><h1>tuned</h1></header>"]))
         networks = {"tokenizer": data.tokenizer_digest(self.model), "text_encoder": data.encoder_digest(self.model)}
         data.describe(evaluate, "evaluate", {"model": self.model, "evaluate": EvaluateConfig()}, networks, 1.0)
         inputs = {"generator": data.file_digest(Path(self.model.generator)), "subset": "5" * 64, **networks}
