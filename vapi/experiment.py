@@ -78,6 +78,7 @@ class Experiment:
         for (point, _), settings in runs.items():
             named = dict.fromkeys(config.named_files(settings).items(), point) | named
         _require_files(named)
+        _require_networks(base)
         self.ends = {(point, seed): self._plan(settings, f"{point}, seed {seed}") for (point, seed), settings in runs.items()}
 
     def _plan(self, settings: Config, title: str) -> Path:
@@ -120,7 +121,7 @@ class Experiment:
             if step.stage == LAST:
                 rows = self.write()
                 self._track(rows, tracked)
-        print(self.markdown(self.write()))
+        print(f"{self.markdown(self.write())}\n{self.out / 'table.md'}")
         return code
 
     def _make(self, step: Step, launch: Launch, title: str) -> int:
@@ -321,3 +322,13 @@ def _require_files(named: Mapping[tuple[str, str], str]) -> None:
                 raise ValueError(f"{name} is not here")
         except ValueError as error:
             raise ValueError(f"{point}: {field}: {error}. Nothing was run") from error
+
+
+def _require_networks(base: Config) -> None:
+    """Raises ValueError for published networks that the configuration calls by a word and that are not here."""
+    from vapi import rewards
+    from vapi.metrics import features
+
+    rewards.network_files(base.tune.perceptual, base.tune.perceptual_weights)
+    if base.evaluate.extractor == "inception":
+        features.require_inception(features.inception_path(base.evaluate.extractor_weights))
