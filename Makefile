@@ -5,7 +5,7 @@ PYTHON ?= python3
 SETUP := .venv/.setup-done
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo demo-t2i test lint evidence setup data bundle
+.PHONY: demo demo-t2i demo-janus test lint evidence setup data bundle
 
 demo: setup data     ## the whole pipeline on the embedded data, then the results
 	dvc repro
@@ -13,6 +13,11 @@ demo: setup data     ## the whole pipeline on the embedded data, then the result
 
 demo-t2i: setup data ## the same from captions to scenes; params.yaml is the recipe digits-t2i afterwards
 	vapi recipe digits-t2i --write
+	dvc repro
+	vapi summary
+
+demo-janus: setup data ## the same with a tiny Janus; params.yaml is the recipe digits-janus afterwards
+	vapi recipe digits-janus --write
 	dvc repro
 	vapi summary
 

@@ -1,6 +1,6 @@
 """VA-pi, VA-pi with a reward for each code, and other objectives, on the digits, a hundred steps each.
 
-    python benchmarks/evidence_objectives.py [--out artifacts/evidence-objectives] [--samples 2500] [--workers 0]
+    python benchmarks/evidence_objectives.py [--out artifacts/evidence-objectives] [--samples 2500] [--workers 0] [--arms token ste ...]
 
 First gradients: on images of their own, the direction that G = 8 draws give, against that of thousands of draws with one
 reward an image, which is what VA-pi's objective asks for (eq. 4). Rewards of places leave out what a code does elsewhere, so that
@@ -62,15 +62,20 @@ class Evidence(evidence.Evidence):
         "ste": {"objective": "ste"},
         "cca": {"objective": "cca"},
     }
-    searched = ("token", "ste", "cca")
+    searched: tuple[str, ...] = ("token", "ste", "cca")
     same = {"token, radius 1": "token"}
     known = {"va-pi": 1e-4}
+
+    def only(self, names: set[str]) -> None:
+        """Run some of the arms."""
+        self.arms = {name: changes for name, changes in self.arms.items() if name in names}
+        self.searched = tuple(name for name in self.searched if name in names | {self.same.get(name, "") for name in names})
 
 
 # --- gradients ---------------------------------------------------------------------------------
 
 
-def agreement(made: Evidence, shown: int = 4, many: int = 4096, groups: int = 12) -> Scores:
+def agreement(made: Evidence, shown: int = 4, many: int = 2048, groups: int = 8) -> Scores:
     """Cosines of gradients of the policy term, mean over images: of all draws, and of eight, to that of all draws with one reward
     an image (which itself agrees with another such gradient by ``ceiling``)."""
     params = made.params
@@ -186,8 +191,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("artifacts/evidence-objectives"))
     parser.add_argument("--samples", type=int, default=Plan.samples)
     parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0: one per core")
+    parser.add_argument("--arms", nargs="+", default=[*Evidence.arms], choices=[*Evidence.arms], help="which to run beside va-pi")
     arguments = parser.parse_args()
     made = Evidence(arguments.out, recipe("digits"), Plan(samples=arguments.samples), None)
+    made.only({"va-pi", *arguments.arms})
     result = run(made, arguments.workers)
     print((arguments.out / "evidence.md").read_text())
     print(json.dumps(result))

@@ -135,7 +135,12 @@ def test_from_end_to_end(world: World) -> None:
     with (world.root / "out" / "curves.csv").open() as file:
         assert next(csv.DictReader(file))["tune/reward"] == ""
     assert memory.numbers["base/fid"] == results["base"]["fid"] and "tuned_exposure/gap" in memory.numbers
-    assert memory.shown == ["samples/before_after", "samples/best", "report.html", "metrics.json"]
+    assert memory.shown == ["samples/before_after", "samples/best", "metrics.json"]
+    with (world.root / "out" / "classes.csv").open() as file:
+        classes = list(csv.DictReader(file))
+    assert [row["samples"] for row in classes] == ["4"] * 10
+    for name in ("base", "tuned"):
+        assert np.mean([float(row[name]) for row in classes]) == pytest.approx(results[name]["class_accuracy"], abs=1e-5)
     names = {"metrics.json", "report.html", "config.json", "sheet-before-after.png", "sheet-best.png", "sheet-anchors.png"}
     assert names <= set(files(world.root / "out"))
 

@@ -22,11 +22,10 @@ def test_the_whole_grid_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     build_scenes.build(Path("data"), build_scenes.TINY)
     made = settings()
-    made = replace(made, tune=replace(made.tune, steps=1), evaluate=replace(made.evaluate, sheet_images=4, images_per_prompt=1))
+    made = replace(made, tune=replace(made.tune, steps=1), evaluate=replace(made.evaluate, sheet_images=4))
     monkeypatch.setattr(evidence_t2i.Evidence, "searched", ("va-pi",))
-    monkeypatch.setattr(evidence_t2i.Evidence, "arms", {"va-pi": {}, "va-pi, noise 0": {"context_noise": 0.0}})
-    plan = evidence_t2i.Plan(rates=(1e-3, 1e-2), tuning_seeds=(0, 1), samples=20)
-    grid = evidence_t2i.Evidence(Path("out"), made, plan, None)
+    plan = evidence_t2i.Plan(rates=(1e-3, 1e-2), tuning_seeds=(0, 1), samples=20, images_per_prompt=1)
+    grid = evidence_t2i.Evidence(Path("out"), made, plan, {"va-pi": {}, "va-pi, noise 0": {"context_noise": 0.0}})
     result = evidence_t2i.run(grid)
     written = json.loads(Path("out/evidence.json").read_text())
     assert set(written["runs"]) == set(grid.arms) and all(len(runs) == 2 for runs in written["runs"].values())
@@ -36,6 +35,8 @@ def test_the_whole_grid_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         rows = result["tables"]["va-pi"][judge]
         gains = result["differences_by_seed"]["va-pi"][judge]
         assert rows["overall"]["difference"] == pytest.approx(sum(gains) / 2, abs=2e-6)
+    held = [run["holdout"]["last"]["holdout/ce"] for run in written["runs"]["va-pi"]]
+    assert result["held_out"]["va-pi"]["ce"]["after"] == pytest.approx(sum(held) / 2) != result["held_out"]["va-pi"]["ce"]["before"]
     assert "By the learned judge:" in Path("out/evidence.md").read_text()
     times = {path: path.stat().st_mtime_ns for path in Path("out").rglob("model.safetensors")}
     assert evidence_t2i.run(grid) == result

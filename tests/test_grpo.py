@@ -138,3 +138,9 @@ def test_k3_is_an_estimate_of_the_divergence() -> None:
     new = p.clone().requires_grad_()
     grpo.prior_kl(new, p).backward()
     assert torch.equal(new.grad, torch.zeros(3))  # no pull while policy and base agree
+
+
+def test_usage_counts_codes() -> None:
+    assert grpo.usage(torch.tensor([2, 2, 0, 0])) == {"codes_used": 0.5, "perplexity": pytest.approx(2.0)}
+    skewed = grpo.usage(torch.tensor([97, 1, 1, 1]))
+    assert skewed["codes_used"] == 1.0 and 1.0 < skewed["perplexity"] < 1.3

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import dataclasses
 import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny
+from conftest import CAPTIONED_GPT, CAPTIONS, TINY_GPT, write_tiny
 from PIL import Image
 
-from vapi import config, data, images, models, register, report, track
-from vapi.config import Config, ModelConfig, RegisterConfig
+from vapi import card, cli, config, data, images, licences, models, register, report, track
+from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, TuneConfig
 from vapi.run import NO_RUN
 
 REPO = Path(__file__).parent.parent
-BASE = {"fid": 14.0, "kid": 0.02, "inception_score": 4.0, "precision": 0.6, "recall": 0.5, "class_accuracy": 0.8, "fid_std": None}
-BETTER = {"fid": 9.0, "kid": 0.01, "inception_score": 5.0, "precision": 0.7, "recall": 0.46, "class_accuracy": 0.9, "fid_std": None}
+BASE = {"fid": 14.0, "kid": 0.02, "inception_score": 4.0, "precision": 0.6, "recall": 0.5, "class_accuracy": 0.8, "fid_random": 1.4}
+BETTER = {"fid": 9.0, "kid": 0.01, "inception_score": 5.0, "precision": 0.7, "recall": 0.46, "class_accuracy": 0.9, "fid_random": 0.9}
 BEST = {"temperature": 0.9, "guidance": 1.0}
 RULES = RegisterConfig()
 
@@ -34,7 +39,8 @@ RULES = RegisterConfig()
 def results(**changes: dict[str, Any]) -> dict[str, Any]:
     """A metrics.json in which tuned passes every gate, but for the changes."""
     made = {"base": BASE, "tuned": BETTER, "base_best": {**BASE, "fid": 11.0, **BEST}, "tuned_best": {**BETTER, "fid": 8.0, **BEST}}
-    made |= {"protocol": {"samples": 2000, "seeds": [0]}}
+    made |= {"protocol": {"samples": 2000, "seeds": [0], "reference": {"images": 4000}}}
+    made |= {"anchors": {"real": {"fid": 0.4, "images": 2000}, "reconstruction": {"fid": 0.6, "images": 2000}}}
     return copy.deepcopy({name: {**values, **changes.get(name, {})} for name, values in made.items()})
 
 
@@ -88,10 +94,10 @@ def test_a_champion_must_be_beaten_by_the_same_protocol() -> None:
     held = register.Champion("3", {**BETTER, "fid": 8.8}, results()["protocol"])
     assert register.judge(RULES, results(), held).champion
     assert not register.judge(RULES, results(tuned_best={"fid": 8.7}), held).champion
-    other = register.Champion("3", held.scores, {"samples": 50000, "seeds": [0]})
+    other = register.Champion("3", held.scores, results()["protocol"] | {"samples": 50000})
     verdict = register.judge(RULES, results(), other)
     assert verdict.challenger and not verdict.champion
-    assert "another protocol (samples)" in verdict.table() and "delete_registered_model_alias('vapi-digits', 'champion')" in verdict.table()
+    assert "another protocol (samples)" in verdict.table() and "vapi promote VERSION --force REASON" in verdict.table()
     for unknown in (register.Champion("3", {}, results()["protocol"]), register.Champion("3", held.scores, {})):
         assert not register.judge(RULES, results(), unknown).champion
 
@@ -109,20 +115,28 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.gpt = TINY_GPT
         self.model = write_tiny(folder / "data")
         self.uri = f"sqlite:///{folder / 'mlflow.db'}"
         (folder / "params.yaml").write_text(config.dump(Config()))
 
     def tuned(self, seed: int, **changes: dict[str, Any]) -> str:
         """Another checkpoint, evaluated."""
-        model = write_tiny(self.folder / f"tuned-{seed}", seed=seed)
+        model = write_tiny(self.folder / f"tuned-{seed}", gpt_config=self.gpt, seed=seed)
         tune, evaluate = self.folder / "artifacts" / "tune", self.folder / "artifacts" / "evaluate"
         for folder in (tune, evaluate):
             folder.mkdir(parents=True, exist_ok=True)
         (tune / "model.safetensors").write_bytes(Path(model.generator).read_bytes())
         digest = data.file_digest(tune / "model.safetensors")
-        data.write_json(evaluate / "metrics.json", results(**changes) | {"weights": {"tuned": digest}})
-        data.describe(evaluate, "evaluate", {"model": self.model}, {"tokenizer": data.tokenizer_digest(self.model)}, 1.0)
+        found = results(**changes) | {"weights": {"tuned": digest}}
+        data.write_json(evaluate / "metrics.json", found)
+        (evaluate / "report.html").write_text(report.document("tuned", ["<header><h1>tuned</h1></header>"]))
+        networks = {"tokenizer": data.tokenizer_digest(self.model), "text_encoder": data.encoder_digest(self.model)}
+        data.describe(evaluate, "evaluate", {"model": self.model, "evaluate": EvaluateConfig()}, networks, 1.0)
+        inputs = {"generator": data.file_digest(Path(self.model.generator)), "subset": "5" * 64, **networks}
+        data.describe(tune, "tune", {"model": self.model, "tune": TuneConfig(lr=3e-6)}, inputs, 1.0)
+        subset = {"source": "photos/mine.parquet", "images": 2048}
+        data.write_json(tune / "summary.json", {"steps": 100, "images_seen": 6400, "parameters": 12345, "subset": subset})
         return digest
 
     def register(self, uri: str = "", **rules: Any) -> bool:
@@ -131,6 +145,19 @@ class Project:
         artifacts = self.folder / "artifacts"
         with track.start("register", settings) as run:
             return register.register(self.model, rules, artifacts / "tune", artifacts / "evaluate", artifacts / "register", run)
+
+    def say(self, *words: str) -> tuple[int, str]:
+        """Exit code of a command on this registry, and what it says."""
+        with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+            cli.main([*words, "--track.uri", self.uri, "--model-name", "vapi-test"])
+        return int(stop.value.code or 0), out.getvalue()
+
+    def refused(self, *words: str) -> str:
+        """What a command says that is refused and changes nothing."""
+        before = self.aliases()
+        code, said = self.say(*words)
+        assert code == cli.MISTAKE and self.aliases() == before, said
+        return said
 
     def versions(self) -> dict[str, Any]:
         found = track.connect(self.uri).search_model_versions("name = 'vapi-test'")
@@ -216,6 +243,8 @@ def test_killed_between_version_and_aliases_the_same_command_makes_no_second_ver
     ran = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     assert list(project.versions()) == ["1"] and project.aliases() == {}
+    assert "vapi-test has no challenger; name a version, it has 1" in project.refused("promote")
+    assert "its run has not ended well" in project.refused("promote", "1") and project.aliases() == {}
     assert project.register() is True
     assert list(project.versions()) == ["1"] and project.aliases() == {"challenger": "1", "champion": "1"}
 
@@ -239,10 +268,10 @@ def test_a_later_model_replaces_the_champion_only_if_it_beats_it(project: Projec
     assert project.aliases() == {"challenger": "2", "champion": "1"}
     project.tuned(3, tuned_best={"fid": 7.0})
     assert project.register()
-    assert project.aliases() == {"challenger": "3", "champion": "3"}
+    assert project.aliases() == {"challenger": "3", "champion": "3", "previous": "1"}
     project.tuned(4, tuned_best={"fid": 1.0}, protocol={"samples": 9})
     assert project.register()
-    assert project.aliases() == {"challenger": "4", "champion": "3"}
+    assert project.aliases() == {"challenger": "4", "champion": "3", "previous": "1"}
     assert "another protocol (samples)" in project.registration()["note"]
 
 
@@ -285,3 +314,193 @@ def test_with_tracking_off_the_gates_are_judged_and_nothing_is_registered(projec
     assert project.registration()["passed"] == {"challenger": True, "champion": True}
     artifacts = project.folder / "artifacts"
     assert not register.register(project.model, RULES, artifacts / "tune", artifacts / "evaluate", artifacts / "register", NO_RUN)
+
+
+# --- the card ----------------------------------------------------------------------------------
+
+
+def test_a_version_bears_its_card(project: Project) -> None:
+    digest = project.tuned(1)
+    assert project.register(licences={"data": "CC BY-SA 4.0, from my camera"})
+    version = project.versions()["1"]
+    folder = project.folder / "artifacts" / "register"
+    text = (folder / card.FILE).read_text()
+    assert version.description == text and len(text) <= card.DESCRIPTION
+    run = track.connect(project.uri)
+    assert {card.FILE, "report.html"} <= {entry.path for entry in run.list_artifacts(version.tags["run"])}
+    base = data.file_digest(Path(project.model.generator))
+    for words in (
+        f"`{digest}`", f"`{base}`", "photos/mine.parquet, 2048 images, `5555", "100 steps, 6,400 images seen", "12,345 parameters",
+        "| data | tuned on | photos/mine.parquet | CC BY-SA 4.0, from my camera | register.licences |",
+        f"| generator | part of it | {project.model.generator} | unknown | nobody |",
+        f"| reference | measured it | data/digits/reference.parquet | {licences.DIGITS} | its name |",
+        "**Unknown: generator, tokenizer.**",
+        "### challenger: passed, tuned against base, both sampled alike", "| tuned | limit |", "| fid | 14 | 9 | 13.3 | 4.3 | yes |",
+        "| tuned | 9.00 | 10.00 | 5.00 |", "One seed of sampling", "Not measured: sFID", "| `tune.lr` | 0.0001 | 3.0e-06 |",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "prompts" not in text and "detector" not in text, "a generator of classes has no use for them"
+    project.register(licences={"data": "mine", "generator": "MIT", "tokenizer": "MIT"})
+    again = project.versions()["1"].description
+    assert "Unknown" not in again and "| tuned on | photos/mine.parquet | mine |" in again, "the same version, its card anew"
+
+
+def test_a_card_that_is_too_long_for_a_registry_says_where_the_rest_is(project: Project) -> None:
+    project.tuned(1)
+    project.register(licences={"data": "words " * 700})
+    whole = (project.folder / "artifacts" / "register" / card.FILE).read_text()
+    shown = project.versions()["1"].description
+    assert len(whole) > card.DESCRIPTION >= len(shown) and f"{card.FILE} of run {project.versions()['1'].tags['run']}" in shown
+    kept = shown.partition("\n(The rest")[0]
+    assert whole.startswith(kept + "\n## ") and "## What it is" in kept
+
+
+def test_gates_are_shown_in_the_report_and_in_the_summary(project: Project) -> None:
+    project.tuned(1, tuned={"recall": 0.1})
+    assert not project.register(uri="off")
+    page = (project.folder / "artifacts" / "register" / "report.html").read_text()
+    assert "<h3>challenger: FAILED, tuned against base, both sampled alike</h3>" in page
+    assert "<td>0.45</td><td>−0.35</td><td><b>no</b></td>" in page and page.count("</section>") == 1
+    shown = "challenger: FAILED, tuned against base, both sampled alike (recall)\nchampion: FAILED with challenger, tuned against"
+    assert shown in (said := report.table(project.folder / "artifacts")) and "register/report.html" in said
+    project.tuned(2)
+    assert "FAILED" not in (said := report.table(project.folder / "artifacts")) and "evaluate/report.html" in said, "not of this evaluation"
+
+
+# --- by hand -----------------------------------------------------------------------------------
+
+
+def three(project: Project) -> None:
+    """Version 1 is champion, 2 is not better than it, 3 neither."""
+    project.tuned(1)
+    project.register()
+    for seed, fid in ((2, 7.9), (3, 7.8)):
+        project.tuned(seed, tuned_best={"fid": fid})
+        project.register()
+    assert project.aliases() == {"challenger": "3", "champion": "1"}
+
+
+def test_promote_and_rollback_and_again(project: Project) -> None:
+    three(project)
+    said = project.refused("promote")
+    assert "vapi-test version 3 is not promoted: champion: fid is 7.8, 0.2 beyond the limit 7.6. Nothing changed" in said
+    code, said = project.say("promote", "2", "--force", "sharper to the eye")
+    assert code == 0 and "version 2 is champion by force; version 1 was it before" in said
+    assert project.aliases() == {"challenger": "3", "champion": "2", "previous": "1"}
+    assert project.versions()["2"].tags["forced"] == "sharper to the eye (against it: champion: fid is 7.9, 0.3 beyond the limit 7.6)"
+    assert project.say("promote", "2") == (0, "vapi-test version 2 is champion already; nothing changed\n")
+    assert "version 1 is champion again; version 2 was taken back" in project.say("rollback")[1]
+    assert project.aliases() == {"challenger": "3", "champion": "1"}
+    assert project.say("rollback") == (0, "vapi-test version 1 is champion again already, in place of version 2; nothing changed\n")
+    assert project.aliases() == {"challenger": "3", "champion": "1"}
+
+
+def test_gates_that_are_lower_today_let_it_pass(project: Project) -> None:
+    three(project)
+    code, said = project.say("promote", "--min-fid-drop", "0.01")
+    assert code == 0 and "vapi-test version 3 is champion; version 1 was it before" in said and "forced" not in project.versions()["3"].tags
+
+
+def test_what_was_taken_back_is_no_champion_again_by_itself(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    project.tuned(1)
+    project.register()
+    project.tuned(2, tuned_best={"fid": 5.0})
+    project.register()
+    assert project.aliases()["champion"] == "2"
+    project.say("rollback")
+    project.register()
+    assert project.aliases() == {"challenger": "2", "champion": "1"}
+    assert "as challenger in" in (said := capsys.readouterr().out) and "champion again only by: vapi promote 2" in said
+    assert project.say("promote", "2")[0] == 0
+    assert project.aliases() == {"challenger": "2", "champion": "2", "previous": "1"}
+    assert register.WITHDRAWN not in project.versions()["2"].tags
+
+
+def test_a_registry_that_lacks_what_is_asked_for_is_left_alone(project: Project) -> None:
+    assert "the registry holds no vapi-test (register.model_name); register one with: vapi register" in project.refused("promote")
+    assert "vapi-test has no champion to take back; make one with: vapi promote VERSION" in project.refused("rollback")
+    project.tuned(1, tuned_best={"fid": 12.0})  # a challenger only
+    project.register()
+    assert "vapi-test has no champion to take back" in project.refused("rollback")
+    assert "vapi-test has no version 7; it has 1" in project.refused("promote", "7")
+    assert "vapi promote 7 --force REASON" in project.refused("promote", "--force", "7")
+    assert "promote takes one version, not 1 2" in project.refused("promote", "1", "2")
+    assert "rollback takes no version" in project.refused("rollback", "1")
+    assert project.say("promote", "1", "--force", "a first one")[0] == 0
+    assert "nothing to go back to from version 1" in project.refused("rollback")
+
+
+def test_a_version_whose_run_goes_on_is_not_promoted(project: Project) -> None:
+    three(project)
+    version = project.versions()["2"]
+    track.connect(project.uri).update_run(version.run_id, status="RUNNING")
+    assert "its run has not ended well (RUNNING)" in project.refused("promote", "2", "--min-fid-drop", "0.01")
+
+
+def test_where_there_is_no_registry_none_is_made(project: Project) -> None:
+    for uri, words in (
+        (f"sqlite:///{project.folder}/none.db", "none.db is not here: nothing was tracked yet"),
+        ("off", "tracking is off"),
+        ("http://127.0.0.1:9", "http://127.0.0.1:9 cannot be reached"),
+    ):
+        for command in ("promote", "rollback"):
+            with pytest.raises(ValueError, match=words), track.registry(Config(track=config.TrackConfig(uri=uri))) as client:
+                getattr(register, command)(RULES, client)
+    assert not (project.folder / "none.db").exists()
+
+
+# --- served ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["class_id", pytest.param("prompt", marks=pytest.mark.slow)])
+def test_mlflow_serves_it(name: str, project: Project, captioned_model: ModelConfig) -> None:
+    """`mlflow models serve`, as docs/registry.md types it."""
+    asked, wrong, words = [3, 1], 10, "class_id 10 is unknown; this model draws classes 0 .. 9"
+    if name == "prompt":
+        project.model, project.gpt = captioned_model, CAPTIONED_GPT
+        asked, wrong, words = list(CAPTIONS[:2]), " ", "prompt 0 is ' '; this model draws what words say"
+    project.tuned(1)
+    project.register()
+    program = [str(Path(sys.executable).parent / "mlflow"), "models", "serve", "-m", "models:/vapi-test@champion"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": project.uri, "PYTHONPATH": "", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log = project.folder / "log"
+    with log.open("w") as file, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        server = subprocess.Popen(
+            [*program, "--env-manager", "local", "--port", str(port)], env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        answered(f"http://127.0.0.1:{port}/ping", log)
+        both, second, cold = (
+            json.loads(answered(f"http://127.0.0.1:{port}/invocations", log, {"inputs": {name: some}, "params": params}))["predictions"]
+            for some, params in (
+                (asked, {"seed": 5, "temperature": 0.9, "guidance": 1.5}),
+                (asked[1:], {"seed": 6, "temperature": 0.9, "guidance": 1.5}),
+                (asked[1:], {"seed": 6, "temperature": 0.01, "guidance": 1.5}),
+            )
+        )
+        assert [row[name] for row in both] == asked and second == both[1:] != cold
+        sizes = [Image.open(io.BytesIO(base64.b64decode(row["png_base64"]))).size for row in both]
+        assert sizes == [(16, 16)] * 2
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            answered(f"http://127.0.0.1:{port}/invocations", log, {"inputs": {name: [wrong]}})
+        assert refused.value.code == 400 and words in json.loads(refused.value.read())["stack_trace"].strip().splitlines()[-1]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def answered(address: str, log: Path, body: Any = None, seconds: float = 120) -> bytes:
+    """What a server says, once it is up."""
+    deadline = time.monotonic() + seconds
+    asked = urllib.request.Request(address, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"})
+    while True:
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                return answer.read()
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vapi import report
+from vapi import markup, report
 
 
 def scores(fid: float, spread: float | None = None, **others: Any) -> dict[str, Any]:
@@ -109,6 +109,17 @@ def test_caveats_tell_of_disagreement_and_of_the_price() -> None:
     assert "Recall fell from 0.700 to 0.500." in doubtful
 
 
+def test_gates_stand_below_the_verdict() -> None:
+    gate = {"metric": "<fid>", "rival": 14.0, "candidate": None, "limit": None, "margin": -0.5, "passed": False}
+    judged = {"passed": {"champion": False}, "against": {"champion": {"rival": "base", "gates": [gate]}}, "note": "by another protocol"}
+    text = report.gated(page(results()), judged)
+    Outline(text)
+    assert text.index("</header>") < text.index("champion: FAILED, tuned against base") < text.index("Before: base")
+    assert (
+        "&lt;fid&gt;" in text and "<td>missing</td><td>missing</td><td>−0.5</td><td><b>no</b></td>" in text and "another protocol" in text
+    )
+
+
 # --- the terminal ------------------------------------------------------------------------------
 
 
@@ -194,27 +205,27 @@ def test_large_images_are_reduced() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.42, -0.36), (7.3, 91.0), (3.0, 3.0001), (0.0, 1e-6)])
 def test_ticks_are_round_and_inside(low: float, high: float) -> None:
-    found = report.ticks(low, high)
+    found = markup.ticks(low, high)
     assert 2 <= len(found) <= 11 and all(low - 1e-9 <= value <= high + 1e-9 for value in found)
     assert max(len(f"{value:.6g}") for value in found) <= 7
 
 
 def test_log_ticks() -> None:
-    assert report.ticks(8, 90, log=True) == [10, 20, 50]
-    assert len(report.ticks(8.0, 9.0, log=True)) >= 3
+    assert markup.ticks(8, 90, log=True) == [10, 20, 50]
+    assert len(markup.ticks(8.0, 9.0, log=True)) >= 3
 
 
 def test_a_chart_keeps_its_points_inside() -> None:
-    line = report.Line("a < b", [(0.7, 64.0), (1.0, 8.0)], "base", star=1)
-    svg = report.chart([line], "x", "y", log=True)
+    line = markup.Line("a < b", [(0.7, 64.0), (1.0, 8.0)], "base", star=1)
+    svg = markup.chart([line], "x", "y", log=True)
     assert "a &lt; b" in svg
     for x, y in re.findall(r'cx="([\d.-]+)" cy="([\d.-]+)"', svg):
         assert 0 <= float(x) <= 520 and 0 <= float(y) <= 300
 
 
 def test_a_single_point_and_a_flat_line_can_be_drawn() -> None:
-    assert "<circle" in report.chart([report.Line("one", [(1.0, 5.0)], "base")], "x", "y")
-    assert "<polyline" in report.chart([report.Line("flat", [(0.0, 0.0), (1.0, 0.0)], "base")], "x", "y", log=True)
+    assert "<circle" in markup.chart([markup.Line("one", [(1.0, 5.0)], "base")], "x", "y")
+    assert "<polyline" in markup.chart([markup.Line("flat", [(0.0, 0.0), (1.0, 0.0)], "base")], "x", "y", log=True)
 
 
 def test_guidance_is_an_axis_when_it_alone_was_swept() -> None:
@@ -239,5 +250,5 @@ def test_curves_that_are_missing(tmp_path: Path) -> None:
 def test_charts_of_any_numbers() -> None:
     """Two networks that see no difference give distances of 1e-13; a diverged one gives thousands."""
     for values in ([3e-13, 4e-13], [0.0, 0.0], [1e-13, 4000.0], [-2.0, 5.0]):
-        drawn = report.chart([report.Line("one", list(enumerate(values)), "base")], "x", "y", log=True)
+        drawn = markup.chart([markup.Line("one", list(enumerate(values)), "base")], "x", "y", log=True)
         assert "nan" not in drawn and drawn.count('class="tick"') >= 4

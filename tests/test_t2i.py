@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import janus_world
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -20,9 +19,9 @@ from conftest import CAPTIONS
 from imports import ROOT
 from PIL import Image
 
-from vapi import data, models, prompted, references, report, report_prompts
+from vapi import compare, compare_page, data, models, prompted, references, report, report_prompts
 from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, TuneConfig, plain
-from vapi.digits import build_scenes
+from vapi.digits import build_janus, build_scenes
 from vapi.evaluate import evaluate
 from vapi.metrics import geneval
 from vapi.models import text, weights
@@ -44,9 +43,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings() -> Config:
-    """The recipe, with small numbers."""
-    made = recipe("digits-t2i")
+def settings(name: str = "digits-t2i") -> Config:
+    """A recipe, with small numbers."""
+    made = recipe(name)
     return replace(
         made,
         model=replace(made.model, device="cpu"),
@@ -124,6 +123,18 @@ def test_before_and_after_by_task_with_anchors_and_pictures(project: Path) -> No
     assert "single_object" not in table and "one object" in report.table(project / "artifacts")
 
 
+def test_runs_beside_each_other_by_task_and_prompt(project: Path) -> None:
+    first, again = compare.read_all({"artifacts": Path("artifacts"), "again": project / "artifacts"})
+    asked = [json.loads(line)["prompt"] for line in (project / "data/scenes/test.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in first.prompts] == asked
+    assert first.answers["base"].shape == first.answers["tuned"].shape == (18, 2, 40, 40, 3)
+    page = compare_page.page([first, again])
+    assert page.count("by task</h3>") == 2 and page.count('class="card"') == 2 * 10 + 8 + 18
+    judged = first.results["prompts"]["detectors"]["geneval"]
+    assert f"<span>{judged['tuned']['tasks']['counting']['score']:.3f}</span>" in page
+    assert "Pictures on which both judges say the same" in page and len(page) < 3_000_000
+
+
 def test_an_evaluation_again_draws_nothing_and_says_the_same(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*given: object, **how: object) -> None:
         raise AssertionError("a picture was judged again")
@@ -188,6 +199,16 @@ def test_the_gates_of_a_generator_of_captions(project: Path) -> None:
     gates = {gate["metric"]: gate for gate in told["against"]["challenger"]["gates"]}
     assert set(gates) == {"geneval", "geneval_second"} and not gates["geneval"]["passed"]
     assert gates["geneval"]["limit"] == pytest.approx(0.3)
+    card = (project / "artifacts/register/MODEL_CARD.md").read_text()
+    for words in (
+        "| detector | measured it | digits | Apache-2.0 (this project) | its name |",
+        "| text_encoder | part of it | words | Apache-2.0 (this project) | its name |",
+        "| data | data/scenes/train.parquet, 40 images, `",
+        "40 x 40 pixels from captions",
+        "GenEval (scenes, classical judge) ↑",
+    ):
+        assert words in card, words
+    assert "<h2>Gates</h2>" in (project / "artifacts/register/report.html").read_text()
 
 
 def test_janus_goes_through_the_same_stages(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +216,9 @@ def test_janus_goes_through_the_same_stages(scenes: Path, tmp_path: Path, monkey
     shutil.copytree(scenes, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    made = settings()
-    model = janus_world.write(tmp_path / "data/janus", side=40, max_position_embeddings=400)
+    made = settings("digits-janus")
+    build_janus.build(tmp_path / "data", build_janus.TINY)
+    model = made.model
     few = replace(made.evaluate, temperatures=[1.0], images_per_prompt=1)
     subset(made.subset, Path("artifacts/subset"))
     tokens(model, made.tokens, Path("artifacts/subset"), Path("artifacts/tokens"))

@@ -102,13 +102,14 @@ def test_output(of_any: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "artifacts" / "tune"
     stage.tune(**of_any, tune=config(rewards={"mse": 1.0, "l1": 0.5}), out=out)
     names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    sheets = {"sheets/step-000000.png", "sheets/step-000004.png"}
+    sheets = {f"sheets/step-{step:06d}.{kind}" for step in (0, 4) for kind in ("png", "json")}
     assert names == {"model.safetensors", "metrics.jsonl", "summary.json", "config.json", "provenance.json"} | sheets
     rows = lines(out)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     wanted = "loss policy ce entropy reward reward_mse reward_l1 reward_std advantage_std clip_fraction grad_norm"
     assert set(rows[1]) == {"step"} | {f"tune/{name}" for name in wanted.split()}
-    assert {"holdout/reward", "holdout/reward_mse", "holdout/ce", "holdout/entropy"} <= set(rows[0]) & set(rows[2]) & set(rows[4])
+    followed = {"reward", "reward_mse", "ce", "entropy", "codes_used", "perplexity"}
+    assert {f"holdout/{name}" for name in followed} <= set(rows[0]) & set(rows[2]) & set(rows[4])
     for row in rows[1:]:
         assert row["tune/clip_fraction"] == 0
         assert row["tune/reward"] == pytest.approx(row["tune/reward_mse"] + 0.5 * row["tune/reward_l1"], rel=1e-5)
@@ -116,7 +117,12 @@ def test_output(of_any: dict[str, Any], tmp_path: Path) -> None:
     summary = data.read_json(out / "summary.json")
     assert summary["holdout"]["first"]["step"] == 0 and summary["holdout"]["last"]["step"] == 4 and summary["images_seen"] == 24
     assert data.read_json(out / "config.json")["sections"]["tune"]["group_size"] == 4
-    assert data.read_json(out / "provenance.json")["seconds_per_step"] > 0
+    told = data.read_json(out / "provenance.json")
+    assert told["seconds_per_step"] > 0 and told["seconds_in_steps"] > 2 * told["seconds_per_step"] and told["device"] == "cpu"
+    for step in (0, 4):
+        drawn = data.read_json(out / f"sheets/step-{step:06d}.json")
+        assert drawn["step"] == step and len(drawn["keys"]) == len(drawn["rewards"]["mse"]) == 4
+        assert drawn["rewards"]["reward"] == pytest.approx(np.dot([1.0, 0.5], [drawn["rewards"][name] for name in ("mse", "l1")]), rel=1e-4)
     models.load(of_any["model"], out / "model.safetensors")  # strictly
     assert not list((tmp_path / ".vapi" / "resume" / "tune").iterdir())
 

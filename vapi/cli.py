@@ -20,6 +20,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import textwrap
 import typing
 from collections.abc import Callable
@@ -84,8 +85,7 @@ def _command(name: str, command: Command, rest: list[str]) -> int:
     if command.flags is None:
         return command.run(rest, {})
     if _wants_help(rest):
-        print(f"usage: vapi {name} {command.usage}\n\n{_wrap(command.doc)}")
-        return 0
+        return _help(name, command)
     positional, flags = parse(rest)
     for flag in flags.keys() - set(command.flags):
         raise ValueError(
@@ -198,9 +198,26 @@ def run_stage(stage: str, settings: Config, folders: dict[str, Path]) -> Any:
     if not first:
         return function(**sections, **folders)
     from vapi import track
+    from vapi.run import NO_RUN
 
     with track.start(stage, settings, folders) as run:
-        return function(**sections, **folders, run=run)
+        made = function(**sections, **folders, run=run)
+        if run is not NO_RUN:
+            _keep(stage, folders, run)
+    return made
+
+
+def _keep(stage: str, folders: dict[str, Path], run: Any) -> None:
+    """Hand MLflow what ``vapi report`` reads of a stage, and after the evaluation the page itself."""
+    from vapi import compare, compare_page, track
+
+    for path in compare.kept(stage, folders["out"]):
+        run.artifact(path, track.RECORD)
+    if stage == "evaluate":
+        with tempfile.TemporaryDirectory() as folder:
+            page = Path(folder) / "report.html"
+            page.write_text(compare_page.page([compare.of(folders["out"], folders["tune"])]))
+            run.artifact(page)
 
 
 # --- vapi bench ----------------------------------------------------------------------------------
@@ -298,9 +315,7 @@ def _geneval_score(words: list[str], flags: Flags) -> int:
 
 def _geneval_generate(words: list[str], _: Flags) -> int:
     if _wants_help(words):
-        command = GENEVAL["generate"]
-        print(f"usage: vapi geneval generate {command.usage}\n\n{_wrap(command.doc)}")
-        return 0
+        return _help("geneval generate", GENEVAL["generate"])
     positional, given = parse(words)
     if len(positional) != 1:
         raise ValueError("vapi geneval generate takes one new folder: vapi geneval generate OUT --prompts data/geneval/prompts.jsonl")
@@ -478,6 +493,65 @@ def _track(words: list[str], flags: Flags) -> int:
     return 1 if left else 0
 
 
+def _promote(words: list[str], _: Flags) -> int:
+    if _wants_help(words):
+        return _help("promote", COMMANDS["promote"])
+    positional, flags = parse(words)
+    if len(positional) > 1:
+        raise ValueError(f"vapi promote takes one version, not {' '.join(positional)}")
+    reason = _one("force", flags.pop("force")) if "force" in flags else ""
+    if reason.isdigit():
+        raise ValueError(f"--force takes a reason in words, which is kept; a version goes first: vapi promote {reason} --force REASON")
+    return _decide("promote", flags, *positional, reason=reason)
+
+
+def _rollback(words: list[str], _: Flags) -> int:
+    if _wants_help(words):
+        return _help("rollback", COMMANDS["rollback"])
+    positional, flags = parse(words)
+    if positional:
+        raise ValueError(f"vapi rollback takes no version; to make one champion: vapi promote {positional[0]}")
+    return _decide("rollback", flags)
+
+
+def _decide(name: str, flags: Flags, *words: str, **named: str) -> int:
+    """A function of ``vapi.register`` that changes the registry, and what it says."""
+    settings, _ = configure("register", flags)
+    from vapi import register, track
+
+    with track.registry(settings) as client:
+        print(getattr(register, name)(settings.register, client, *words, **named))
+    return 0
+
+
+def _report(words: list[str], flags: Flags) -> int:
+    out = Path(_one("out", flags.get("out", [str(ARTIFACTS / "report.html")])))
+    log, names = _switch(flags, "log"), words or [str(ARTIFACTS)]
+    ids = [name for name in names if not Path(name).is_dir()]
+    config.require(bool(ids) or not log, "--log puts the page among a run's artifacts in MLflow; name a run by its id there")
+    from vapi import compare, compare_page, track
+
+    uri = _where_runs_are() if ids else ""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = compare.read_all({name: track.fetch(name, uri, Path(folder) / name) if name in ids else Path(name) for name in names})
+        config.write_text(out, compare_page.page(runs))
+    for sentence in compare.warnings(runs):
+        print(sentence, file=sys.stderr)
+    for name in ids if log else []:
+        track.attach(name, uri, out)
+    print(f"{out}  ({', '.join(f'{run.name}: {run.place}' for run in runs)})")
+    return 0
+
+
+def _where_runs_are() -> str:
+    """The MLflow that the configuration names; the defaults' where there is none."""
+    from vapi import data, track
+
+    settings = config.load() if PARAMS.is_file() else Config()
+    config.require(settings.track.uri != "off", "a run's id needs MLflow, and track.uri is off; name the run's folder")
+    return track.tracking_uri(settings, data.project_root())
+
+
 def _summary(words: list[str], flags: Flags) -> int:
     from vapi import report
 
@@ -555,12 +629,34 @@ COMMANDS = {
         "Text to image by GenEval's rules: score, generate, convert-detector, compare; no second environment.", _geneval, flags=None
     ),
     "listing": Command("Write down which files the source of the subset holds; DVC runs subset again when that changes.", _listing),
+    "promote": Command(
+        "Make a registered version champion, the challenger if none is named; it must pass the gates of register against the present "
+        "champion, and its run must have ended, or a REASON is given, which is kept in the version's tags. Who was champion before "
+        f"bears the alias previous. {PARAMS} says which model and where, flags win over it.",
+        _promote,
+        "[VERSION] [--force REASON] [--section.field value ...]",
+        None,
+    ),
     "recipe": Command(
         "List the recipes; print one; --write it to params.yaml (refuses to lose edits, unless --force); "
         "diff: what params.yaml changes against a recipe (the closest one if none is named).",
         _recipe,
         "[NAME] [--write [--force]] | diff [NAME]",
         ("write", "force"),
+    ),
+    "report": Command(
+        "Compare runs on one HTML page: pictures, numbers, curves, cost, configuration, lineage; RUN is a folder like artifacts (the "
+        "default), or a run's id in MLflow; the first is what others are compared with. --log puts the page among those runs' artifacts.",
+        _report,
+        "[RUN ...] [--out FILE.html] [--log]",
+        ("out", "log"),
+    ),
+    "rollback": Command(
+        "Make the version champion again that was it before; the one taken back is no champion again by itself. A second call "
+        "changes nothing.",
+        _rollback,
+        "[--section.field value ...]",
+        None,
     ),
     "summary": Command("Base and tuned side by side, seconds per stage, and where to look next.", _summary),
     "weights": Command(
@@ -577,6 +673,11 @@ COMMANDS = {
 
 def _wants_help(words: list[str]) -> bool:
     return "-h" in words or "--help" in words
+
+
+def _help(name: str, command: Command) -> int:
+    print(f"usage: vapi {name} {command.usage}\n\n{_wrap(command.doc)}")
+    return 0
 
 
 def _wrap(text: str, indent: str = "") -> str:

@@ -361,6 +361,8 @@ class RegisterConfig:
         default_factory=lambda: {"kid": 0.0, "inception_score": 0.0, "precision": 0.05, "recall": 0.1, "class_accuracy": 0.05}
     )
     """How much worse than the base each other metric may be, as a share of the base's."""
+    licences: dict[str, str] = field(default_factory=dict)
+    """Licences that the model card cannot know, or has wrong, by input, as {data: CC BY 4.0}: generator, tokenizer, data, detector, ..."""
     strict: bool = False
     """Exit with code 1 when the model is not promoted."""
 
@@ -372,6 +374,8 @@ class RegisterConfig:
             "register.min_fid_drop and register.min_geneval_gain are both 0; a model must get better at something to be promoted",
         )
         require(all(a >= 0 for a in self.allowances.values()), f"register.allowances is {self.allowances}; they must not be negative")
+        for name in self.licences:
+            require(name in INPUTS, f"register.licences names {name!r}; {nearest(name, INPUTS)}")
         good = bool(re.fullmatch(r"[\w.-]+", self.model_name))
         require(good, f"register.model_name is {self.model_name!r}; use letters, digits, - _ .")
 
@@ -452,6 +456,13 @@ FILES = {
     "evaluate": ("reference", "validation", "extractor", "extractor_weights", "dinov2", "prompts", "detector", "second_detector", "clip"),
 }
 """Fields that name a file, a folder or a pattern of files (or hold a word in place of one, or nothing)."""
+INPUTS = {
+    "data" if field == "source" else field: f"{section}.{field}"
+    for section, fields in FILES.items()
+    for field in fields
+    if not field.endswith("_weights")  # only says where
+}
+"""What a model is made of and judged by, as register.licences calls it, and the field that names it."""
 FOR_CAPTIONS = ("evaluate.prompts", "evaluate.detector", "evaluate.second_detector", "evaluate.clip")
 """Those of them that a generator of classes has no use for."""
 PERCEPTUAL = ("vgg", "alex")  # networks that tune.perceptual calls by a word

@@ -52,6 +52,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No room on the disk, for this user, or in this file."""
 AGAIN = "Make room and run the same command again"
 
+SHEET_ROWS = ("real", "reconstruction", "draw", "sample")
+"""Rows of the sheets of the stage tune."""
+SHEET_COLUMNS = 10
+"""Columns of the sheets of the stage evaluate."""
+PROMPTS_SHOWN = 3
+"""Prompts of each task on its sheet of prompts."""
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -206,16 +213,17 @@ def _sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def describe(folder: Path, stage: str, sections: dict[str, Any], inputs: dict[str, str], seconds: float, **timings: float) -> None:
+def describe(folder: Path, stage: str, sections: dict[str, Any], inputs: dict[str, str], seconds: float, **more: float | str) -> None:
     """Write config.json (what decides the folder's content: config sections, digests of the inputs) and provenance.json
-    (what may differ where the content does not: code version, seconds), which DVC and ``file_digest`` leave out."""
+    (what may differ where the content does not: code version, seconds, ``more`` such as the device), which DVC and ``file_digest``
+    leave out."""
     made = {
         "stage": stage,
         "sections": {name: plain(section) for name, section in sections.items()},
         "inputs": inputs,
     }
     write_json(folder / "config.json", made)
-    write_json(folder / "provenance.json", {"code": code_version(), "seconds": round(seconds, 3), **timings})
+    write_json(folder / "provenance.json", {"code": code_version(), "seconds": round(seconds, 3), **more})
 
 
 @functools.cache
@@ -333,6 +341,12 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def source(self) -> str:
+        """What it was picked from, by the name that its configuration gave; empty where nobody wrote that down."""
+        made = self.folder / "config.json"
+        return str(read_json(made)["sections"]["subset"]["source"]) if made.is_file() else ""
 
     def image(self, i: int) -> bytes:
         """The encoded bytes of image ``i``, as they were in the source."""

@@ -59,7 +59,6 @@ Scores = dict[str, Any]
 
 SWEEP_SEED = -1  # the sweep draws images that no reported number is made of
 SWEEP_METRICS = ("fid", "inception_score", "precision_recall", "class_accuracy")
-SHEET_COLUMNS = 10
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 judges.register(networks.load)
@@ -106,9 +105,9 @@ def reproducible(deterministic: bool) -> Iterator[None]:
 def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path, run: Run = NO_RUN) -> None:
     """Measure base (``model.generator``) and tuned (``tune``/model.safetensors).
 
-    ``out``: metrics.json, sweep.csv, curves.csv, sheet-*.png, report.html, config.json, provenance.json; of captions, prompts.csv. Raises
-    ValueError, before anything is drawn, for a reference, checkpoint or feature network that is missing or
-    does not fit. An evaluation that was killed is continued by the same call.
+    ``out``: metrics.json, sweep.csv, curves.csv, sheet-*.png, report.html, config.json, provenance.json; of captions, prompts.csv; of
+    classes that the metric network knows, classes.csv. Raises ValueError, before anything is drawn, for a reference, checkpoint or
+    feature network that is missing or does not fit. An evaluation that was killed is continued by the same call.
     """
     begin = time.perf_counter()
     tune, out = Path(tune), Path(out)
@@ -135,7 +134,10 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
         _write(folder, results, sheets, tune, inputs, _shown(bench, found))
         if bench.panel:
             _write_csv(folder / "prompts.csv", prompted.by_prompt(bench.panel, _answers(found)))
-        data.describe(folder, "evaluate", {"model": model, "evaluate": evaluate}, inputs, time.perf_counter() - begin)
+        if classes := _by_class(found):
+            _write_csv(folder / "classes.csv", classes)
+        cost: dict[str, float | str] = {"processes": world.size, "device": models.device_name(models.device_of(model))}
+        data.describe(folder, "evaluate", {"model": model, "evaluate": evaluate}, inputs, time.perf_counter() - begin, **cost)
     prune()
     _track(run, out, results, evaluate, inputs)
     print(report.verdict(results))
@@ -370,6 +372,7 @@ class Found:
     exposure: Scores
     answers: dict[str, prompted.Verdicts]  # to prompts, by setting: "", _guided, _best; empty for classes
     sheets: dict[str, np.ndarray]  # uint8 (N, H, W, 3): plain, best
+    recognised: list[tuple[int, int]]  # by class: plain samples, and those of them that look like it; empty where nobody can say
     sha256: str
 
 
@@ -423,7 +426,7 @@ class Contestant:
         if self.bench.judge.world.first:
             print(f"{self.name}: {words}", file=sys.stderr, flush=True)
         sheets = {"plain": self.sheet(self.plain), "best": self.sheet(chosen), **self.pictures()}
-        return Found(plain, top, self.guided(), sweep, self.exposure(), answers, sheets, self.sha256)
+        return Found(plain, top, self.guided(), sweep, self.exposure(), answers, sheets, self.recognised(), self.sha256)
 
     def pictures(self) -> dict[str, np.ndarray]:
         """What the model makes of some prompts: uint8 (N, H, W, 3)."""
@@ -452,6 +455,16 @@ class Contestant:
     def scores(self, how: Sampler) -> Scores:
         """Mean and standard deviation over the seeds."""
         return _over_seeds([self.bench.score(self.samples(how, seed, self.config.samples)) for seed in self.config.seeds])
+
+    def recognised(self) -> list[tuple[int, int]]:
+        """By class: samples of the plain comparison, and how many the metric network takes for it. Empty where it knows other classes."""
+        if "class_accuracy" not in self.bench.names():
+            return []
+        drawn = [self.samples(self.plain, seed, self.config.samples) for seed in self.config.seeds]
+        labels = torch.cat([features.labels for features in drawn])
+        right = labels[torch.cat([features.logits.argmax(dim=1) for features in drawn]) == labels]
+        counts = [rows.bincount(minlength=self.bench.asked.classes).tolist() for rows in (labels, right)]
+        return list(zip(*counts, strict=True))
 
     def guided(self) -> Scores:
         """The second comparison, if there is one."""
@@ -614,6 +627,16 @@ def _answers(found: dict[str, Found]) -> dict[str, prompted.Verdicts]:
     return {f"{name}{setting}": verdicts for name, one in found.items() for setting, verdicts in one.answers.items()}
 
 
+def _by_class(found: dict[str, Found]) -> list[Scores]:
+    """Rows of classes.csv: samples of a class, and the share of them that is recognised, by model."""
+    base, tuned = (found[name].recognised for name in ("base", "tuned"))
+    return [
+        {"class": number, "samples": count, "base": float(f"{before / count:.6g}"), "tuned": float(f"{after / count:.6g}")}
+        for number, ((count, before), (_, after)) in enumerate(zip(base, tuned, strict=True))
+        if count
+    ]
+
+
 def _shown(bench: Bench, found: dict[str, Found]) -> list[Scores]:
     """The prompts whose pictures are on the sheet."""
     return bench.panel.captions({name: one.answers[""] for name, one in found.items()}) if bench.panel else []
@@ -636,13 +659,13 @@ def _write(
     tops = {name: results[f"{name}_best"] for name in names}
     best = {f"{name} at {_setting(top)}: FID {top['fid']:.2f}": sheets[name]["best"] for name, top in tops.items()}
     for name, rows in (("before-after", before_after), ("best", best), ("anchors", sheets["anchors"])):
-        report.banded_sheet(rows, SHEET_COLUMNS).save(folder / f"sheet-{name}.png")
+        report.banded_sheet(rows, data.SHEET_COLUMNS).save(folder / f"sheet-{name}.png")
     if shown:
         count = results["prompts"]["images_per_prompt"]
         answers = report_prompts.bands({name: sheets[name]["prompts"] for name in names}, shown, count)
         report.banded_sheet(answers, 2 * count).save(folder / "sheet-prompts.png")
     provenance = {"code": data.code_version(), "inputs": inputs, "weights": results["weights"]}
-    (folder / "report.html").write_text(report.page(results, curves, sheets, provenance, SHEET_COLUMNS, shown))
+    (folder / "report.html").write_text(report.page(results, curves, sheets, provenance, data.SHEET_COLUMNS, shown))
 
 
 def _setting(best: Scores) -> str:
@@ -659,7 +682,7 @@ def _write_csv(path: Path, rows: list[Scores]) -> None:
 
 
 def _track(run: Run, out: Path, results: dict[str, Any], evaluate: EvaluateConfig, inputs: dict[str, str]) -> None:
-    """Numbers, sheet and report for the compare view."""
+    """Numbers and sheets for the compare view."""
     groups = {name: results[name] for name in report.COMPARED if name in results} | results["anchors"]
     groups |= {f"{name}_exposure": values for name, values in results["exposure"].items()}
     numbers = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
@@ -669,5 +692,4 @@ def _track(run: Run, out: Path, results: dict[str, Any], evaluate: EvaluateConfi
     run.image("samples/best", out / "sheet-best.png")
     if (out / "sheet-prompts.png").is_file():
         run.image("samples/prompts", out / "sheet-prompts.png")
-    run.artifact(out / "report.html")
     run.artifact(out / "metrics.json")

@@ -150,3 +150,10 @@ def prior_kl(new: Tensor, base: Tensor) -> Tensor:
 def entropy(log_probs: Tensor) -> Tensor:
     """Entropy of a position's prediction in nats, (..., V) -> (...)."""
     return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def usage(counts: Tensor) -> dict[str, float]:
+    """How many different codes a set of token maps holds, from how often each occurs (V,): the share of the codebook in use, and
+    the perplexity, which is the number of codes that would be in use if all were used alike."""
+    shares = counts.double() / counts.sum()
+    return {"codes_used": (counts > 0).double().mean().item(), "perplexity": torch.special.entr(shares).sum().exp().item()}

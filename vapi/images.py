@@ -145,6 +145,15 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 # --- sheets ------------------------------------------------------------------------------------
 
 
+TILE = 96  # about the side of a picture on a sheet, in pixels
+CAPTION = 14  # the height of a caption
+
+
+def tile_scale(side: int) -> int:
+    """By how much a picture of ``side`` pixels is drawn larger on a sheet: small ones by a whole factor, large ones not at all."""
+    return max(1, TILE // side)
+
+
 def sheet(images: np.ndarray, columns: int, scale: int = 1, captions: Sequence[str] | None = None, gap: int = 2) -> Image.Image:
     """A contact sheet, row by row: uint8 (N, H, W, 3), each pixel drawn ``scale`` times as large,
     each caption (as much of it as fits) under its image."""
@@ -152,7 +161,7 @@ def sheet(images: np.ndarray, columns: int, scale: int = 1, captions: Sequence[s
     count, height, width = images.shape[:3]
     columns = min(columns, count)
     rows = -(-count // columns)
-    text = 14 if captions is not None else 0
+    text = CAPTION if captions is not None else 0
     step_x, step_y = width * scale + gap, height * scale + gap + text
     canvas = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=10)
@@ -163,6 +172,25 @@ def sheet(images: np.ndarray, columns: int, scale: int = 1, captions: Sequence[s
         if captions is not None:
             draw.text((x, y + height * scale + 1), _fit(captions[n], font, width * scale), fill="#333333", font=font)
     return canvas
+
+
+def sheet_height(count: int, columns: int, side: int, captions: bool = False, gap: int = 2) -> int:
+    """Pixels from top to bottom of a contact sheet of square images at that scale."""
+    return -(-count // min(columns, count)) * (side * tile_scale(side) + gap + CAPTION * captions) + gap
+
+
+def cut(sheet: np.ndarray, count: int, columns: int, side: int, captions: bool = False, gap: int = 2) -> np.ndarray:
+    """The square images, uint8 (N, side, side, 3), that a contact sheet, uint8 (H, W, 3), of that scale was made of, pixel for pixel.
+
+    Raises ValueError for a sheet of another shape.
+    """
+    scale, columns = tile_scale(side), min(columns, count)
+    step_x, step_y = side * scale + gap, side * scale + gap + CAPTION * captions
+    height, width = sheet_height(count, columns, side, captions, gap), columns * step_x + gap
+    if sheet.shape[0] != height or sheet.shape[1] < width:
+        raise ValueError(f"a sheet of {count} pictures has {width} x {height} pixels, and this {sheet.shape[1]} x {sheet.shape[0]}")
+    corners = [(gap + n // columns * step_y, gap + n % columns * step_x) for n in range(count)]
+    return np.stack([sheet[y : y + side * scale : scale, x : x + side * scale : scale] for y, x in corners])
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

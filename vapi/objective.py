@@ -248,16 +248,21 @@ class Objective:
 
     @torch.no_grad()
     def look(self, batch: Batch, step: int) -> dict[str, float]:
-        """Reward, its parts, cross-entropy and entropy over all processes' images, with noise and draws that never change."""
+        """Reward, its parts, cross-entropy, entropy and the codes in use, over all processes' images, with noise and draws that
+        never change."""
         totals: Terms = {}
+        counts = torch.zeros(self.policy.vocab, dtype=torch.int64, device=self.policy.device)
         for share, part in self.parts(batch):
             noise, draw = (grpo.keys(part.rows, HOLDOUT, purpose).to(part.codes.device) for purpose in (NOISE, DRAW))
             context = grpo.corrupt(part.codes, self.tune.context_noise, self.policy.vocab, noise)
             predicted = self.predict(self.policy, part.condition, context)
             terms = self.surety(predicted, part.codes, step)
-            rewards, parts = self.score(self.draw(predicted, HOLDOUT_DRAWS, draw), part.images)
+            drawn = self.draw(predicted, HOLDOUT_DRAWS, draw)
+            rewards, parts = self.score(drawn, part.images)
             _add(totals, terms | {"reward": rewards.mean(), **named_means(parts)}, share)
-        return _summed(totals, self.world)
+            counts += drawn.flatten().bincount(minlength=self.policy.vocab) * (share > 0)
+        self.world.sum([counts])
+        return _summed(totals, self.world) | grpo.usage(counts)
 
 
 def _parallel_map(device: torch.device) -> Callable[..., Iterable[Any]]:

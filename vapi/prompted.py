@@ -38,7 +38,6 @@ from vapi.references import RealImages, Subjects
 Scores = dict[str, Any]
 Verdicts = dict[str, np.ndarray]  # by judge: bool (P, S, I) of detectors, float of text metrics
 
-SHOWN = 3  # prompts of each task on a sheet
 SHUFFLED = "shuffled"  # a detector's verdict by another prompt of the same task: what chance would be right about
 
 
@@ -95,7 +94,9 @@ class Panel:
     def shown(self) -> list[int]:
         """Places of the prompts that reports show: the first of each task."""
         tasks = dict.fromkeys(prompt.tag for prompt in self.prompts)
-        return [place for task in tasks for place in [n for n, prompt in enumerate(self.prompts) if prompt.tag == task][:SHOWN]]
+        return [
+            place for task in tasks for place in [n for n, prompt in enumerate(self.prompts) if prompt.tag == task][: data.PROMPTS_SHOWN]
+        ]
 
     def pictures(self, make: Make) -> Tensor:
         """A model's pictures of these prompts: uint8 (K * I, 3, H, W)."""

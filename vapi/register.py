@@ -9,8 +9,12 @@ Two aliases, two questions:
 In both, FID must fall by ``register.min_fid_drop`` and GenEval's score rise by ``register.min_geneval_gain`` (either may
 be 0, and then decides nothing), and no other metric may get worse by more than its allowance. A number that is missing, not finite or
 measured by another protocol fails its gate. A model that passes the first question is registered, with everything that
-says where it came from; one that does not leaves the registry alone. Repeating the command finds the version it made
-before.
+says where it came from, a model card among it; one that does not leaves the registry alone. Repeating the command finds
+the version it made before.
+
+People decide too: ``promote`` makes a version champion if it passes the gates of today, or with a reason that is kept;
+``rollback`` gives the alias back to the version that had it before (alias ``previous``), and a version that was taken back
+is no champion again by itself.
 
 Left out: stages (MLflow replaced them by aliases), and deleting or archiving versions.
 """
@@ -27,8 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vapi import data
-from vapi.config import ModelConfig, RegisterConfig, flat, nearest, plain, read_yaml
+from vapi import card, data, report
+from vapi.config import ModelConfig, RegisterConfig, flat, nearest, plain, read_yaml, write_text
 from vapi.models import weights
 from vapi.run import NO_RUN, Run, Server
 
@@ -49,7 +53,8 @@ Scores = dict[str, Any]
 def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate: Path, out: Path, run: Run = NO_RUN) -> bool:
     """Put ``tune``/model.safetensors into the registry if ``evaluate``/metrics.json lets it pass.
 
-    Prints every gate and writes registration.json to ``out``. Returns whether the model was registered.
+    Prints every gate and writes registration.json, MODEL_CARD.md and report.html, the evaluation's with the gates, to ``out``.
+    Returns whether the model was registered.
     Raises ValueError if the evaluation is of other weights, or if there is something to register and the
     MLflow server cannot be reached; with tracking off the gates are judged and nothing is registered.
     """
@@ -60,13 +65,19 @@ def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate:
     _require_measured(model, evaluate)
     with data.output_folder(out, "register") as folder, data.locked(data.state_dir("locks") / "register.lock"):
         server = run.server() if judge(register, results, None).challenger else None
-        registry = Registry(server, register.model_name) if server else None
+        registry = Registry(server.client, register.model_name) if server else None
         verdict = judge(register, results, registry.champion(but=digest) if registry else None)
-        made = registry.publish(model, tune, results, digest, verdict) if registry and verdict.challenger else {}
-        data.write_json(folder / "registration.json", {"name": register.model_name, "weights": digest, **verdict.plain(), **made})
+        text = card.card(model, register, tune, evaluate, verdict.plain())
+        made = registry.publish(server, model, tune, results, verdict, text) if registry and server and verdict.challenger else {}
+        judged = {"name": register.model_name, "weights": digest, **verdict.plain(), **made}
+        data.write_json(folder / "registration.json", judged)
+        write_text(folder / card.FILE, text)
+        write_text(folder / "report.html", report.gated((evaluate / "report.html").read_text(), judged))
         inputs = {"tune": data.file_digest(tune), "evaluate": data.file_digest(evaluate)}
         data.describe(folder, "register", {"model": model, "register": register}, inputs, time.perf_counter() - begin)
-    run.metrics({"register/challenger": verdict.challenger, "register/champion": bool(made) and verdict.champion})
+    run.metrics({"register/challenger": verdict.challenger, "register/champion": "champion" in made.get("aliases", ())})
+    run.artifact(Path(out) / card.FILE)
+    run.artifact(Path(out) / "report.html")
     print(verdict.table())
     print(_outcome(register, verdict, made, server))
     return bool(made)
@@ -74,7 +85,9 @@ def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate:
 
 def _outcome(register: RegisterConfig, verdict: Verdict, made: dict[str, Any], server: Server | None) -> str:
     if made:
-        return f"registered: {register.model_name} version {made['version']} as {' and '.join(made['aliases'])} in {made['registry']}"
+        words = f"registered: {register.model_name} version {made['version']} as {' and '.join(made['aliases'])} in {made['registry']}"
+        taken_back = verdict.champion and "champion" not in made["aliases"]
+        return words + (f"; it was taken back before, and is champion again only by: vapi promote {made['version']}" * taken_back)
     if verdict.challenger:
         return (
             "not registered: the gates are passed, but tracking is off (track.uri), and the registry is part of MLflow; "
@@ -216,8 +229,7 @@ def judge(register: RegisterConfig, results: dict[str, Any], champion: Champion 
             best = {}  # numbers of another protocol are no numbers
             note = (
                 f"version {champion.version} was measured by another protocol ({differs}): nothing can be said against it. Evaluate as "
-                "it was evaluated, or take its alias away, which compares with the base: in Python, "
-                f"mlflow.MlflowClient().delete_registered_model_alias({register.model_name!r}, 'champion')"
+                "it was evaluated, or decide without numbers: vapi promote VERSION --force REASON"
             )
     found = {
         "challenger": gates(register, results.get("base", {}), results.get("tuned", {})),
@@ -237,23 +249,31 @@ def _differences(one: Any, other: Any) -> str:
 # --- the registry ------------------------------------------------------------------------------
 
 
+RESULTS = ("base", "tuned", "base_best", "tuned_best", "protocol")
+"""What a version's tags hold of metrics.json: its link to a run's metrics is not kept by every MLflow store."""
+WITHDRAWN = "withdrawn"
+"""Tag of a version that was taken back: the version that is champion in its place."""
+
+
 class Registry:
-    """One registered model in MLflow. Numbers live in a version's tags: its link to a run's metrics is not
-    kept by every MLflow store."""
+    """One registered model in MLflow."""
 
-    def __init__(self, server: Server, name: str) -> None:
-        self.server, self.client, self.name = server, server.client, name
+    def __init__(self, client: Any, name: str) -> None:
+        self.client, self.name = client, name
 
-    def _versions(self) -> list[Any]:
-        return list(self.client.search_model_versions(f"name = '{self.name}'"))
+    def versions(self) -> dict[str, Any]:
+        """Every version by its number, the oldest first."""
+        found = self.client.search_model_versions(f"name = '{self.name}'")
+        return {str(version.version): version for version in sorted(found, key=lambda version: int(version.version))}
 
-    def _aliases(self) -> dict[str, str]:
+    def aliases(self) -> dict[str, str]:
+        """The version of each alias."""
         found = self.client.search_registered_models(f"name = '{self.name}'")
         return {alias: str(version) for alias, version in found[0].aliases.items()} if found else {}
 
     def champion(self, but: str) -> Champion | None:
         """The present champion, unless it is made of the weights ``but``: nobody needs to beat himself."""
-        version = self._aliases().get("champion")
+        version = self.aliases().get("champion")
         if version is None:
             return None
         tags = self.client.get_model_version(self.name, version).tags
@@ -261,66 +281,79 @@ class Registry:
             return None
         return Champion(version, json.loads(tags.get("tuned_best", "{}")), json.loads(tags.get("protocol", "{}")))
 
-    def publish(self, model: ModelConfig, tune: Path, results: dict[str, Any], digest: str, verdict: Verdict) -> dict[str, Any]:
-        """Make a version (or find the one made before) and point the aliases at it."""
-        tags = {
-            **self._lineage(digest),
-            **{name: json.dumps(results[name]) for name in ("base", "tuned", "base_best", "tuned_best", "protocol")},
-        }
+    def publish(
+        self, server: Server, model: ModelConfig, tune: Path, results: dict[str, Any], verdict: Verdict, text: str
+    ) -> dict[str, Any]:
+        """Make a version (or find the one made before), give it the card ``text``, and point the aliases at it."""
+        tags = {**_lineage(server, results["weights"]["tuned"]), **{name: json.dumps(results[name]) for name in RESULTS}}
         same = ("weights", "tuned", "tuned_best", "protocol")
-        found = [version for version in self._versions() if all(version.tags.get(name) == tags[name] for name in same)]
-        version = str(found[0].version) if found else self._create(model, tune, results, tags, verdict)
-        aliases = ["challenger", "champion"] if verdict.champion else ["challenger"]
-        for alias in aliases:
-            self.client.set_registered_model_alias(self.name, alias, version)
-        ids = {"run": self.server.run, "parent": self.server.parent}
-        return {"version": version, "aliases": aliases, "registry": self.server.uri, **ids}
+        found = [version for version in self.versions().values() if all(version.tags.get(name) == tags[name] for name in same)]
+        version = str(found[0].version) if found else self._create(server, model, tune, results, tags)
+        self.client.update_model_version(self.name, version, card.description(text, f"run {server.run}"))
+        self.client.set_registered_model_alias(self.name, "challenger", version)
+        crowned = verdict.champion and not (found and WITHDRAWN in found[0].tags)
+        if crowned:
+            self.crown(version)
+        ids = {"run": server.run, "parent": server.parent}
+        return {"version": version, "aliases": ["challenger"] + ["champion"] * crowned, "registry": server.uri, **ids}
 
-    def _lineage(self, digest: str) -> dict[str, str]:
-        """Where a version comes from: data, code, configuration, runs."""
-        code = data.code_version()
-        runs = {"run": self.server.run, "parent": self.server.parent}
-        return {"weights": digest, **self.server.lineage, **runs, **{f"code.{k}": v for k, v in code.items()}, **_dvc_lineage()}
+    def crown(self, version: str) -> None:
+        """Make a version champion. Whoever was it before bears the alias ``previous``."""
+        before = self.aliases().get("champion")
+        if before == version:
+            return
+        if before is not None:
+            self.client.set_registered_model_alias(self.name, "previous", before)
+        self.client.set_registered_model_alias(self.name, "champion", version)
+        if WITHDRAWN in self.client.get_model_version(self.name, version).tags:
+            self.client.delete_model_version_tag(self.name, version, WITHDRAWN)
 
-    def _create(self, model: ModelConfig, tune: Path, results: dict[str, Any], tags: dict[str, str], verdict: Verdict) -> str:
-        logged = self._log_model(model, tune, {**results["protocol"].get("sampler", {}), **results["tuned_best"]})
+    def _create(self, server: Server, model: ModelConfig, tune: Path, results: dict[str, Any], tags: dict[str, str]) -> str:
+        logged = _log_model(server, model, tune, {**results["protocol"].get("sampler", {}), **results["tuned_best"]})
         if not self.client.search_registered_models(f"name = '{self.name}'"):
             self.client.create_registered_model(self.name)
         version = self.client.create_model_version(
             self.name,
             source=logged.model_uri,
-            run_id=self.server.run,
+            run_id=server.run,
             tags=tags,
-            description=f"```\n{verdict.table()}\n```",
             model_id=logged.model_id,
         )
         return str(version.version)
 
-    def _log_model(self, model: ModelConfig, tune: Path, best: Scores) -> Any:
-        """The weights with the code that draws from them, as a model of this run."""
-        mlflow = self.server.mlflow
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*An input example")  # it would draw an image here, and the signature says it all
-            config = Path(folder) / "config.json"
-            data.write_json(config, plain(model))
-            # Model.log rather than pyfunc.log_model: it takes the run by id and leaves MLflow's "active run" alone
-            return mlflow.models.Model.log(
-                artifact_path=None,
-                name="generator",
-                flavor=mlflow.pyfunc,
-                run_id=self.server.run,
-                python_model=str(serving_code()),
-                artifacts={
-                    "generator": str(tune / "model.safetensors"),
-                    "tokenizer": str(weights.locate(model.tokenizer)),
-                    "config": str(config),
-                    **({"text_encoder": model.text_encoder} if Path(model.text_encoder or "-").is_dir() else {}),
-                },
-                code_paths=[str(Path(__file__).parent)],
-                # never our own name: on the public index it is somebody else's
-                pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _requirements(model)],
-                signature=_signature(mlflow, best, asked=("string", "prompt") if model.captions else ("long", "class_id")),
-            )
+
+def _lineage(server: Server, digest: str) -> dict[str, str]:
+    """Where a version comes from: data, code, configuration, runs."""
+    code = data.code_version()
+    runs = {"run": server.run, "parent": server.parent}
+    return {"weights": digest, **server.lineage, **runs, **{f"code.{k}": v for k, v in code.items()}, **_dvc_lineage()}
+
+
+def _log_model(server: Server, model: ModelConfig, tune: Path, best: Scores) -> Any:
+    """The weights with the code that draws from them, as a model of this run."""
+    mlflow = server.mlflow
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*An input example")  # it would draw an image here, and the signature says it all
+        config = Path(folder) / "config.json"
+        data.write_json(config, plain(model))
+        # Model.log rather than pyfunc.log_model: it takes the run by id and leaves MLflow's "active run" alone
+        return mlflow.models.Model.log(
+            artifact_path=None,
+            name="generator",
+            flavor=mlflow.pyfunc,
+            run_id=server.run,
+            python_model=str(serving_code()),
+            artifacts={
+                "generator": str(tune / "model.safetensors"),
+                "tokenizer": str(weights.locate(model.tokenizer)),
+                "config": str(config),
+                **({"text_encoder": model.text_encoder} if Path(model.text_encoder or "-").is_dir() else {}),
+            },
+            code_paths=[str(Path(__file__).parent)],
+            # never our own name: on the public index it is somebody else's
+            pip_requirements=[f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _requirements(model)],
+            signature=_signature(mlflow, best, asked=("string", "prompt") if model.captions else ("long", "class_id")),
+        )
 
 
 def _requirements(model: ModelConfig) -> tuple[str, ...]:
@@ -358,3 +391,86 @@ def _dvc_lineage() -> dict[str, str]:
     lock = Path("dvc.lock")
     stages = read_yaml(lock.read_text()).get("stages", {}) if lock.is_file() else {}
     return {f"dvc.{Path(out['path']).name}": str(out["md5"]) for out in stages.get("tune", {}).get("outs", []) if "md5" in out}
+
+
+# --- by hand -----------------------------------------------------------------------------------
+
+
+def promote(register: RegisterConfig, client: Any, version: str = "", reason: str = "") -> str:
+    """Make a version champion, the challenger if none is named. Returns what changed, in words.
+
+    It must pass the gates of ``register`` against the present champion, and its run must have ended well. With a ``reason``
+    it need not; the tag ``forced`` then keeps it beside what stood against. Raises ValueError for a version that is not there
+    or must not become champion; nothing has changed then.
+    """
+    with data.locked(data.state_dir("locks") / "register.lock"):
+        registry = Registry(client, register.model_name)
+        found = _version(registry, version)
+        version, name = str(found.version), register.model_name
+        before = registry.aliases().get("champion")
+        if version == before:
+            return f"{name} version {version} is champion already; nothing changed"
+        results = {each: json.loads(found.tags.get(each, "{}")) for each in RESULTS}
+        verdict = judge(register, results, registry.champion(but=found.tags.get("weights", "")))
+        against = [*_unfinished(client, found), *_shut(verdict)]
+        if against and not reason:
+            raise ValueError(
+                f"{name} version {version} is not promoted: {'; '.join(against)}. Nothing changed; if it must be, say why: "
+                f"vapi promote {version} --force REASON{verdict.note and f' ({verdict.note})'}"
+            )
+        if against:
+            client.set_model_version_tag(name, version, "forced", f"{reason} (against it: {'; '.join(against)})")
+        registry.crown(version)
+        was = f"; version {before} was it before, and is again by: vapi rollback" if before else ""
+        return f"{verdict.table()}\n{name} version {version} is champion{' by force' if against else ''}{was}"
+
+
+def _version(registry: Registry, version: str) -> Any:
+    """The version to promote. Raises ValueError where it is not there."""
+    versions = registry.versions()
+    if not versions:
+        raise ValueError(f"the registry holds no {registry.name} (register.model_name); register one with: vapi register")
+    wanted = version or registry.aliases().get("challenger", "")
+    if not wanted:
+        raise ValueError(f"{registry.name} has no challenger; name a version, it has {', '.join(versions)}")
+    if wanted not in versions:
+        raise ValueError(f"{registry.name} has no version {wanted}; it has {', '.join(versions)}")
+    return versions[wanted]
+
+
+def _unfinished(client: Any, version: Any) -> list[str]:
+    """What is wrong with how a version was made."""
+    status = client.get_run(version.run_id).info.status if version.run_id else "no run"
+    wrong = [] if version.status == "READY" else [f"the registry calls it {version.status}"]
+    return wrong + ([] if status == "FINISHED" else [f"its run has not ended well ({status}); vapi register completes it"])
+
+
+def _shut(verdict: Verdict) -> list[str]:
+    return [f"{alias}: {gate.reason()}" for alias, found in verdict.gates.items() for gate in found if not gate.passed]
+
+
+def rollback(register: RegisterConfig, client: Any) -> str:
+    """Give the alias champion back to the version that had it before. Returns what changed, in words.
+
+    A second call changes nothing. Raises ValueError where there is no champion, or none was before it.
+    """
+    with data.locked(data.state_dir("locks") / "register.lock"):
+        registry, name = Registry(client, register.model_name), register.model_name
+        aliases = registry.aliases()
+        champion, previous = aliases.get("champion"), aliases.get("previous")
+        if champion is None:
+            raise ValueError(f"{name} has no champion to take back; make one with: vapi promote VERSION")
+        gone = [number for number, version in registry.versions().items() if version.tags.get(WITHDRAWN) == champion]
+        if previous == champion:  # left by a command that was killed
+            client.delete_registered_model_alias(name, "previous")
+        if previous in (None, champion) and gone:
+            return f"{name} version {champion} is champion again already, in place of version {gone[-1]}; nothing changed"
+        if previous in (None, champion):
+            raise ValueError(
+                f"{name} has nothing to go back to from version {champion}: no version bears the alias previous; name one: "
+                "vapi promote VERSION"
+            )
+        client.set_model_version_tag(name, champion, WITHDRAWN, previous)
+        client.set_registered_model_alias(name, "champion", previous)
+        client.delete_registered_model_alias(name, "previous")
+        return f"{name} version {previous} is champion again; version {champion} was taken back, and returns by: vapi promote {champion}"

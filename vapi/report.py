@@ -1,19 +1,16 @@
 """What the numbers say: a verdict in words, a table for the terminal, and one HTML page.
 
-The page is a single file without scripts or anything fetched: styles and charts (SVG of our own) are
-inline, pictures are data URIs, and it follows the reader's light or dark setting. It holds no date and
-no timing, so the same results make the same bytes. All text is escaped on its way in.
+The page (``markup.py``) has no scripts. It holds no date and no timing, so the same results make the same bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vapi import data, images, report_prompts
+from vapi import data, images, markup, report_prompts
 from vapi.config import ARTIFACTS, STAGES
+from vapi.markup import esc
 
 Scores = Mapping[str, Any]
 Results = Mapping[str, Any]
@@ -45,11 +43,7 @@ class Column:
 
     def show(self, value: float) -> str:
         value *= self.scale
-        return f"{value:.{self.digits}f}" if self.digits else _fid(value)
-
-
-def _fid(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 0.995 else f"{value:.3f}"
+        return f"{value:.{self.digits}f}" if self.digits else markup.distance(value)
 
 
 COMPARED = ("base", "tuned", "base_guided", "tuned_guided", "base_best", "tuned_best")  # in pairs; guided where it was asked for
@@ -125,7 +119,7 @@ def direction(base: Scores, tuned: Scores, key: str, lower: bool = True) -> int:
 def verdict(results: Results) -> str:
     """One or two sentences: what tuning did at equal settings, and with each model at its best."""
     base, tuned = results["base"], results["tuned"]
-    before, after = _fid(base["fid"]), _fid(tuned["fid"])
+    before, after = markup.distance(base["fid"]), markup.distance(tuned["fid"])
     change = f"{100 * (tuned['fid'] / base['fid'] - 1):+.0f} %".replace("-", "−") if base["fid"] else "was 0"
     plain = direction(base, tuned, "fid")
     asked = f"{report_prompts.verdict(results['prompts'])} " if "prompts" in results else ""
@@ -139,7 +133,7 @@ def verdict(results: Results) -> str:
 
 def _at_best(results: Results, plain: int) -> str:
     base, tuned = results["base_best"], results["tuned_best"]
-    ours, theirs = f"{_fid(tuned['fid'])} at {_setting(tuned)}", f"{_fid(base['fid'])} at {_setting(base)}"
+    ours, theirs = f"{markup.distance(tuned['fid'])} at {_setting(tuned)}", f"{markup.distance(base['fid'])} at {_setting(base)}"
     both = f"each at its own best setting, tuned reaches {ours} and the base {theirs}"
     match direction(base, tuned, "fid"), plain:
         case 1, 1:
@@ -205,7 +199,9 @@ def table(artifacts: Path = ARTIFACTS) -> str:
     artifacts = Path(artifacts)
     results = data.read_json(artifacts / "evaluate" / "metrics.json")
     asked = [report_prompts.grid(results["prompts"]), ""] if "prompts" in results else []
-    parts = [verdict(results), " ".join(caveats(results)), "", grid(results), "", *asked, _seconds(artifacts), "", _pointers(artifacts)]
+    gates = [_gates(artifacts / "register"), ""] if _judged(artifacts) else []
+    parts = [verdict(results), " ".join(caveats(results)), "", grid(results), "", *asked, *gates, _seconds(artifacts), ""]
+    parts.append(_pointers(artifacts / ("register" if gates else "evaluate")))
     return "\n".join(parts)
 
 
@@ -228,12 +224,25 @@ def _seconds(artifacts: Path) -> str:
     return f"seconds   {'   '.join(words)}   all {sum(spent.values()):.1f}"
 
 
-def _pointers(artifacts: Path) -> str:
+def _judged(artifacts: Path) -> bool:
+    """Whether the gates have seen this very evaluation."""
+    made = artifacts / "register" / "config.json"
+    return made.is_file() and data.read_json(made)["inputs"]["evaluate"] == data.file_digest(artifacts / "evaluate")
+
+
+def _gates(register: Path) -> str:
+    """What the gates said, a line for each alias, with those that are shut."""
+    judged = data.read_json(register / "registration.json")
+    shut = {alias: [gate["metric"] for gate in against["gates"] if not gate["passed"]] for alias, against in judged["against"].items()}
+    return "\n".join(gate_title(judged, alias) + (f" ({', '.join(names)})" if names else "") for alias, names in shut.items())
+
+
+def _pointers(folder: Path) -> str:
     program = Path(sys.executable).parent / "mlflow"
     mlflow = os.path.relpath(program) if program.is_relative_to(Path.cwd()) else "mlflow"
     return "\n".join(
         [
-            f"report    {artifacts / 'evaluate' / 'report.html'}",
+            f"report    {folder / 'report.html'}, and beside other runs: vapi report",
             f"runs      {mlflow} ui, then http://127.0.0.1:5000",
             "yours     point model.generator, model.tokenizer and subset.source in params.yaml at your own, then: dvc repro",
         ]
@@ -243,18 +252,31 @@ def _pointers(artifacts: Path) -> str:
 # --- sheets ------------------------------------------------------------------------------------
 
 
-def banded_sheet(bands: Mapping[str, np.ndarray], columns: int, tile: int = 96) -> Image.Image:
+TITLE_HEIGHT = 30
+
+
+def banded_sheet(bands: Mapping[str, np.ndarray], columns: int) -> Image.Image:
     """Bands of images, uint8 (N, H, W, 3), one below the other, each under its title."""
-    parts = {title: images.sheet(band, columns, max(1, tile // band.shape[1])) for title, band in bands.items()}
-    title_height = 30
+    parts = {title: images.sheet(band, columns, images.tile_scale(band.shape[1])) for title, band in bands.items()}
     width = max(part.width for part in parts.values())
-    canvas = Image.new("RGB", (width, sum(part.height + title_height for part in parts.values())), "white")
+    canvas = Image.new("RGB", (width, sum(part.height + TITLE_HEIGHT for part in parts.values())), "white")
     draw, font, y = ImageDraw.Draw(canvas), ImageFont.load_default(size=17), 0
     for title, part in parts.items():
         draw.text((4, y + 5), title, fill="#222222", font=font)
-        canvas.paste(part, (0, y + title_height))
-        y += part.height + title_height
+        canvas.paste(part, (0, y + TITLE_HEIGHT))
+        y += part.height + TITLE_HEIGHT
     return canvas
+
+
+def unbanded(sheet: np.ndarray, counts: Sequence[int], columns: int, side: int) -> list[np.ndarray]:
+    """The bands of images with ``side`` pixels that such a sheet, uint8 (H, W, 3), was made of: uint8 (N, side, side, 3) for each count.
+    Raises ValueError for a sheet of another shape."""
+    bands, y = [], 0
+    for count in counts:
+        top, height = y + TITLE_HEIGHT, images.sheet_height(count, columns, side)
+        bands.append(images.cut(sheet[top : top + height], count, columns, side))
+        y = top + height
+    return bands
 
 
 def _picture(band: np.ndarray, columns: int, alt: str) -> str:
@@ -265,85 +287,10 @@ def _picture(band: np.ndarray, columns: int, alt: str) -> str:
     scale = max(1, 64 // band.shape[1])
     picture = images.sheet(band, columns, scale, gap=0)
     uri = images.data_uri(images.png_bytes(picture))
-    return f'<img src="{uri}" alt="{_e(alt)}" width="{picture.width}" height="{picture.height}">'
+    return f'<img src="{uri}" alt="{esc(alt)}" width="{picture.width}" height="{picture.height}">'
 
 
 # --- charts ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a chart; ``kind`` is its CSS class."""
-
-    title: str
-    points: Sequence[tuple[float, float]]
-    kind: str
-    dots: bool = True
-    star: int = -1  # index of the point to single out
-
-
-def ticks(low: float, high: float, count: int = 5, log: bool = False) -> list[float]:
-    """Round numbers within a range."""
-    if log:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [m * 10.0**p for p in powers for m in (1, 2, 5)]
-        within = [value for value in found if low <= value <= high]
-        if len(within) >= 3:
-            return within
-    rough = (high - low) / count or 1.0
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda step: abs(step - rough))
-    return [float(f"{n * step:.12g}") for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def chart(lines: Sequence[Line], x_title: str, y_title: str, log: bool = False, width: int = 520, height: int = 300) -> str:
-    """A line chart as inline SVG, coloured by the page's style sheet."""
-    left, right, top, bottom = 52, 14, 26, 40
-    xs, ys = [x for line in lines for x, _ in line.points], [y for line in lines for _, y in line.points]
-    log = log and min(ys) > 0
-    scale: Callable[[float], float] = math.log10 if log else float
-    x_low, x_high = _padded(min(xs), max(xs), 0.02)
-    low, high = _padded(scale(min(ys)), scale(max(ys)), 0.14 if any(line.star >= 0 for line in lines) else 0.08)
-
-    def px(x: float) -> float:
-        return left + (x - x_low) / (x_high - x_low) * (width - left - right)
-
-    def py(y: float) -> float:
-        return height - bottom - (scale(y) - low) / (high - low) * (height - top - bottom)
-
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_e(y_title)} over {_e(x_title)}">']
-    y_range = (10**low, 10**high) if log else (low, high)
-    for y in ticks(*y_range, log=log):
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{_number(y)}</text>')
-    for x in ticks(x_low, x_high, 6):
-        parts.append(f'<text class="tick" x="{px(x):.1f}" y="{height - bottom + 18}" text-anchor="middle">{_number(x)}</text>')
-    parts.append(f'<text class="axis" x="{left - 40}" y="14">{_e(y_title)}</text>')
-    parts.append(f'<text class="axis" x="{(left + width - right) / 2:.0f}" y="{height - 4}" text-anchor="middle">{_e(x_title)}</text>')
-    for line in lines:
-        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line.points)
-        parts.append(f'<polyline class="line {_e(line.kind)}" points="{path}"/>')
-        for n, (x, y) in enumerate(line.points if line.dots else ()):
-            radius = 6 if n == line.star else 3
-            parts.append(f'<circle class="dot {_e(line.kind)}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="{radius}"/>')
-            if n == line.star:
-                place = f'x="{px(x):.1f}" y="{py(y) + 22:.1f}" text-anchor="middle"'
-                parts.append(f'<text class="star {_e(line.kind)}" {place}>{_fid(y)}</text>')
-    parts.append("</svg>")
-    return "".join(parts) + _legend(lines)
-
-
-def _padded(low: float, high: float, share: float) -> tuple[float, float]:
-    room = (high - low) * share or abs(high) * 0.1 or 1.0
-    return low - room, high + room
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}".replace("-", "−")
-
-
-def _legend(lines: Iterable[Line]) -> str:
-    return '<p class="legend">' + "".join(f'<span class="key {_e(line.kind)}">{_e(line.title)}</span>' for line in lines) + "</p>"
 
 
 def sweep_chart(results: Results) -> str:
@@ -359,8 +306,8 @@ def sweep_chart(results: Results) -> str:
             own = sorted((p for p in points if p["model"] == name and p[other] == value), key=lambda p: p[over])
             star = own.index(best) if best in own else -1
             title = name + (f", {other} {value:g}" if len(values) > 1 else "")
-            lines.append(Line(title, [(p[over], p["fid"]) for p in own], f"{name} dash{n % 4}", star=star))
-    return chart(lines, over, "FID against the validation images (log scale)", log=True)
+            lines.append(markup.Line(title, [(p[over], p["fid"]) for p in own], f"{name} dash{n % 4}", star=star))
+    return markup.chart(lines, over, "FID against the validation images (log scale)", log=True)
 
 
 def exposure_chart(results: Results, width: int = 520) -> str:
@@ -374,17 +321,17 @@ def exposure_chart(results: Results, width: int = 520) -> str:
 
     height = top + row * len(exposure) + 22
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="FID teacher-forced and free-running">']
-    for x in ticks(0, high):
+    for x in markup.ticks(0, high):
         parts.append(f'<line class="grid" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{top - 16}" y2="{height - 34}"/>')
-        parts.append(f'<text class="tick" x="{px(x):.1f}" y="{height - 18}" text-anchor="middle">{_number(x)}</text>')
+        parts.append(f'<text class="tick" x="{px(x):.1f}" y="{height - 18}" text-anchor="middle">{markup.number(x)}</text>')
     parts.append(f'<text class="axis" x="{(left + width - right) / 2:.0f}" y="{height - 2}" text-anchor="middle">FID</text>')
     for n, (name, one) in enumerate(exposure.items()):
         y, a, b = top + row * n + 22, px(one["fid_teacher_forced"]), px(one["fid_free_running"])
-        gap = f"gap {_fid(one['gap'])}".replace("-", "−")
-        parts.append(f'<text class="name" x="0" y="{y + 4}">{_e(name)}</text>')
-        parts.append(f'<line class="gap {_e(name)}" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<circle class="dot hollow {_e(name)}" cx="{a:.1f}" cy="{y}" r="6"/>')
-        parts.append(f'<circle class="dot {_e(name)}" cx="{b:.1f}" cy="{y}" r="6"/>')
+        gap = f"gap {markup.distance(one['gap'])}".replace("-", "−")
+        parts.append(f'<text class="name" x="0" y="{y + 4}">{esc(name)}</text>')
+        parts.append(f'<line class="gap {esc(name)}" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle class="dot hollow {esc(name)}" cx="{a:.1f}" cy="{y}" r="6"/>')
+        parts.append(f'<circle class="dot {esc(name)}" cx="{b:.1f}" cy="{y}" r="6"/>')
         parts.append(f'<text class="tick" x="{(a + b) / 2:.1f}" y="{y - 13}" text-anchor="middle">{gap}</text>')
     parts.append("</svg>")
     legend = '<span class="key ring">teacher-forced, on real contexts</span><span class="key disc">free-running</span>'
@@ -402,9 +349,9 @@ def curve_charts(curves: Sequence[Scores]) -> str:
         for prefix, name, kind in (("tune", "batches", "faint"), ("holdout", "held-out images", "tuned")):
             points = [(row["step"], row[f"{prefix}/{key}"]) for row in curves if f"{prefix}/{key}" in row]
             if points:
-                lines.append(Line(name, points, kind, dots=prefix == "holdout"))
+                lines.append(markup.Line(name, points, kind, dots=prefix == "holdout"))
         if lines:
-            figures.append(f"<figure>{chart(lines, 'step', title, width=380, height=250)}</figure>")
+            figures.append(f"<figure>{markup.chart(lines, 'step', title, width=380, height=250)}</figure>")
     return f'<div class="three">{"".join(figures)}</div>' if figures else ""
 
 
@@ -423,10 +370,10 @@ def page(results: Results, curves: Sequence[Scores], sheets: Sheets, provenance:
     prompts of these pictures, with verdicts."""
     first, _, second = verdict(results).partition(". ")
     sections = [
-        f'<header><p class="eyebrow">vapi · evaluation of a tuned generator</p><h1>{_e(first)}.</h1>'
-        f'<p class="lead">{_e(second)}</p><p class="notes">{_e(" ".join(caveats(results)))}</p></header>',
+        f'<header><p class="eyebrow">vapi · evaluation of a tuned generator</p><h1>{esc(first)}.</h1>'
+        f'<p class="lead">{esc(second)}</p><p class="notes">{esc(" ".join(caveats(results)))}</p></header>',
         _before_after(results, sheets, columns),
-        f"<section><h2>The numbers</h2>{_table(results)}<p class='small'>{_e(_table_note(results))}</p></section>",
+        f"<section><h2>The numbers</h2>{_table(results)}<p class='small'>{esc(table_note(results))}</p></section>",
         _charts(results),
     ]
     if "prompts" in results:
@@ -436,73 +383,92 @@ def page(results: Results, curves: Sequence[Scores], sheets: Sheets, provenance:
     if charts:
         sections.append(f"<section><h2>While tuning</h2>{charts}</section>")
     sections += [_more_sheets(results, sheets, columns), _details(results, provenance)]
-    return document(first, sections)
+    return markup.document(first, sections)
 
 
-def document(title: str, sections: Iterable[str]) -> str:
-    """A whole page of ours around some HTML."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{_e(title)}</title><style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(sections) + "\n</main></body></html>\n"
-    )
+GATE = {"rival": "rival", "candidate": "tuned", "limit": "limit", "margin": "margin"}
+"""Numbers of a gate as registration.json holds them, and their titles."""
 
 
-def _e(text: object) -> str:
-    return html.escape(str(text), quote=True)
+def gate_title(judged: Results, alias: str) -> str:
+    """Of the gates in front of an alias: whether all are open, and who is on the other side."""
+    against = judged["against"][alias]
+    shut = "FAILED" if not all(gate["passed"] for gate in against["gates"]) else "FAILED with challenger"  # never without it
+    return f"{alias}: {'passed' if judged['passed'][alias] else shut}, tuned against {against['rival']}"
 
 
-def figure(picture: str, title: str, note: str = "", kind: str = "") -> str:
-    """A sheet in a frame, under its title."""
-    small = f"<span>{_e(note)}</span>" if note else ""
-    return f'<figure class="sheet {_e(kind)}"><figcaption><b>{_e(title)}</b>{small}</figcaption>{picture}</figure>'
+def gate_numbers(gate: Scores) -> list[str]:
+    """A gate's numbers in words."""
+    return ["missing" if gate[name] is None else f"{gate[name]:.4g}" for name in GATE]
+
+
+def gated(text: str, judged: Results) -> str:
+    """A page of ``page`` with what the gates said, below its verdict. ``judged``: registration.json."""
+    head = "".join(f"<th>{title}</th>" for title in ("", *GATE.values(), "passed"))
+    parts = []
+    for alias, against in judged["against"].items():
+        rows = "".join(_gate(gate) for gate in against["gates"])
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        parts.append(f'<h3>{esc(gate_title(judged, alias))}</h3><div class="scroll">{table}</div>')
+    note = f'<p class="small">{esc(judged["note"])}</p>' if judged["note"] else ""
+    return text.replace("</header>", f"</header>\n<section><h2>Gates</h2>{''.join(parts)}{note}</section>", 1)
+
+
+def _gate(gate: Scores) -> str:
+    cells = "".join(f"<td>{esc(number.replace('-', '−'))}</td>" for number in gate_numbers(gate))
+    return f'<tr><th scope="row">{esc(gate["metric"])}</th>{cells}<td>{"yes" if gate["passed"] else "<b>no</b>"}</td></tr>'
 
 
 def _before_after(results: Results, sheets: Sheets, columns: int) -> str:
     half = max(1, columns // 2) if len(sheets["base"]["plain"]) > columns else columns
     figures = [
-        figure(_picture(sheets[name]["plain"], half, f"samples of the {name} model"), title, f"FID {_fid(results[name]['fid'])}", name)
+        markup.figure(
+            _picture(sheets[name]["plain"], half, f"samples of the {name} model"),
+            title,
+            f"FID {markup.distance(results[name]['fid'])}",
+            name,
+        )
         for name, title in (("base", "Before: base"), ("tuned", "After: tuned"))
     ]
     sampler = results["protocol"]["sampler"]
     note = f"The same random numbers and classes on both sides, nothing selected; temperature {sampler['temperature']:g}"
     note += f", guidance {sampler['guidance']:g}." if sampler["guidance"] != 1 else ", no guidance."
-    return f'<section><div class="pair">{"".join(figures)}</div><p class="small">{_e(note)}</p></section>'
+    return f'<section><div class="pair">{"".join(figures)}</div><p class="small">{esc(note)}</p></section>'
 
 
 def _table(results: Results) -> str:
     groups = rows(results)
     columns = columns_of(results)
-    head = "".join(f'<th scope="col">{_e(column.title)}&nbsp;{_arrow(column)}</th>' for column in columns)
+    head = "".join(f'<th scope="col">{esc(column.title)}&nbsp;{arrow(column)}</th>' for column in columns)
     titles, compared = list(groups), len(groups) - 2  # the anchors come last
     body = []
     for n, (title, scores) in enumerate(groups.items()):
         pair = groups[titles[n ^ 1]] if n < compared else None  # base and tuned, each with what it is compared with
-        cells = "".join(f'<td class="{_better(scores, pair, c)}">{_html_cell(scores, c)}</td>' for c in columns)
+        cells = "".join(f'<td class="{better(scores, pair, c)}">{html_cell(scores, c)}</td>' for c in columns)
         name, _, setting = title.partition(" (")
-        shown = _e(name) + (f"<i>{_e(setting.rstrip(')'))}</i>" if setting else "")
+        shown = esc(name) + (f"<i>{esc(setting.rstrip(')'))}</i>" if setting else "")
         first, tuned = "first" if n and n % 2 == 0 else "", "after" if n < compared and n % 2 else ""
         body.append(f'<tr class="{first}{tuned}"><th scope="row">{shown}</th>{cells}</tr>')
     return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _arrow(column: Column) -> str:
+def arrow(column: Column) -> str:
     return '<abbr title="lower is better">↓</abbr>' if column.lower else '<abbr title="higher is better">↑</abbr>'
 
 
-def _better(scores: Scores, other: Scores | None, column: Column) -> str:
+def better(scores: Scores, other: Scores | None, column: Column) -> str:
     if other is None or scores.get(column.key) is None or other.get(column.key) is None:
         return ""
     return "win" if direction(other, scores, column.key, column.lower) > 0 else ""
 
 
-def _html_cell(scores: Scores, column: Column) -> str:
+def html_cell(scores: Scores, column: Column) -> str:
     value, _, spread = cell(scores, column).partition(" ± ")
     value = value.replace("-", "−") if value != "-" else "–"
-    return f"<span>{_e(value)}</span>" + (f"<i>± {_e(spread)}</i>" if spread else "")
+    return f"<span>{esc(value)}</span>" + (f"<i>± {esc(spread)}</i>" if spread else "")
 
 
-def _table_note(results: Results) -> str:
+def table_note(results: Results) -> str:
     protocol, anchors = results["protocol"], results["anchors"]
     note = f"{protocol['samples']:,} samples per model and seed against {protocol['reference']['images']:,} real images. "
     if protocol["reference"].get("moments", "these images") != "these images":
@@ -523,7 +489,7 @@ def _charts(results: Results) -> str:
     right += f"{gaps['base']['images']:,} images each."
 
     def half(title: str, figure: str, note: str) -> str:
-        return f'<div><h2>{title}</h2><figure>{figure}</figure><p class="small">{_e(note)}</p></div>'
+        return f'<div><h2>{title}</h2><figure>{figure}</figure><p class="small">{esc(note)}</p></div>'
 
     halves = half("How each model likes to be sampled", sweep_chart(results), left) + half("Exposure bias", exposure_chart(results), right)
     return f'<section class="two">{halves}</section>'
@@ -531,16 +497,16 @@ def _charts(results: Results) -> str:
 
 def _more_sheets(results: Results, sheets: Sheets, columns: int) -> str:
     best = [
-        figure(
+        markup.figure(
             _picture(sheets[name]["best"], columns, f"samples of the {name} model at its best setting"),
             f"{name.capitalize()} at its best",
-            f"{_setting(results[f'{name}_best'])} · FID {_fid(results[f'{name}_best']['fid'])}",
+            f"{_setting(results[f'{name}_best'])} · FID {markup.distance(results[f'{name}_best']['fid'])}",
             name,
         )
         for name in ("base", "tuned")
     ]
     anchors = [
-        figure(_picture(sheets["anchors"][key], columns, title), title, f"FID {_fid(results['anchors'][key]['fid'])}")
+        markup.figure(_picture(sheets["anchors"][key], columns, title), title, f"FID {markup.distance(results['anchors'][key]['fid'])}")
         for key, title in (("real", "Real images"), ("reconstruction", "Their reconstructions"))
     ]
     return (
@@ -551,87 +517,6 @@ def _more_sheets(results: Results, sheets: Sheets, columns: int) -> str:
 
 def _details(results: Results, provenance: Scores) -> str:
     return (
-        f'<section class="two"><div><h2>Protocol</h2>{facts(results["protocol"])}</div>'
-        f"<div><h2>Provenance</h2>{facts(provenance)}</div></section>"
+        f'<section class="two"><div><h2>Protocol</h2>{markup.facts(results["protocol"])}</div>'
+        f"<div><h2>Provenance</h2>{markup.facts(provenance)}</div></section>"
     )
-
-
-def facts(values: Scores) -> str:
-    """Nested plain values as a definition list; long digests are shortened, whole in their title."""
-    items = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            shown = facts(value)
-        elif isinstance(value, str) and len(value) >= 40 and all(c in "0123456789abcdef" for c in value):
-            shown = f'<code title="{_e(value)}">{_e(value[:12])}</code>'
-        else:
-            shown = _e(", ".join(map(str, value)) if isinstance(value, list) else value)
-        items.append(f"<dt>{_e(name.replace('_', ' '))}</dt><dd>{shown}</dd>")
-    return f"<dl>{''.join(items)}</dl>"
-
-
-STYLE = """
-:root{--bg:#fbfaf8;--card:#fff;--ink:#1c1b1a;--soft:#6b6862;--rule:#e6e3dd;--base:#8a8f98;--tuned:#c2410c}
-@media (prefers-color-scheme:dark){:root{
---bg:#141414;--card:#1c1c1d;--ink:#ecebe8;--soft:#a09d97;--rule:#323234;--base:#9aa0aa;--tuned:#fb923c}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:56px 28px 80px}
-header{max-width:900px;margin-bottom:36px}
-.eyebrow{margin:0 0 14px;color:var(--soft);font-size:13px;letter-spacing:.04em}
-h1{margin:0 0 14px;font-size:clamp(26px,3.6vw,38px);line-height:1.15;letter-spacing:-.02em;font-weight:650;text-wrap:balance}
-.lead{margin:0 0 10px;font-size:19px;line-height:1.45}
-.notes{margin:0;color:var(--soft)}
-section{margin:0 0 48px}
-h2{margin:0 0 14px;font-size:19px;letter-spacing:-.01em;font-weight:650}
-.small{margin:10px 0 0;color:var(--soft);font-size:13.5px}
-.pair,.two{display:grid;grid-template-columns:1fr 1fr;gap:24px}
-.three{display:grid;grid-template-columns:repeat(3,1fr);gap:20px}
-@media (max-width:760px){.pair,.two,.three{grid-template-columns:1fr}}
-figure{margin:0;padding:18px;background:var(--card);border:1px solid var(--rule);border-radius:10px}
-figure.sheet{padding:0;overflow:hidden}
-figure.sheet+figure.sheet{margin-top:20px}
-.pair figure.sheet+figure.sheet{margin-top:0}
-figure.tuned{border-color:var(--tuned)}
-figcaption{display:flex;justify-content:space-between;gap:12px;padding:10px 14px;font-size:14.5px}
-figcaption span{color:var(--soft);font-variant-numeric:tabular-nums}
-figure.tuned figcaption b{color:var(--tuned)}
-img{display:block;width:100%;height:auto;image-rendering:pixelated}
-.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:10px}
-table{width:100%;border-collapse:collapse;font-size:14.5px;font-variant-numeric:tabular-nums}
-th,td{padding:9px 11px;text-align:right;white-space:nowrap;vertical-align:baseline}
-th:first-child{text-align:left;padding-left:16px}td:last-child,th:last-child{padding-right:16px}
-thead th{font-weight:600;border-bottom:1px solid var(--rule)}
-tbody th{font-weight:500}
-abbr{text-decoration:none;color:var(--soft);font-weight:400}
-th i,td i{display:block;font-style:normal;font-weight:400;font-size:11.5px;color:var(--soft)}
-tr.first th,tr.first td{border-top:1px solid var(--rule)}
-tr.after th{color:var(--tuned)}
-td.win span{font-weight:700}
-svg{display:block;width:100%;height:auto;font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;overflow:visible}
-.grid{stroke:var(--rule)}
-.tick,.axis{fill:var(--soft)}
-.name{fill:var(--ink);font-weight:600}
-.star{font-weight:700}.star.base{fill:var(--base)}.star.tuned{fill:var(--tuned)}
-.line{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
-.line.base{stroke:var(--base)}.line.tuned{stroke:var(--tuned)}.line.faint{stroke:var(--base);stroke-width:1.1;opacity:.65}
-.dash1{stroke-dasharray:7 5}.dash2{stroke-dasharray:2 5}.dash3{stroke-dasharray:9 4 2 4}
-.dot{stroke:var(--card);stroke-width:1.5;stroke-dasharray:none}.dot.base{fill:var(--base)}.dot.tuned{fill:var(--tuned)}
-.dot.hollow{fill:var(--card);stroke-width:2.5}.dot.hollow.base{stroke:var(--base)}.dot.hollow.tuned{stroke:var(--tuned)}
-.gap{stroke-width:4;opacity:.35}.gap.base{stroke:var(--base)}.gap.tuned{stroke:var(--tuned)}
-h3{margin:22px 0 10px;font-size:16px;font-weight:650}
-table.prompts th,table.prompts td{vertical-align:middle}
-table.prompts th{white-space:normal;text-align:left;font-weight:500;max-width:240px}table.prompts td{text-align:left}
-table.prompts img{width:auto;max-width:none}
-.marks{font-size:13px;color:var(--soft);letter-spacing:.2em;margin-top:3px}.marks.tuned{color:var(--tuned)}
-.legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:10px 0 0;font-size:13px;color:var(--soft)}
-.key::before{content:"";display:inline-block;width:14px;height:3px;margin-right:7px;border-radius:2px;vertical-align:middle;background:var(--base)}
-.key.tuned::before{background:var(--tuned)}
-.key.ring::before,.key.disc::before{width:11px;height:11px;border-radius:50%;background:var(--soft)}
-.key.ring::before{background:none;border:2px solid var(--soft)}
-dl{display:grid;grid-template-columns:minmax(96px,auto) 1fr;gap:4px 16px;margin:0;font-size:13.5px}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}dd dl{font-size:13px}
-code{font:12.5px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-@media print{main{padding:0}section{break-inside:avoid}}
-"""

@@ -6,7 +6,6 @@ detector's weights allow: only OpenMMLab's make it "GenEval".
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vapi import images
+from vapi.markup import esc
 
 Scores = Mapping[str, Any]
 
@@ -105,18 +105,25 @@ def section(prompts: Scores, sheets: Mapping[str, np.ndarray], shown: Sequence[S
 
     ``sheets``: base and tuned, uint8 (K * I, H, W, 3) for the K prompts ``shown`` ({text, base, tuned}: verdicts of the first detector).
     """
-    parts = [f"<section><h2>What was asked for, and what came</h2><p class='small'>{_e(_note(prompts))}</p>"]
+    parts = [f"<section><h2>What was asked for, and what came</h2><p class='small'>{esc(_note(prompts))}</p>"]
     for judged in prompts["detectors"].values():
-        parts.append(f"<h3>{_e(judged['base']['title'])}</h3><figure>{chart(judged)}{LEGEND}</figure>{_table(judged)}")
+        parts.append(f"<h3>{esc(judged['base']['title'])}</h3><figure>{chart(judged)}{LEGEND}</figure>{_table(judged)}")
+    parts.append(notes(prompts))
+    return "".join([*parts, "</section>", pictures(sheets, shown, prompts["images_per_prompt"])])
+
+
+def notes(prompts: Scores) -> str:
+    """HTML: how often the judges agree, and what text metrics say."""
+    parts = []
     if prompts["agreement"]:
-        shares = ", ".join(f"{_e(side.replace('_', ' '))} {share:.1%}" for side, share in prompts["agreement"].items())
-        parts.append(f"<p class='small'>Pictures on which both judges say the same: {shares}.</p>")
+        shares = ", ".join(f"{side.replace('_', ' ')} {share:.1%}" for side, share in prompts["agreement"].items())
+        parts.append(f"Pictures on which both judges say the same: {shares}.")
     for name, sides in prompts["metrics"].items():
         words = ", ".join(
             f"{side.replace('_', ' ')} {one['mean']:.4f}{_error(one)}" for side, one in sides.items() if side != "description"
         )
-        parts.append(f"<p class='small'>{_e(name)}: {_e(words)}. {_e(sides['description'])}.</p>")
-    return "".join([*parts, "</section>", pictures(sheets, shown, prompts["images_per_prompt"])])
+        parts.append(f"{name}: {words}. {sides['description']}.")
+    return "".join(f"<p class='small'>{esc(words)}</p>" for words in parts)
 
 
 def _error(one: Scores) -> str:
@@ -153,7 +160,7 @@ def chart(judged: Scores) -> str:
     for n, (task, row) in enumerate(rows.items()):
         y = 22 + step * n
         low, high = px(row["a"] + row["low"]), px(row["a"] + row["high"])
-        parts.append(f'<text class="name" x="0" y="{y + 4}">{_e(TITLES[task])}</text>')
+        parts.append(f'<text class="name" x="0" y="{y + 4}">{esc(TITLES[task])}</text>')
         parts.append(f'<line class="gap tuned" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle class="dot hollow base" cx="{px(row["a"]):.1f}" cy="{y}" r="6"/>')
         parts.append(f'<circle class="dot tuned" cx="{px(row["b"]):.1f}" cy="{y}" r="6"/>')
@@ -162,12 +169,14 @@ def chart(judged: Scores) -> str:
 
 def _table(judged: Scores) -> str:
     rows = _rows(judged)
-    head = "".join(f'<th scope="col">{_e(column)}</th>' for column in rows[0][1])
+    head = "".join(f'<th scope="col">{esc(column)}</th>' for column in rows[0][1])
     body = []
     for (title, cells), row in zip(rows, judged["difference"]["tuned"].values(), strict=True):
         better = row["low"] > 0
-        shown = "".join(f'<td class="{"win" if better and name == "tuned" else ""}"><span>{_e(c)}</span></td>' for name, c in cells.items())
-        body.append(f'<tr><th scope="row">{_e(title)}</th>{shown}</tr>')
+        shown = "".join(
+            f'<td class="{"win" if better and name == "tuned" else ""}"><span>{esc(c)}</span></td>' for name, c in cells.items()
+        )
+        body.append(f'<tr><th scope="row">{esc(title)}</th>{shown}</tr>')
     return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
@@ -181,7 +190,7 @@ def pictures(sheets: Mapping[str, np.ndarray], shown: Sequence[Scores], count: i
             marks = " ".join("✓" if correct else "✗" for correct in one[side])
             picture = _strip(band, f"{side}: {one['text']}")
             cells.append(f'<td>{picture}<div class="marks {side}">{marks}</div></td>')
-        rows.append(f'<tr><th scope="row">{_e(one["text"])}</th>{"".join(cells)}</tr>')
+        rows.append(f'<tr><th scope="row">{esc(one["text"])}</th>{"".join(cells)}</tr>')
     head = '<thead><tr><th></th><th scope="col">base</th><th scope="col">tuned</th></tr></thead>'
     note = "The first prompts of each task, nothing selected; the same random numbers on both sides. Marks are the first judge's."
     return (
@@ -194,7 +203,7 @@ def _strip(band: np.ndarray, alt: str) -> str:
     if band.shape[1] > STRIP:
         band = np.stack([np.asarray(Image.fromarray(one).resize((STRIP,) * 2, Image.Resampling.LANCZOS)) for one in band])
     picture = images.sheet(band, len(band), max(1, round(STRIP / band.shape[1])), gap=2)
-    return f'<img src="{images.data_uri(images.png_bytes(picture))}" alt="{_e(alt)}" width="{picture.width}" height="{picture.height}">'
+    return f'<img src="{images.data_uri(images.png_bytes(picture))}" alt="{esc(alt)}" width="{picture.width}" height="{picture.height}">'
 
 
 def bands(sheets: Mapping[str, np.ndarray], shown: Sequence[Scores], count: int) -> dict[str, np.ndarray]:
@@ -205,7 +214,3 @@ def bands(sheets: Mapping[str, np.ndarray], shown: Sequence[Scores], count: int)
         )
         for n, one in enumerate(shown)
     }
-
-
-def _e(text: object) -> str:
-    return html.escape(str(text), quote=True)

@@ -284,7 +284,10 @@ class Tuning:
         with parallelize.whole(self.policy.generator), torch.compiler.set_stance("force_eager"):
             if self.world.first:
                 path = self.sheets / f"step-{step:06d}.png"
-                path.write_bytes(images.png_bytes(sheet(self.policy, self.objective, self.shown)))
+                picture, rewards = sheet(self.policy, self.objective, self.shown)
+                path.write_bytes(images.png_bytes(picture))
+                keys = [self.examples.subset.keys[row] for row in self.shown.rows.tolist()]
+                data.write_json(path.with_suffix(".json"), {"step": step, "keys": keys, "rewards": rewards})
                 self.run.image("samples/tune", path, step)
 
     def save(self) -> None:
@@ -316,22 +319,23 @@ class Tuning:
             "images_seen": self.tune.steps * self.tune.images_per_step,
             "parameters": parameters,
             "captions_cut": self.examples.cut(self.policy),
+            "subset": {"source": self.examples.subset.source, "images": len(self.examples.subset)},
             "holdout": {"images": len(self.examples.held), "first": looks[0], "last": looks[-1]},
         }
 
 
 @torch.no_grad()
-def sheet(policy: Policy, objective: Objective, batch: Batch) -> Image.Image:
-    """Four rows: real images, the tokenizer's reconstructions, teacher-forced draws, free-running samples."""
-    rows = {
-        "real": batch.images,
-        "reconstruction": policy.decode(batch.codes),
-        "draw": policy.decode(_one_draw(objective, batch)),
-        "sample": policy.decode(policy.generate(batch.condition, list(range(len(batch))))),
-    }
+def sheet(policy: Policy, objective: Objective, batch: Batch) -> tuple[Image.Image, dict[str, list[float]]]:
+    """Four rows: real images, the tokenizer's reconstructions, teacher-forced draws, free-running samples. Beside it the rewards of
+    the draws, in all and by part, unweighted: {"reward": [...], "mse": [...]}."""
+    drawn = policy.decode(_one_draw(objective, batch))
+    total, parts = objective.reward_of(drawn[:, None], batch.images)
+    samples = policy.decode(policy.generate(batch.condition, list(range(len(batch)))))
+    rows = dict(zip(data.SHEET_ROWS, (batch.images, policy.decode(batch.codes), drawn, samples), strict=True))
+    rewards = {name: [float(f"{value:.6g}") for value in of.flatten().tolist()] for name, of in {"reward": total, **parts}.items()}
     pixels = torch.cat([images.to_uint8(row) for row in rows.values()]).permute(0, 2, 3, 1).cpu().numpy()
     captions = [name for name in rows for _ in range(len(batch))]
-    return images.sheet(pixels, len(batch), max(1, 96 // policy.image_size), captions)
+    return images.sheet(pixels, len(batch), images.tile_scale(policy.image_size), captions), rewards
 
 
 def _one_draw(objective: Objective, batch: Batch) -> Tensor:
@@ -369,8 +373,13 @@ def tune(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path, out: 
                 tuning.train()
                 tuning.write(folder)
             if folder is not None:
-                timings = {"seconds_per_step": round(float(np.median(tuning.seconds)), 4), "processes": world.size}
-                data.describe(folder, "tune", {"model": model, "tune": tune}, inputs, time.perf_counter() - begin, **timings)
+                cost: dict[str, float | str] = {
+                    "seconds_per_step": round(float(np.median(tuning.seconds)), 4),
+                    "seconds_in_steps": round(sum(tuning.seconds), 3),
+                    "processes": world.size,
+                    "device": models.device_name(models.device_of(model)),
+                }
+                data.describe(folder, "tune", {"model": model, "tune": tune}, inputs, time.perf_counter() - begin, **cost)
     if world.first:
         shutil.rmtree(state, ignore_errors=True)
 

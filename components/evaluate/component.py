@@ -21,12 +21,12 @@ def evaluate(
         work_dir: Folder in which the volume is mounted; empty without one.
         model: What the step tune made.
         evaluation: All numbers, sheets and the report.
-        report: Base and tuned on one page, with the pictures.
+        report: The run on one page, base against tuned, as vapi report makes it.
         metrics: The numbers of base and tuned, and of each at its best.
     """
     from vapi.cluster import pages, step
 
     made = step.run("evaluate", plan, work_dir, evaluation.path, tune=model.path)
-    step.show(made / "report.html", report.path)
+    step.write(pages.evaluation(made, model.path), report.path)
     for name, value in pages.evaluation_metrics(made).items():
         metrics.log_metric(name, value)

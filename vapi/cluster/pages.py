@@ -6,7 +6,6 @@ URIs. Markdown is shown as text. Numbers are scalars; one that is not finite is 
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from vapi import data, images, report
+from vapi import card, compare, compare_page, data, images, markup, report
 
 WIDTH = 1120
 """Pixels of a sheet on a page, at most."""
@@ -47,8 +46,7 @@ def tokens(folder: Path) -> str:
 
 def markdown_table(title: str, head: tuple[str, ...], rows: list[list[str]]) -> str:
     """A Markdown page with one table."""
-    lines = [f"# {title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)]) + "\n"
+    return f"# {title}\n\n{card.table(head, rows)}\n"
 
 
 # --- tune --------------------------------------------------------------------------------------
@@ -63,14 +61,14 @@ def tuning(folder: Path) -> str:
     lead += f"entropy {first['holdout/entropy']:.4g} → {last['holdout/entropy']:.4g}; "
     lead += f"{summary['images_seen']:,} images seen, {summary['parameters']:,} parameters."
     sheets = sorted((folder / "sheets").glob("step-*.png"))
-    return report.document(
+    return markup.document(
         title,
         [
-            f'<header><p class="eyebrow">vapi · tuning</p><h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p></header>',
+            f'<header><p class="eyebrow">vapi · tuning</p><h1>{markup.esc(title)}</h1><p class="lead">{markup.esc(lead)}</p></header>',
             f"<section><h2>While tuning</h2>{report.curve_charts(report.read_curves(folder / 'metrics.jsonl'))}</section>",
             f"<section><h2>Samples</h2>{''.join(map(_sheet, sheets))}<p class='small'>Rows: held-out images, the tokenizer's "
             "reconstructions, draws on real contexts, free-running samples; the same images and random numbers at each step.</p></section>",
-            f"<section><h2>Configuration</h2>{report.facts(made['sections']['tune'])}</section>",
+            f"<section><h2>Configuration</h2>{markup.facts(made['sections']['tune'])}</section>",
         ],
     )
 
@@ -82,7 +80,7 @@ def _sheet(path: Path) -> str:
     if picture.width > WIDTH:
         picture = picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
     uri = images.data_uri(images.png_bytes(picture))
-    return report.figure(f'<img src="{uri}" alt="samples after step {step}">', f"After step {step}")
+    return markup.figure(f'<img src="{uri}" alt="samples after step {step}">', f"After step {step}")
 
 
 def tuning_metrics(folder: Path) -> dict[str, float]:
@@ -98,6 +96,11 @@ def tuning_metrics(folder: Path) -> dict[str, float]:
 
 
 # --- evaluate ----------------------------------------------------------------------------------
+
+
+def evaluation(folder: Path, tune: str) -> str:
+    """HTML: base and tuned on one page, as ``vapi report`` shows a run. ``tune``: the artifact of that stage."""
+    return compare_page.page([compare.of(folder, Path(tune))])
 
 
 def evaluation_metrics(folder: Path) -> dict[str, float]:
@@ -119,20 +122,7 @@ def evaluation_metrics(folder: Path) -> dict[str, float]:
 def registration(folder: Path) -> str:
     """Markdown: whether the model entered the registry and where it is, and what each gate said."""
     made = data.read_json(folder / "registration.json")
-    lines = [_registered(made), ""]
-    for alias, against in made["against"].items():
-        rows = [
-            [
-                gate["metric"],
-                *(_number(gate[name]) for name in ("rival", "candidate", "limit", "margin")),
-                "yes" if gate["passed"] else "**no**",
-            ]
-            for gate in against["gates"]
-        ]
-        lines.append(
-            markdown_table(f"{alias}: tuned against {against['rival']}", ("", "rival", "tuned", "limit", "margin", "passed"), rows)
-        )
-    return "\n".join([*lines, made["note"]]).rstrip() + "\n"
+    return f"{_registered(made)}\n\n{card.gates(made)}\n"
 
 
 def _registered(made: Mapping[str, Any]) -> str:
@@ -144,7 +134,3 @@ def _registered(made: Mapping[str, Any]) -> str:
     if made["passed"]["challenger"]:
         return "Not registered: the gates are passed, but there is no MLflow server (track_uri is empty or off)."
     return "Not promoted: a gate is shut."
-
-
-def _number(value: float | None) -> str:
-    return "missing" if value is None else f"{value:.4g}"

@@ -6,23 +6,24 @@ Two worlds: digits with a class each, and scenes with a caption each; ``--scenes
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
-
-from vapi.digits import build, build_scenes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vapi.digits", description=__doc__)
-    parser.add_argument("out", type=Path, help="folder to write; it must not exist yet")
+    parser.add_argument("out", type=Path, help="folder to write; what is built must not be in it yet")
     parser.add_argument("--tiny", action="store_true", help="a minute instead of an hour: to try the road, not to use the weights")
     parser.add_argument("--pretraining-seed", type=int, default=0, help="seed of the generator's pretraining")
-    parser.add_argument("--scenes", action="store_true", help="the scenes alone")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--scenes", dest="parts", action="store_const", const=["build_scenes", "build_janus"], help="the scenes alone")
+    one.add_argument("--janus", dest="parts", action="store_const", const=["build_janus"], help="the Janus alone, to scenes that are there")
+    parser.set_defaults(parts=["build", "build_scenes", "build_janus"])
     arguments = parser.parse_args()
     try:
-        if not arguments.scenes:
-            build.build(arguments.out, build.TINY if arguments.tiny else build.WORLD, arguments.pretraining_seed)
-        world = build_scenes.TINY if arguments.tiny else build_scenes.WORLD
-        build_scenes.build(arguments.out, world, arguments.pretraining_seed)
+        # all before the first: whether the library that Janus needs is there is known at once
+        for part in [importlib.import_module(f"vapi.digits.{name}") for name in arguments.parts]:
+            part.build(arguments.out, part.TINY if arguments.tiny else part.WORLD, arguments.pretraining_seed)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
 

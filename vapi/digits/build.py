@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -115,12 +116,12 @@ def pretrain_generator(tokenizer: vq.VQModel, out: Path, world: World, seed: int
     held_out = train.encode_all(tokenizer, unseen), torch.as_tensor(their)
     schedule = dataclasses.replace(world.generator_schedule, seed=seed)
     lessons = [train.Lesson(flat, labels, schedule.flat_steps), train.Lesson(codes, labels, schedule.steps)]
-    generator = train.train_generator(lessons, held_out, world.generator, schedule, log)
+    generator = train.train_generator(lessons, held_out, lambda: gpt.Transformer(world.generator), schedule, log)
     weights.save(generator, out, gpt.metadata(world.generator))
     return learned(generator, codes, labels, held_out)
 
 
-def learned(generator: gpt.Transformer, codes: Tensor, said: Tensor, held_out: tuple[Tensor, Tensor]) -> dict[str, float]:
+def learned(generator: Any, codes: Tensor, said: Tensor, held_out: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Of the codebook what the pretraining images' codes (N, T) use, and the generator's losses on some of them and on unseen glyphs."""
     vocab = generator.config.vocab
     return {

@@ -11,8 +11,9 @@ Pictures and prompts are identical by hash wherever this runs; weights are not b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from vapi.config import write_text
 from vapi.digits import judges, scenes, train
 from vapi.digits.build import EXISTS, clock, learned, pixel_hash, psnr, write_parquet
 from vapi.digits.scenes import Pictures
-from vapi.digits.train import GeneratorSchedule, Log, Schedule
+from vapi.digits.train import G, GeneratorSchedule, Log, Schedule
 from vapi.metrics.detections import Detector
 from vapi.metrics.scenes import Learned, classical
 from vapi.models import gpt, text, vq, weights
@@ -79,12 +80,14 @@ def build(out: Path, world: World, pretraining_seed: int = 0) -> dict[str, float
     if (out / "scenes").exists():
         raise ValueError(EXISTS.format(out / "scenes"))
     torch.manual_seed(0)
-    log = clock()
+    log, read = clock(), functools.partial(conditions, world=world)
     pictures = {name: painted(name, world) for name in world.painted}
     write_pictures(out / "scenes", world, pictures)
     log(f"painted {sum(map(len, pictures.values()))} scenes")
     tokenizer, measured = pretrain_tokenizer(out / "models", world, log)
-    measured |= pretrain_generator(tokenizer, out / "models/scenes-generator.safetensors", world, pretraining_seed, log)
+    generator, losses = pretrain_generator(tokenizer, read, lambda: gpt.Transformer(world.generator), world, pretraining_seed, log)
+    weights.save(generator, out / "models/scenes-generator.safetensors", gpt.metadata(world.generator))
+    measured |= losses
     measured |= feature_networks(out / "models", world, log)
     network = judges.train_judge(learner_pictures("judge", world), tokenizer, world.judge_schedule, log)
     weights.save(network, out / "models/scenes-judge.safetensors", {"objective": "middles of digits on damaged renders"})
@@ -150,15 +153,17 @@ def held_out(world: World) -> Pictures:
     return scenes.paint_prompts(scenes.captions("train", world.held_out, SEEDS["held out"]), "validation", SEEDS["held out"])
 
 
-def pretrain_generator(tokenizer: vq.VQModel, out: Path, world: World, seed: int, log: Log) -> dict[str, float]:
-    """Train a generator of captions on a tokenizer's codes, write it, and return its losses."""
+def pretrain_generator(
+    tokenizer: vq.VQModel, read: Callable[[Sequence[str]], Tensor], make: Callable[[], G], world: World, seed: int, log: Log
+) -> tuple[G, dict[str, float]]:
+    """Train a generator of captions, as it reads them, on a tokenizer's codes, and return its losses."""
     asked = scenes.captions("train", world.pretraining, SEEDS["pretraining"])
     codes, flat = (
         train.encode_all(tokenizer, scenes.paint_prompts(asked, "train", SEEDS["pretraining"], textured).images)
         for textured in (True, False)
     )
     unseen = held_out(world)
-    said, theirs = conditions([prompt.text for prompt in asked], world), conditions(unseen.captions, world)
+    said, theirs = read([prompt.text for prompt in asked]), read(unseen.captions)
     others = train.encode_all(tokenizer, unseen.images), theirs
     schedule = dataclasses.replace(world.generator_schedule, seed=seed)
     alone = torch.tensor([prompt.task in ("single_object", "colors") for prompt in asked])
@@ -167,10 +172,9 @@ def pretrain_generator(tokenizer: vq.VQModel, out: Path, world: World, seed: int
         train.Lesson(flat, said, schedule.flat_steps),
         train.Lesson(codes, said, schedule.steps),
     ]
-    generator = train.train_generator(lessons, others, world.generator, schedule, log)
-    weights.save(generator, out, gpt.metadata(world.generator))
+    generator = train.train_generator(lessons, others, make, schedule, log)
     shuffled_captions = train.cross_entropy(generator, others[0], theirs.roll(1, 0))
-    return {**learned(generator, codes, said, others), "generator: the same with each other's captions": shuffled_captions}
+    return generator, {**learned(generator, codes, said, others), "generator: the same with each other's captions": shuffled_captions}
 
 
 def conditions(captions: Sequence[str], world: World) -> Tensor:
@@ -268,10 +272,10 @@ def readme(world: World, pictures: dict[str, Pictures], folder: Path, measured: 
             "|---|---|---|",
             *files,
             "",
-            "`../models/scenes-*` are five networks, trained here and nowhere else: tokenizer and generator (LlamaGen's architecture and",
-            "key names), two feature networks as the digits have them (the metrics' learned which digits and colours are there, grounds",
-            "and damage; the reward's rotations and noise), and the learned judge. The two judges share no glyphs and no code; neither is",
-            "part of a reward.",
+            "`../models/scenes-*.safetensors` are five networks, trained here and nowhere else: tokenizer and generator (LlamaGen's",
+            "architecture and key names), two feature networks as the digits have them (the metrics' learned which digits and colours are",
+            "there, grounds and damage; the reward's rotations and noise), and the learned judge. The two judges share no glyphs and no",
+            "code; neither is part of a reward. `../models/scenes-janus` is a Janus that draws the same codes (docs/janus.md).",
             "",
             "| measured at the build | |",
             "|---|---|",

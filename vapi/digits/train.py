@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from vapi.images import to_float
 from vapi.models.features import CLASSES, WIDTHS, FeatureNet
-from vapi.models.gpt import GPTConfig, Transformer
 from vapi.models.vq import VQConfig, VQModel
 
 Log = Callable[[str], None]
+G = TypeVar("G", bound=Any)  # a generator: logits (B, T, V) of conditions and codes (B, T), with ``config``
 
 
 @dataclass(frozen=True)
@@ -153,19 +153,22 @@ class Lesson:
     until: int
 
 
+HIDDEN = ("layers.", "cls_embedding.cap_proj.", "generation_aligner.", "generation_head.proj_out.")  # where names hold one, Muon learns
+
+
 def train_generator(
-    lessons: Sequence[Lesson], held_out: tuple[Tensor, Tensor], config: GPTConfig, schedule: GeneratorSchedule, log: Log
-) -> Transformer:
-    """Next-code prediction; logs cross-entropy on held-out glyphs.
+    lessons: Sequence[Lesson], held_out: tuple[Tensor, Tensor], make: Callable[[], G], schedule: GeneratorSchedule, log: Log
+) -> G:
+    """Next-code prediction by a network that is made here, with the schedule's seed; logs cross-entropy on held-out glyphs.
 
     The first lessons show the same glyphs on flat grounds, where the class is a large share of what is to be learned, and
     what was learned of it stays. Captions of one thing teach what words mean before who belongs to whom is asked.
     """
     torch.manual_seed(schedule.seed)
-    model = Transformer(config).train()
-    hidden = [*model.layers.parameters(), *(model.cls_embedding.parameters() if config.caption_dim else [])]
-    matrices = [p for p in hidden if p.dim() == 2]
-    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    model = make().train()
+    hidden = {name for name, p in model.named_parameters() if p.dim() == 2 and any(part in name for part in HIDDEN)}
+    matrices = [p for name, p in model.named_parameters() if name in hidden]
+    rest = [p for name, p in model.named_parameters() if name not in hidden]
     muon = Muon(matrices, schedule.muon_lr, momentum=0.95, weight_decay=0.05)
     adam = torch.optim.AdamW(rest, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     for step, indices in batches(len(lessons[-1].codes), schedule):
@@ -175,7 +178,7 @@ def train_generator(
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule.trapezoid(step)
         batch = lesson.codes[chosen]
-        context = corrupted(batch, schedule.noise_at(step), config.vocab)
+        context = corrupted(batch, schedule.noise_at(step), model.config.vocab)
         loss = F.cross_entropy(model(lesson.said[chosen], context).flatten(0, 1), batch.flatten())
         if step % 100 == 0 or step == schedule.steps - 1:
             log(f"generator step {step}: train {loss.item():.4f}, held out {cross_entropy(model, *held_out):.4f}")
@@ -223,7 +226,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def cross_entropy(model: Transformer, codes: Tensor, labels: Tensor, batch: int = 256) -> float:
+def cross_entropy(model: nn.Module, codes: Tensor, labels: Tensor, batch: int = 256) -> float:
     """Mean cross-entropy per code, in nats, without dropout."""
     training = model.training
     model.eval()

@@ -115,6 +115,11 @@ def device_of(model: ModelConfig) -> torch.device:
         raise ValueError(f"model.device is {model.device!r}; use auto, cpu or cuda") from None
 
 
+def device_name(device: torch.device) -> str:
+    """What seconds were spent on: the card's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The arithmetic that ``model.precision`` names, for forward passes."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

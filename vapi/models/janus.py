@@ -356,7 +356,8 @@ def _tokenizer(model: ModelConfig) -> tuple[dict[str, Tensor], int]:
     """Weights of the image tokenizer, mapped, and the groups of its norms (0: as published)."""
     path = weights.locate(model.tokenizer)
     if path.is_dir():
-        return janus_files.read(path).tokenizer(), 0
+        whole = janus_files.read(path)
+        return whole.tokenizer(), whole.norm_groups
     state, meta = weights.read(path)
     return state, int(meta.get("groups", 0))
 

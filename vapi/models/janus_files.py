@@ -60,6 +60,11 @@ class Checkpoint:
         state = {name.removeprefix(TOKENIZER): tensor for name, tensor in self.state.items() if name.startswith(TOKENIZER)}
         return {COUNTER: torch.zeros(65536), **{_renamed(name, VQ, back=True): tensor for name, tensor in state.items()}}
 
+    @property
+    def norm_groups(self) -> int:
+        """Of the image tokenizer's norms, if config.json says so; 0: as published. transformers' own class reads no such field."""
+        return int(self.config.get("vq_config", {}).get("norm_groups", 0))
+
     def unread(self) -> dict[str, int]:
         """What only understands images: number of tensors by part."""
         parts = [name.removeprefix("model.").split(".")[0] for name in self.state if name.startswith(UNDERSTANDING)]
@@ -282,6 +287,8 @@ def write(base: Checkpoint, tuned: Mapping[str, Tensor], target: str | Path, lay
     """
     if layout not in get_args(Layout):
         raise ValueError(f"there is no layout {layout!r}; known: {', '.join(get_args(Layout))}")
+    if layout == "deepseek" and base.norm_groups:
+        raise ValueError(f"{base.folder}: the image tokenizer's norms have {base.norm_groups} groups, and deepseek's code knows 32 alone")
     target = Path(target)
     if target.exists():
         raise ValueError(f"{target} is there already; name a new folder")

@@ -14,7 +14,7 @@ up in the compare view. Under an injected run (``MLFLOW_RUN_ID``) the stage logs
 parent instead. An experiment (``vapi experiment``) is a parent of its own, with a child for each row of
 its table.
 
-``journal.py`` is the files on disk, ``sender.py`` the other process, this file the stage's side. Left
+``journal.py`` is the files on disk, ``sender.py`` the other process, ``reader.py`` the way back, this file the stage's side. Left
 out on purpose: system metrics, autologging, and MLflow's fluent API with its global state.
 """
 
@@ -40,12 +40,16 @@ from vapi.config import ARTIFACTS, STAGES, Config
 from vapi.run import NO_RUN, Run, Server
 from vapi.track import sender
 from vapi.track.journal import State, claim, name_for, now, waiting
-from vapi.track.sender import connect, resend
+from vapi.track.reader import RECORD, attach, fetch
+from vapi.track.sender import answering, connect, out_of_reach, resend
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["connect", "data_digest", "execution", "resend", "start", "start_point", "tracking_uri", "waiting"]
+__all__ = [
+    "RECORD", "answering", "attach", "connect", "data_digest", "execution", "fetch", "registry", "resend", "start", "start_point",
+    "tracking_uri", "waiting",
+]  # fmt: skip
 
 log = logging.getLogger("vapi.track")
 
@@ -98,6 +102,15 @@ def _ended(run: _JournalRun) -> Iterator[Run]:
         run.close("FINISHED" if isinstance(stop, SystemExit) and not stop.code else "KILLED")
         raise
     run.close("FINISHED")
+
+
+@contextlib.contextmanager
+def registry(config: Config) -> Iterator[Any]:
+    """A client of the MLflow that a configuration names, for what is no stage. Raises ValueError where there is none."""
+    if config.track.uri == "off":
+        raise ValueError("tracking is off (track.uri), and the registry is part of MLflow; name a server, or leave it empty for mlflow.db")
+    with answering(tracking_uri(config, data.project_root())) as client:
+        yield client
 
 
 class _JournalRun(Run):
@@ -165,10 +178,7 @@ class _JournalRun(Run):
             self._send()
         state = self._wait(4 * PATIENCE)
         if state.offset < self.journal.tell():
-            raise ValueError(
-                f"the MLflow server at {self.uri} cannot be reached ({state.error or 'no answer'}); start it, or point track.uri "
-                "(or MLFLOW_TRACKING_URI) at one that runs, then repeat the command"
-            )
+            raise out_of_reach(self.uri, state.error or "no answer")
         client, mlflow = connect(self.uri), sender.fluent(self.uri, state.run)
         return Server(mlflow, client, self.uri, state.run, state.parent, self.lineage)
 

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,12 @@ def _database(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:") else None
 
 
+def database_is_there(uri: str) -> bool:
+    """Whether the file of an SQLite database exists; a server's is its own business."""
+    path = _database(uri)
+    return path is None or path.is_file()
+
+
 def fluent(uri: str, run: str) -> Any:
     """The module mlflow, set to ``uri`` and to the experiment of a run: for what no client does, logging a model."""
     import mlflow
@@ -90,7 +96,7 @@ def fluent(uri: str, run: str) -> Any:
     return mlflow
 
 
-def _unreachable(uri: str) -> str:
+def unreachable(uri: str) -> str:
     """Why a server cannot be reached, or an empty string. Costs seconds at most, and no import of mlflow."""
     if not uri.startswith(("http://", "https://")):
         return ""
@@ -101,6 +107,31 @@ def _unreachable(uri: str) -> str:
     except OSError as error:
         return str(getattr(error, "reason", error))
     return ""
+
+
+def out_of_reach(uri: str, why: str) -> ValueError:
+    """An MLflow that somebody needs now, and that does not answer."""
+    return ValueError(
+        f"the MLflow server at {uri} cannot be reached ({why}); start it, or point track.uri (or MLFLOW_TRACKING_URI) at one that runs, "
+        "then repeat the command"
+    )
+
+
+@contextlib.contextmanager
+def answering(uri: str) -> Iterator[Any]:
+    """A client of an MLflow that is there. What it refuses is a ValueError with its words, and so is one that is not there."""
+    database = _database(uri)
+    if database is not None and not database.is_file():
+        raise ValueError(f"{database} is not here: nothing was tracked yet; a registry begins with: vapi register")
+    if why := unreachable(uri):
+        raise out_of_reach(uri, why)
+    client = connect(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield client
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {uri} says: {str(error).strip().splitlines()[0]}") from error
 
 
 def resend() -> int:
@@ -169,7 +200,7 @@ class _Sender:
 
     def _connect(self) -> None:
         if self.client is None:
-            if why := _unreachable(self.header["uri"]):
+            if why := unreachable(self.header["uri"]):
                 raise ConnectionError(why)
             self.state.error = ""
             if self.header["uri"].startswith("http"):  # it has just answered, which a run may know before mlflow is imported
