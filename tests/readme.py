@@ -19,6 +19,7 @@ ELSEWHERE = {
     "python -m pipelines submit llamagen-xxl-c2i -p tune_lr=2e-6 --wait": "as the line before: tests/test_server.py",
     "make demo-t2i": "takes ten minutes; tests/test_t2i.py runs its stages at tiny size",
     "make demo-janus": "as the line before",
+    "vapi experiment table4 --seeds 0,1,2": "takes long; tests/test_experiment.py runs a grid at tiny size",
     "make evidence": "takes hours, and is run by hand for the numbers that README.md shows",
 }
 """Commands that are not run here, and what runs them."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from imports import ROOT
 
-from vapi import config, track
+from vapi import config, keys, track
 from vapi.cluster import origin, preflight, step
 from vapi.cluster.origin import Origin
 from vapi.config import Config, ModelConfig
@@ -269,16 +269,16 @@ def test_a_mark_changes_with_the_bytes_and_a_digest_is_theirs(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.bin").write_bytes(b"one")
     settings = Config(model=ModelConfig(generator="a.bin", tokenizer="org/name/file.pt"))
-    marks, digests = [origin.mark("a.bin")], [origin.digests(settings, ["model"])]
+    marks, digests = [keys.mark("a.bin")], [origin.digests(settings, ["model"])]
     (tmp_path / "a.bin").write_bytes(b"two!")
-    marks.append(origin.mark("a.bin"))
+    marks.append(keys.mark("a.bin"))
     digests.append(origin.digests(settings, ["model"]))
     assert len(set(marks)) == 2 and digests[0] != digests[1]
-    assert digests[0].keys() == {"model.generator"} and origin.mark("org/name/file.pt") == "org/name/file.pt"
+    assert digests[0].keys() == {"model.generator"} and keys.mark("org/name/file.pt") == "org/name/file.pt"
     (tmp_path / "folder").mkdir()
-    before = origin.mark("folder")
+    before = keys.mark("folder")
     (tmp_path / "folder/x").touch()
-    assert origin.mark("folder") != before
+    assert keys.mark("folder") != before
 
 
 def test_a_cluster_s_run_and_a_repro_read_the_same_bytes_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,6 +346,65 @@ def _geneval_compare(words: list[str], flags: Flags) -> int:
     return 0
 
 
+# --- vapi experiment -----------------------------------------------------------------------------
+
+
+def _experiment(words: list[str], _: Flags) -> int:
+    if _wants_help(words) or not words:
+        print(_experiments_help())
+        return 0
+    positional, flags = parse(words)
+    if len(positional) != 1:
+        raise ValueError(f"vapi experiment takes one name, not {' '.join(positional) or 'none'}; vapi experiment shows them")
+    (name,) = positional
+    lists = _switch(flags, "list")
+    out = Path(_one("out", flags.pop("out"))) if "out" in flags else None
+    seeds = _seeds(flags.pop("seeds", ["0"]))
+    base = _experiment_base(name, {flag: value for flag, value in flags.items() if flag != "list"})
+    from vapi.experiment import Experiment
+
+    made = Experiment(name, base, seeds, out)
+    if lists:
+        print(made.plan())
+        return 0
+    return made.run()
+
+
+def _seeds(words: list[str]) -> list[int]:
+    seeds = [config.convert(word, int, "--seeds") for word in ",".join(words).split(",")]
+    config.require(len(set(seeds)) == len(seeds), f"--seeds are {', '.join(map(str, seeds))}; a seed counts once")
+    return seeds
+
+
+def _experiment_base(name: str, flags: Flags) -> Config:
+    """What an experiment's points change: the grid's recipe, another one, or a file, under the flags."""
+    from vapi import grids
+
+    grid = grids.grid(name)
+    if "params" in flags and "recipe" in flags:
+        raise ValueError("--params FILE or --recipe NAME, not both")
+    if "params" in flags:
+        base = config.load(Path(_one("params", flags.pop("params"))))
+    else:
+        base = recipes.recipe(_one("recipe", flags.pop("recipe", [grid.recipe])))
+    values = config.plain(grids.under(grid, base))
+    for flag, words in flags.items():
+        override(values, flag, words, tuple(section for section in values if section != "register"))
+    grids.require_free(grid, list(flags))
+    made: Config = config.build(Config, values)
+    return made
+
+
+def _experiments_help() -> str:
+    from vapi import grids
+
+    lines = [f"usage: vapi experiment {COMMANDS['experiment'].usage}", "", _wrap(COMMANDS["experiment"].doc), ""]
+    for name, grid in grids.GRIDS.items():
+        source = f"{grid.source[0].upper()}{grid.source[1:]}"
+        lines += [f"  {name:<15} {grid.doc}", f"  {'':<15} {source}. Models to tune per seed: {grids.tunings(grid)} ({grid.recipe})."]
+    return "\n".join(lines)
+
+
 # --- the other commands ------------------------------------------------------------------------
 
 
@@ -551,6 +610,13 @@ COMMANDS = {
         "depends on them.",
         _bench,
         flags=None,
+    ),
+    "experiment": Command(
+        "Run a table of the paper, or one of ours, point by point and seed by seed: the paper's numbers beside ours. Repeat the command "
+        "to go on where it was stopped. Flags are fields of the recipe; --list shows the rows and how far they are.",
+        _experiment,
+        "NAME [--seeds 0,1,2] [--recipe NAME | --params FILE] [--section.field value ...] [--list] [--out FOLDER]",
+        None,
     ),
     "export": Command(
         "Write weights in the layout that LlamaGen's own scripts read, or a tuned Janus as a whole one, which transformers loads (or "

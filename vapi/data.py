@@ -59,6 +59,8 @@ SHEET_COLUMNS = 10
 PROMPTS_SHOWN = 3
 """Prompts of each task on its sheet of prompts."""
 
+_PACKAGE = Path(__file__).resolve().parent
+
 
 # --- where things lie --------------------------------------------------------------------------
 
@@ -231,11 +233,17 @@ def code_version() -> dict[str, str]:
     pipeline runs)."""
     import vapi
 
-    package = Path(__file__).resolve().parent
+    return {"version": vapi.__version__, "commit": _commit(_PACKAGE.parent), "source": source_digest()[:16]}
+
+
+@functools.cache
+def source_digest(without: tuple[str, ...] = ()) -> str:
+    """sha256 (hex) over the package's source, ``without`` some files of its top folder."""
     source = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        source.update(f"{file.relative_to(package).as_posix()}\0{file_digest(file)}\n".encode())
-    return {"version": vapi.__version__, "commit": _commit(package.parent), "source": source.hexdigest()[:16]}
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        if (name := file.relative_to(_PACKAGE).as_posix()) not in without:
+            source.update(f"{name}\0{file_digest(file)}\n".encode())
+    return source.hexdigest()
 
 
 def _commit(clone: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import vapi
-from vapi import data, hub
+from vapi import data, hub, keys
 from vapi.config import Config, named_files, write_text
 
 IMAGE = Path(vapi.__file__).resolve().parents[1]
@@ -252,29 +252,10 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def matches(path: Path) -> list[Path]:
-    """The file or folder, or what a pattern leads to."""
-    return [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
-
-
 def digests(settings: Config, sections: Iterable[str]) -> dict[str, str]:
     """sha256 of what is named and here, by field; what lies elsewhere (on a hub) has none. Reads every byte."""
     return {
         field: hashlib.sha256("".join(map(data.file_digest, found)).encode()).hexdigest()
         for field, name in named_files(settings, sections).items()
-        if (found := matches(Path(name)))
+        if (found := keys.matches(Path(name)))
     }
-
-
-def mark(name: str) -> str:
-    """What changes when a file, folder or pattern of files does: a file's sha256 (remembered), names, sizes and times in a folder."""
-    marks = [data.known_digest(path) if path.is_file() else _stats(path) for path in matches(Path(name))]
-    return _short("\n".join(marks)) if marks else name
-
-
-def _stats(folder: Path) -> str:
-    lines = []
-    for path in sorted(folder.rglob("*")):
-        stat = path.stat()
-        lines.append(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}")
-    return _short("\n".join(lines))

@@ -28,6 +28,7 @@ from vapi.cluster.checks import Check, failed, ok, warning
 from vapi.cluster.config import CERTIFICATES, GPU_STEPS, ClusterConfig, require_label, require_pinned, require_tolerations
 from vapi.cluster.origin import Origin
 from vapi.config import STAGES, Config
+from vapi.keys import matches
 
 MLFLOW_SECONDS = 5
 
@@ -158,7 +159,7 @@ def _files(settings: Config, wanted: Mapping[str, str], there: Mapping[str, int]
                 from vapi import sources  # with the weight of what reads images
 
                 found.append(ok(field, sources.HubParquet(settings.subset).described()))
-            elif here := origin.matches(Path(name)):
+            elif here := matches(Path(name)):
                 found.append(ok(field, name + (f", {len(here)} files" if len(here) > 1 else "")))
             else:
                 found.append(failed(field, f"{name} is not in {Path.cwd()}; put it there, or name what is"))

@@ -16,8 +16,6 @@ waited for. If the step is killed, the kernel kills it too.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -29,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from vapi import config, data, signals
+from vapi import config, data, keys, signals
 from vapi.cluster import origin
 from vapi.cluster.origin import Origin
 from vapi.config import STAGES, Config
@@ -201,21 +199,8 @@ def _relay(words: IO[bytes] | None) -> None:
 
 def _key(stage: str, settings: Config, inputs: Mapping[str, str]) -> str:
     """Names a result after what it follows from."""
-    sections = STAGES[stage].sections
-    named = config.named_files(settings, sections)
-    # a source may have a million files, which are listed many at a time
-    marks = {field: _listed(settings) if field == "subset.source" else origin.mark(name) for field, name in named.items()}
     made = {name: _descriptor(Path(path))["sha256"] for name, path in inputs.items()}
-    values = {name: config.plain(getattr(settings, name)) for name in sections}
-    depends = [stage, values, marks, made, data.code_version()["source"], importlib.metadata.version("torch")]
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _listed(settings: Config) -> str:
-    from vapi import listing, sources  # with pandas' and torchvision's weight, which no other step needs
-
-    with sources.still_there(settings.subset):
-        return hashlib.sha256(listing.listing(sources.open_source(settings.subset)).encode()).hexdigest()
+    return keys.of(stage, settings, made, data.code_version()["source"])
 
 
 def _describe(stage: str, target: Path, out: Path) -> None:

@@ -11,7 +11,8 @@ One parent run per pipeline execution, one child per stage. The parent is found 
 resolved configuration and the data's digest, so stages that run apart meet in it. Metrics and images
 without a step are final: they go to the parent too, under the same names, so that two executions line
 up in the compare view. Under an injected run (``MLFLOW_RUN_ID``) the stage logs into that run and its
-parent instead.
+parent instead. An experiment (``vapi experiment``) is a parent of its own, with a child for each row of
+its table.
 
 ``journal.py`` is the files on disk, ``sender.py`` the other process, ``reader.py`` the way back, this file the stage's side. Left
 out on purpose: system metrics, autologging, and MLflow's fluent API with its global state.
@@ -46,8 +47,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "RECORD", "answering", "attach", "connect", "data_digest", "execution", "fetch", "registry", "resend", "start", "tracking_uri",
-    "waiting",
+    "RECORD", "answering", "attach", "connect", "data_digest", "execution", "fetch", "registry", "resend", "start", "start_point",
+    "tracking_uri", "waiting",
 ]  # fmt: skip
 
 log = logging.getLogger("vapi.track")
@@ -71,7 +72,27 @@ def start(stage: str, config: Config, folders: Mapping[str, Path] | None = None)
     if config.track.uri == "off" or os.environ.get("RANK", "0") != "0":
         yield NO_RUN
         return
-    run = _JournalRun(stage, config, folders or {})
+    folders = folders or {}
+    with _ended(_JournalRun(_header(stage, config, folders), folders.get("out", ARTIFACTS / stage) / "config.json")) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def start_point(grid: str, number: int, name: str, config: Config, key: str) -> Iterator[Run]:
+    """Track a row of an experiment's table: a run named ``name``, nested in the one of the grid with this configuration.
+
+    ``key`` names what the row's numbers follow from: the same row goes into the same run however often it is logged.
+    """
+    if config.track.uri == "off":
+        yield NO_RUN
+        return
+    with _ended(_JournalRun(_point_header(grid, number, name, config, key))) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def _ended(run: _JournalRun) -> Iterator[Run]:
+    """A run that is told how its block ended."""
     try:
         yield run
     except Exception:
@@ -95,11 +116,10 @@ def registry(config: Config) -> Iterator[Any]:
 class _JournalRun(Run):
     """A run that writes its journal, with a process beside it that sends it."""
 
-    def __init__(self, stage: str, config: Config, folders: Mapping[str, Path]) -> None:
-        header = _header(stage, config, folders)
-        self.stage, self.uri = stage, header["uri"]
+    def __init__(self, header: dict[str, Any], output: Path | None = None) -> None:
+        self.stage, self.uri = header["stage"], header["uri"]
         self.lineage = {"execution": header["execution"], "data": header["tags"]["data"], "git": header["tags"]["git"]}
-        self.output, self.begin = folders.get("out", ARTIFACTS / stage) / "config.json", time.time()
+        self.output, self.begin = output, time.time()
         self.folder, self.lock = claim(header)
         self.journal = open(self.folder / "journal.jsonl", "a")  # noqa: SIM115  (closed in close())
         self._write("start", **header)
@@ -163,8 +183,9 @@ class _JournalRun(Run):
         return Server(mlflow, client, self.uri, state.run, state.parent, self.lineage)
 
     def close(self, status: str) -> None:
-        made = status == "FINISHED" and self.output.is_file() and self.output.stat().st_mtime >= self.begin
-        self._write("end", status=status, output=f"{self.stage}:{data.file_digest(self.output)}" if made else "")
+        output = self.output if status == "FINISHED" else None
+        made = output is not None and output.is_file() and output.stat().st_mtime >= self.begin
+        self._write("end", status=status, output=f"{self.stage}:{data.file_digest(output)}" if output and made else "")
         self.lock.release()
         self._keep_sending()
         state = self._wait(PATIENCE)
@@ -193,25 +214,52 @@ class _JournalRun(Run):
 
 
 def _header(stage: str, config: Config, folders: Mapping[str, Path]) -> dict[str, Any]:
-    root, given = data.project_root(), json.loads(os.environ.get(GIVEN, "{}"))
+    given = json.loads(os.environ.get(GIVEN, "{}"))
     known = configs.sections_so_far(stage)  # on a cluster a stage knows no later ones, which may differ for the same result
     flat = {name: str(value) for name, value in configs.flat(config).items() if name.partition(".")[0] in known}
     tags = {name: os.environ[name] for name in ("DVC_STAGE", "DVC_EXP_NAME", "DVC_EXP_BASELINE_REV") if os.environ.get(name)}
     tags |= {"data": given.get("data") or data_digest(config), "git": given.get("git") or _git(), **given.get("tags", {})}
     earlier = {name: folders.get(name, ARTIFACTS / name) / "config.json" for name in list(STAGES)[: list(STAGES).index(stage)]}
-    return {
+    return _common(config) | {
         "journal": uuid.uuid4().hex,
         "stage": stage,
+        "name": stage,
+        "parent": {"stage": "pipeline", "name": tags.get("DVC_EXP_NAME", "vapi")},
         "execution": given.get("execution") or execution(config),
-        "uri": tracking_uri(config, root),
-        "root": str(root),
-        "experiment": config.track.experiment,
         "attach": os.environ.get("MLFLOW_RUN_ID", ""),
         "params": flat,
         "sections": STAGES[stage].sections,
         "tags": {"mlflow.source.name": f"vapi {stage}", "mlflow.source.type": "LOCAL", **tags},
         "upstream": [f"{name}:{data.file_digest(path)}" for name, path in earlier.items() if path.is_file()],
     }
+
+
+def _point_header(grid: str, number: int, name: str, config: Config, key: str) -> dict[str, Any]:
+    """The parent has the grid's configuration as parameters, its points what they vary."""
+    whole = hashlib.sha256(f"{grid}\0{execution(config)}".encode()).hexdigest()[:16]
+    return _common(config) | {
+        "journal": hashlib.sha256(f"{whole}\0{name}\0{key}".encode()).hexdigest()[:32],
+        "stage": f"point{number}",
+        "name": name,
+        "parent": {"stage": "experiment", "name": grid},
+        "execution": whole,
+        "attach": "",
+        "params": {field: str(value) for field, value in configs.flat(config).items()},
+        "sections": (),
+        "tags": {
+            "mlflow.source.name": f"vapi experiment {grid}",
+            "mlflow.source.type": "LOCAL",
+            "data": data_digest(config),
+            "git": _git(),
+        },
+        "upstream": [],
+    }
+
+
+def _common(config: Config) -> dict[str, Any]:
+    """Where a run goes."""
+    root = data.project_root()
+    return {"uri": tracking_uri(config, root), "root": str(root), "experiment": config.track.experiment}
 
 
 def execution(config: Config) -> str:

@@ -239,13 +239,13 @@ class _Sender:
 
     def _runs(self, record: dict[str, Any]) -> tuple[str, str]:
         """This stage's run and its parent, found or made. A lock keeps two stages from making two parents."""
-        short, name = record["execution"][:8], record["tags"].get("DVC_EXP_NAME", "")
+        short, above = record["execution"][:8], record["parent"]
         with FileLock(self.folder.parent.parent / "runs.lock"):
             self.experiment = self._experiment(record["experiment"])
-            marks = {"vapi.execution": record["execution"], "stage": "pipeline"}
-            parent = self._run(marks, f"{name or 'vapi'} {short}", record)
+            marks = {"vapi.execution": record["execution"], "stage": above["stage"]}
+            parent = self._run(marks, f"{above['name']} {short}", record)
             marks = {"vapi.journal": record["journal"], "mlflow.parentRunId": parent, "stage": record["stage"]}
-            run = self._run(marks, f"{record['stage']} {short}", record)
+            run = self._run(marks, f"{record['name']} {short}", record)
         for each in (parent, run):
             self.client.update_run(each, status="RUNNING")
         return run, parent

@@ -1,0 +1,334 @@
+"""``vapi experiment NAME``: the runs of a grid, one after the other, and the table that they make, with the paper's numbers beside ours.
+
+Each point and seed is the stages subset, tokens, tune and evaluate, run by the very commands that a terminal would type, so that
+resuming, tracking and the start on several GPUs are theirs. A result lies under a name that follows from what decides it
+(``keys.py``):
+
+    artifacts/experiments/runs/<stage>/<key>/          points of any grid that share a stage share its folder
+    artifacts/experiments/<grid>/                      table.md, table.csv, results.json; written after every evaluation
+
+so the same command goes on where it was stopped. A whole table of one seed comes before the next seed's. A point that fails is
+noted, and the others go on.
+
+Left out: several stages at a time, since one takes all cores or GPUs by itself; the stage register.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from vapi import config, data, grids, keys, recipes, report, signals, track
+from vapi.config import ARTIFACTS, STAGES, Config
+from vapi.grids import Point
+from vapi.report import Column
+
+FOLDER = ARTIFACTS / "experiments"
+LAST = "evaluate"
+DECIDE_NOTHING = ("__main__.py", "cli.py", "config.py", "experiment.py", "grids.py", "keys.py", "recipes.py", "run.py")
+"""Source that changes no stage's result, so that a new point in a grid does not make all others anew."""
+PAPER = "arXiv 2512.19680"
+Scores = dict[str, Any]
+Launch = Callable[[Sequence[str], Mapping[str, str]], int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a run: what it reads, and where its result lies."""
+
+    stage: str
+    title: str  # of the first point and seed that ask for it
+    settings: Config
+    inputs: dict[str, Path]
+    folder: Path
+
+    @property
+    def made(self) -> bool:
+        return (self.folder / "config.json").is_file()
+
+    def words(self) -> list[str]:
+        """What to type after ``vapi``."""
+        folders = {**self.inputs, "params": self.folder.with_suffix(".yaml"), "out": self.folder}
+        return [self.stage, *(word for name, path in folders.items() for word in (f"--{name}", str(path)))]
+
+
+class Experiment:
+    """A grid with a configuration and seeds. Raises ValueError, before anything is run, for a point that cannot be: fields that do not
+    go together, weights or images that are not here."""
+
+    def __init__(self, name: str, base: Config, seeds: Sequence[int], out: Path | None = None) -> None:
+        self.name, self.grid, self.base, self.seeds = name, grids.grid(name), base, seeds
+        self.out = out or FOLDER / name
+        self.points = [point for point in self.grid.points if point.changes is not None]
+        self.queue: dict[Path, Step] = {}
+        self.known: dict[str, Path] = {}  # results by stage and configuration, whose names take a look at every file
+        self.failed: set[Path] = set()
+        runs = {(point.name, seed): grids.settings(self.grid, base, point, seed) for seed in seeds for point in self.points}
+        named: dict[tuple[str, str], str] = {}  # files by field and name, each with the first point that names it
+        for (point, _), settings in runs.items():
+            named = dict.fromkeys(config.named_files(settings).items(), point) | named
+        _require_files(named)
+        _require_networks(base)
+        self.ends = {(point, seed): self._plan(settings, f"{point}, seed {seed}") for (point, seed), settings in runs.items()}
+
+    def _plan(self, settings: Config, title: str) -> Path:
+        """Queue what a run takes, each stage once; the folder of its evaluation."""
+        folders: dict[str, Path] = {}
+        for stage, spec in STAGES.items():
+            inputs = {name: folders[name] for name in spec.inputs}
+            values = {name: config.plain(getattr(settings, name)) for name in spec.sections}
+            wanted = json.dumps([stage, values, {name: str(path) for name, path in inputs.items()}], sort_keys=True)
+            if wanted not in self.known:
+                made = {name: path.name for name, path in inputs.items()}
+                self.known[wanted] = FOLDER / "runs" / stage / keys.of(stage, settings, made, data.source_digest(DECIDE_NOTHING))
+            folders[stage] = self.known[wanted]
+            self.queue.setdefault(folders[stage], Step(stage, title, settings, inputs, folders[stage]))
+            if stage == LAST:
+                break
+        return folders[LAST]
+
+    # --- running -------------------------------------------------------------------------------
+
+    def run(self, launch: Launch | None = None) -> int:
+        """Make what is not there yet, and the table. The exit code: 0, or that of the last stage that failed.
+
+        ``launch`` runs a command (words after ``vapi``, more environment) and returns its exit code. Raises SystemExit with a
+        stage's code if it was stopped.
+        """
+        print(self.outlook(), flush=True)
+        tracked: set[str] = set()
+        code = 0
+        for number, step in enumerate(self.queue.values(), 1):
+            if self.failed.intersection(step.inputs.values()):
+                self.failed.add(step.folder)
+            elif ended := self._make(step, launch or here, f"[{number}/{len(self.queue)}] {step.stage}: {step.title}"):
+                if ended == os.EX_TEMPFAIL or ended >= 128:
+                    print(f"stopped; what is finished is in {FOLDER / 'runs'}, and the same command goes on", file=sys.stderr)
+                    raise SystemExit(ended)
+                print(f"{step.title}: {step.stage} ended with code {ended}, its words are above; the other points go on", file=sys.stderr)
+                self.failed.add(step.folder)
+                code = ended
+            if step.stage == LAST:
+                rows = self.write()
+                self._track(rows, tracked)
+        print(f"{self.markdown(self.write())}\n{self.out / 'table.md'}")
+        return code
+
+    def _make(self, step: Step, launch: Launch, title: str) -> int:
+        with data.locked(step.folder.with_suffix(".lock")):  # another experiment may want the same
+            if step.made:
+                return 0
+            print(title, flush=True)
+            config.write_text(step.folder.with_suffix(".yaml"), config.dump(step.settings, comments=False))
+            tags = {"vapi.experiment": self.name, "vapi.point": step.title}
+            return launch(step.words(), {track.GIVEN: json.dumps({"tags": tags})})
+
+    def plan(self) -> str:
+        """The rows with what they change, and how far each is."""
+        width = max(len(point.name) for point in self.grid.points)
+        lines = []
+        for row in self.rows():
+            changes = ", ".join(f"{name} {value}" for name, value in (row["changes"] or {}).items())
+            lines.append(f"  {row['name']:{width}}  {row['state']}" + (f"; {changes}" if changes else ""))
+        return "\n".join([f"{self.grid.doc} {self.grid.source[0].upper()}{self.grid.source[1:]}.", *lines, self.outlook()])
+
+    def outlook(self) -> str:
+        """How much there is to do, and how long it takes if what is left takes as long as its like that is finished."""
+        left = [step.stage for step in self.queue.values() if not step.made]
+        words = f"{self.name}: {len(self.points)} rows, seeds {_listed(self.seeds)}; {len(left)} of {len(self.queue)} stages to run"
+        spent: dict[str, list[float]] = {}
+        for step in self.queue.values():
+            if step.made:
+                spent.setdefault(step.stage, []).append(data.read_json(step.folder / "provenance.json")["seconds"])
+        if left and set(left) <= spent.keys():
+            seconds = sum(statistics.fmean(spent[stage]) for stage in left)
+            words += f", about {max(1, round(seconds / 60))} minutes if they take as long as those that are finished"
+        return words
+
+    # --- results -------------------------------------------------------------------------------
+
+    def rows(self) -> list[Scores]:
+        """What is known of each row: the paper's numbers, ours by metric, and which runs they come from."""
+        return [self._row(point) for point in self.grid.points]
+
+    def _row(self, point: Point) -> Scores:
+        row: Scores = {"name": point.name, "changes": point.changes, "paper": point.paper, "about": point.about, "runs": [], "ours": {}}
+        if point.changes is None:
+            return row | {"state": "not run here"}
+        ends = [self.ends[point.name, seed] for seed in self.seeds]
+        made = [end for end in ends if self.queue[end].made]
+        found = [data.read_json(end / "metrics.json") for end in made]
+        for metric in self.grid.metrics:
+            values = [value for results in found if (value := number(results, point.side, metric)) is not None]
+            if values:
+                row["ours"][metric] = {
+                    "mean": statistics.fmean(values),
+                    "std": statistics.stdev(values) if len(values) > 1 else None,
+                    "values": values,
+                }
+        state = "failed" if self.failed.intersection(ends) else "done" if len(made) == len(ends) else "not finished"
+        return row | {"state": state, "runs": [str(end) for end in made]}
+
+    def write(self) -> list[Scores]:
+        """table.md, table.csv and results.json, of what there is by now."""
+        rows = self.rows()
+        summary = {"experiment": self.name, "source": self.grid.source, "seeds": list(self.seeds), "config": config.plain(self.base)}
+        data.write_json(self.out / "results.json", summary | {"rows": rows})
+        lines = [
+            {
+                "row": row["name"],
+                "metric": metric,
+                "paper": row["paper"].get(metric),
+                "read_off_a_plot": row["about"],
+                "ours": row["ours"].get(metric, {}).get("mean"),
+                "deviation": row["ours"].get(metric, {}).get("std"),
+                "runs": len(row["runs"]),
+                "state": row["state"],
+            }
+            for row in rows
+            for metric in self.grid.metrics
+        ]
+        config.write_text(self.out / "table.csv", pd.DataFrame(lines).to_csv(index=False))
+        config.write_text(self.out / "table.md", self.markdown(rows))
+        return rows
+
+    def markdown(self, rows: Sequence[Scores]) -> str:
+        """The table: for each metric the paper's number, then ours, mean and standard deviation over the seeds."""
+        papers = any(row["paper"] for row in rows)
+        head = [""]
+        for metric in self.grid.metrics:
+            title = column(metric).title
+            head += [f"{title}, paper", "ours"] if papers else [title]
+        lines = [head, ["---"] * len(head)]
+        for row in rows:
+            cells = [row["name"] + (f" ({row['state']})" if row["state"] not in ("done", "not run here") else "")]
+            for metric in self.grid.metrics:
+                cells += [_paper(row, metric), _ours(row, metric)] if papers else [_ours(row, metric)]
+            lines.append(cells)
+        recipe = f"ours: {self._base()}, seeds {_listed(self.seeds)}"
+        about = f"{recipe}; the paper ({PAPER}): {self.grid.source}" if papers else recipe
+        return "\n".join([f"# {self.name}: {self.grid.doc}", "", f"{about}.", "", *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
+
+    def _base(self) -> str:
+        closest = recipes.closest(self.base)
+        changes = recipes.changes(recipes.recipe(closest), self.base)
+        some = ", ".join(f"{name} {theirs}" for name, (_, theirs) in changes.items() if not name.startswith(("register.", "track.")))
+        return f"recipe {closest}" + (f" with {some}" if some else "")
+
+    def _track(self, rows: Iterable[Scores], tracked: set[str]) -> None:
+        """Log the rows that are complete: in MLflow's compare view they line up, each with the fields that the grid varies."""
+        for n, (point, row) in enumerate(zip(self.grid.points, rows, strict=True)):
+            if row["state"] != "done" or point.name in tracked:
+                continue
+            tracked.add(point.name)
+            flat = config.flat(grids.settings(self.grid, self.base, point, self.seeds[0]))
+            with track.start_point(self.name, n, point.name, self.base, "\n".join(row["runs"])) as run:
+                run.params({name: flat[name] for name in self.grid.varied} | {"side": point.side, "seeds": _listed(self.seeds)})
+                numbers = {f"paper/{metric}": value for metric, value in point.paper.items()}
+                for metric, ours in row["ours"].items():
+                    numbers |= {metric: ours["mean"]} | ({f"{metric}_std": ours["std"]} if ours["std"] is not None else {})
+                run.metrics(numbers, step=0)  # a step, because what has none is the parent's too
+                run.tag("source", f"{PAPER}, {self.grid.source}" if point.paper else grids.OURS)
+
+
+def here(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command of ``vapi`` in a process of its own; its exit code, and that of a stop if one was asked for."""
+    package = Path(__file__).parents[1]
+    known = {
+        **os.environ,
+        **environment,
+        "VAPI_STARTED_BY": str(os.getpid()),  # it ends with this process
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")])),
+    }
+    asked: list[int] = []
+    child = subprocess.Popen([sys.executable, "-m", "vapi", *words], env=known, start_new_session=True)
+
+    def stop(number: int) -> None:
+        asked.append(number)
+        child.send_signal(number)
+
+    with signals.handed_on(stop):
+        code = signals.exit_code(child.wait())
+    return code or (os.EX_TEMPFAIL if asked else 0)
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+def number(results: Scores, side: str, metric: str) -> float | None:
+    """A metric of base or tuned in metrics.json, None if it is not there; as ADM's evaluator counts it where the reference is ADM's."""
+    kind, _, name = metric.rpartition("/")
+    if kind == "task":
+        tasks = results["prompts"]["detectors"]["geneval"][side]["tasks"] if "prompts" in results else {}
+        return float(tasks[name]["score"]) if name in tasks else None
+    scores = results.get(f"{side}_{kind}" if kind else side, {})
+    value = scores.get(f"{name}_adm", scores.get(name))
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def column(metric: str) -> Column:
+    """How a metric is titled and shown."""
+    kind, _, name = metric.rpartition("/")
+    known = {one.key: one for one in report.COLUMNS}
+    shown = known.get(name, Column(name, name.replace("_", " "), False, 3 if kind == "task" else 2))
+    title = {"guided": f"{shown.title}, guided", "best": f"{shown.title} at its best"}.get(kind, shown.title)
+    return Column(shown.key, title, shown.lower, shown.digits, shown.scale)
+
+
+def _paper(row: Scores, metric: str) -> str:
+    value = row["paper"].get(metric)
+    return "-" if value is None else f"{'≈ ' if row['about'] else ''}{value:g}"
+
+
+def _ours(row: Scores, metric: str) -> str:
+    shown = column(metric)
+    ours = row["ours"].get(metric)
+    if ours is None:
+        return row["state"] if row["state"] == "not run here" else "-"
+    return report.cell({shown.key: ours["mean"], f"{shown.key}_std": ours["std"]}, shown)
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+# --- what must be there ------------------------------------------------------------------------
+
+
+def _require_files(named: Mapping[tuple[str, str], str]) -> None:
+    """Raises ValueError, in words that name the point, for a file that a configuration names and that is not here (or on a hub)."""
+    for (field, name), point in named.items():
+        try:
+            if field == "model.text_encoder":
+                from vapi.models import text
+
+                text.size(name)
+            elif field.startswith("model."):
+                from vapi.models import weights
+
+                weights.size(name)
+            elif field != "subset.source" and not keys.matches(Path(name)):  # whether the source is here shows when it is listed
+                raise ValueError(f"{name} is not here")
+        except ValueError as error:
+            raise ValueError(f"{point}: {field}: {error}. Nothing was run") from error
+
+
+def _require_networks(base: Config) -> None:
+    """Raises ValueError for published networks that the configuration calls by a word and that are not here."""
+    from vapi import rewards
+    from vapi.metrics import features
+
+    rewards.network_files(base.tune.perceptual, base.tune.perceptual_weights)
+    if base.evaluate.extractor == "inception":
+        features.require_inception(features.inception_path(base.evaluate.extractor_weights))

@@ -1,0 +1,275 @@
+"""The tables and figures of the paper, and some of ours, as named grids: one row each, as what it changes in a recipe.
+
+A point says which fields differ from the grid's recipe, and what the paper (arXiv 2512.19680) prints for it; numbers are taken
+from there and nowhere else. What the paper ran and this package cannot run stands in its grid too, and is shown as not run.
+``experiment.py`` runs them. A new ablation is a new grid here and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vapi import config, recipes
+from vapi.config import Config
+
+SEEDS = ("tune.seed", "evaluate.seeds")
+"""Fields that a run's seed decides, in every grid."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row: ``changes`` of the recipe (None: this package cannot run it), the paper's numbers by metric, and whose numbers ours are."""
+
+    name: str
+    changes: dict[str, Any] | None = field(default_factory=dict)
+    paper: dict[str, float] = field(default_factory=dict)
+    side: Literal["base", "tuned"] = "tuned"
+    about: bool = False  # the paper's numbers are read off a plot
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table. ``metrics`` are names in metrics.json, alone (the plain comparison), or as guided/NAME (evaluate.guided), best/NAME (each
+    model at its best temperature and guidance) and task/NAME (GenEval, by evaluate.detector)."""
+
+    doc: str
+    source: str
+    metrics: tuple[str, ...]
+    points: tuple[Point, ...]
+    recipe: str = "digits"
+    settings: dict[str, Any] = field(default_factory=dict)  # what it takes of a recipe that leaves these fields at their defaults
+
+    @property
+    def varied(self) -> list[str]:
+        """The fields that some of its points change."""
+        return list(dict.fromkeys(name for point in self.points for name in point.changes or {}))
+
+
+QUALITY = ("fid", "inception_score", "precision", "recall")
+BOTH = (*QUALITY, *(f"guided/{name}" for name in QUALITY))
+TASKS = ("position", "colors", "color_attr", "counting", "single_object", "two_object")  # in the order of the paper
+GENEVAL = (*(f"task/{name}" for name in TASKS), "geneval")
+OURS = "ours, beyond the paper"
+_SIDES: tuple[tuple[str, Literal["base", "tuned"]], ...] = (("base", "base"), ("VA-pi", "tuned"))
+
+
+def _quality(*numbers: float) -> dict[str, float]:
+    """FID, IS, precision, recall without guidance, then with."""
+    return dict(zip(BOTH, numbers))
+
+
+def _geneval(*numbers: float) -> dict[str, float]:
+    return dict(zip(GENEVAL, numbers, strict=True))
+
+
+def _each(name: str, values: Iterable[Any], title: str) -> tuple[Point, ...]:
+    """The base, and a point for each value of a field."""
+    return (Point("base", side="base"), *(Point(title.format(value), {name: value}) for value in values))
+
+
+def _figure4() -> tuple[Point, ...]:
+    """Only beta 0, 0.1 with cross-entropy, and the base are printed; the others are read off the plot."""
+    read = {
+        "ce": ((0.01, 22.2, 72.6), (0.1, 7.65, 116.70), (1.0, 10.9, 100.4)),
+        "kl": ((0.01, 22.5, 71.7), (0.1, 8.5, 110.6), (1.0, 12.7, 94.6)),
+    }
+    points = [Point("base", {}, _quality(14.36, 86.55), "base"), Point("beta 0", {"tune.prior_weight": 0.0}, _quality(38.63, 48.14))]
+    for prior, rows in read.items():
+        for beta, *numbers in rows:
+            about = (prior, beta) != ("ce", 0.1)
+            changes = {"tune.prior_weight": beta, "tune.prior": prior}
+            points.append(Point(f"beta {beta:g}, {prior.upper()}", changes, _quality(*numbers), about=about))
+    return tuple(points)
+
+
+GRIDS = {
+    "table2": Grid(
+        "Post-training of LlamaGen-XXL, with and without guidance.",
+        "table 2: LlamaGen-XXL on ImageNet; guidance 1.75",
+        BOTH,
+        (
+            Point("base", {}, _quality(14.36, 86.55, 0.63, 0.69, 2.37, 252.16, 0.81, 0.59), "base"),
+            Point("tokenizer post-trained", None, _quality(14.26, 86.70, 0.63, 0.68, 2.72, 246.97, 0.80, 0.59)),
+            Point("tokenizer post-trained, longer", None, _quality(22.99, 72.49, 0.56, 0.68, 4.31, 221.57, 0.75, 0.58)),
+            Point("straight-through", {"tune.objective": "ste"}, _quality(11.46, 102.21, 0.68, 0.61, 4.17, 267.34, 0.83, 0.51)),
+            Point("VA-pi", {}, _quality(7.65, 116.70, 0.71, 0.64, 2.28, 273.53, 0.83, 0.56)),
+        ),
+        settings={"evaluate.guided": 1.75},
+    ),
+    "table2-xl": Grid(
+        "Post-training of LlamaGen-XL, with and without guidance.",
+        "table 2: LlamaGen-XL on ImageNet; guidance 2.0",
+        BOTH,
+        (
+            Point("base", {}, _quality(15.55, 79.16, 0.62, 0.69, 2.79, 286.88, 0.84, 0.54), "base"),
+            Point("AR-GRPO", None, dict(zip(BOTH[4:], (3.63, 293.07, 0.86, 0.48)))),
+            Point("VA-pi", {}, _quality(9.23, 111.59, 0.71, 0.59, 2.94, 299.63, 0.84, 0.53)),
+        ),
+        settings={"evaluate.guided": 2.0},
+    ),
+    "table3": Grid(
+        "GenEval of LlamaGen-XL.",
+        "table 3: LlamaGen-XL from captions",
+        GENEVAL,
+        (
+            Point("base", {}, _geneval(0.042, 0.550, 0.032, 0.197, 0.750, 0.263, 0.306), "base"),
+            Point("AR-GRPO", None, _geneval(0.040, 0.593, 0.030, 0.228, 0.791, 0.263, 0.324)),
+            Point("VA-pi", {}, _geneval(0.050, 0.606, 0.040, 0.238, 0.769, 0.328, 0.339)),
+        ),
+        recipe="digits-t2i",
+    ),
+    "table3-janus": Grid(
+        "GenEval of Janus-Pro 1B.",
+        "table 3: Janus-Pro 1B",
+        GENEVAL,
+        (
+            Point("base", {}, _geneval(0.605, 0.902, 0.540, 0.531, 0.972, 0.801, 0.725), "base"),
+            Point("VA-pi", {}, _geneval(0.600, 0.912, 0.585, 0.540, 0.988, 0.835, 0.744)),
+        ),
+        recipe="digits-t2i",
+    ),
+    "table4": Grid(
+        "The parts of the reward, and the prior.",
+        "table 4: LlamaGen-XXL on ImageNet, without guidance",
+        QUALITY,
+        (
+            Point("base", {}, _quality(14.36, 86.55, 0.63, 0.69), "base"),
+            Point("LPIPS alone", {"tune.rewards.mse": 0.0, "tune.prior_weight": 0.0}, _quality(38.76, 49.78, 0.48, 0.46)),
+            Point("reward alone (MSE, LPIPS)", {"tune.prior_weight": 0.0}, _quality(38.63, 48.14, 0.49, 0.46)),
+            Point("prior alone", {"tune.policy_weight": 0.0}, _quality(14.17, 88.78, 0.63, 0.69)),
+            Point("VA-pi", {}, _quality(7.65, 116.70, 0.68, 0.64)),
+        ),
+    ),
+    "figure4": Grid(
+        "The prior's weight beta, as cross-entropy and as KL.",
+        "figure 4: LlamaGen-XXL on ImageNet, without guidance",
+        ("fid", "inception_score"),
+        _figure4(),
+    ),
+    "table5": Grid(
+        "Noise in the context, xi.",
+        "table 5: LlamaGen-XL from captions",
+        GENEVAL,
+        (
+            Point("base", {}, _geneval(0.042, 0.550, 0.032, 0.197, 0.750, 0.263, 0.306), "base"),
+            Point("xi 0", {"tune.context_noise": 0.0}, _geneval(0.048, 0.566, 0.023, 0.159, 0.688, 0.326, 0.302)),
+            Point("xi 0.25", {"tune.context_noise": 0.25}, _geneval(0.043, 0.598, 0.025, 0.215, 0.700, 0.306, 0.315)),
+            Point("xi 0.5", {"tune.context_noise": 0.5}, _geneval(0.050, 0.606, 0.040, 0.238, 0.769, 0.328, 0.339)),
+            Point("xi 0.75", {"tune.context_noise": 0.75}, _geneval(0.075, 0.641, 0.028, 0.163, 0.750, 0.333, 0.332)),
+            Point("xi 0.95", {"tune.context_noise": 0.95}, _geneval(0.043, 0.652, 0.040, 0.181, 0.728, 0.328, 0.329)),
+        ),
+        recipe="digits-t2i",
+    ),
+    "objectives": Grid(
+        "Other objectives in VA-pi's loop, at its learning rate (each may want one of its own: --tune.lr).",
+        OURS,
+        QUALITY,
+        _each("tune.objective", ("va_pi", "ste", "cca"), "{}"),
+    ),
+    "group-size": Grid("Draws from one prediction, G.", OURS, QUALITY, _each("tune.group_size", (2, 4, 8, 16, 32), "G {}")),
+    "steps": Grid("Optimizer steps.", OURS, QUALITY, _each("tune.steps", (25, 50, 100, 200), "{} steps")),
+    "images": Grid("Different images to tune on.", OURS, QUALITY, _each("subset.images", (256, 512, 1024, 2048), "{} images")),
+    "reward-weights": Grid(
+        "LPIPS beside MSE in the reward.",
+        OURS,
+        QUALITY,
+        _each("tune.rewards.lpips", (0.0, 1.0, 10.0, 100.0), "LPIPS x {:g}"),
+    ),
+    "ratio-clip": Grid(
+        "Where the ratio is clipped, epsilon; only dropout in the update makes it differ from 1.",
+        OURS,
+        QUALITY,
+        _each("tune.ratio_clip", (0.05, 0.2, 1.0), "epsilon {:g}"),
+        settings={"tune.policy_dropout": "official"},
+    ),
+    "policy-dropout": Grid(
+        "Dropout in the update: none, or as released.",
+        OURS,
+        QUALITY,
+        _each("tune.policy_dropout", ("none", "official"), "{}"),
+    ),
+    "guidance": Grid(
+        "Guidance of base and tuned.",
+        OURS,
+        ("fid", "guided/fid", "guided/inception_score", "guided/precision", "guided/recall"),
+        tuple(
+            Point(f"{name}, guidance {guidance:g}", {"evaluate.guided": guidance}, side=side)
+            for guidance in (1.25, 1.5, 2.0, 3.0)
+            for name, side in _SIDES
+        ),
+    ),
+    "temperature": Grid(
+        "Base and tuned, each at its best temperature and guidance, which sharpening alone would reach too.",
+        OURS,
+        (*QUALITY, "best/temperature", "best/guidance", *(f"best/{name}" for name in QUALITY)),
+        (Point("base", side="base"), Point("VA-pi")),
+    ),
+    "credit": Grid(
+        "One advantage for a draw, or one for each code from the reward around its place.",
+        OURS,
+        QUALITY,
+        (
+            Point("base", side="base"),
+            Point("image", {"tune.credit": "image"}),
+            *(Point(f"token, radius {radius}", {"tune.credit": "token", "tune.credit_radius": radius}) for radius in (0, 1, 2)),
+        ),
+    ),
+}
+
+
+def grid(name: str) -> Grid:
+    """A grid by its name. Raises ValueError that names the nearest known one."""
+    if name not in GRIDS:
+        raise ValueError(f"no experiment is called {name!r}; {config.nearest(name, GRIDS)}")
+    return GRIDS[name]
+
+
+def changed(base: Config, changes: dict[str, Any]) -> Config:
+    """A configuration with some fields changed, checked. ``changes``: {"tune.lr": 1e-5, "tune.rewards.mse": 0.0}."""
+    values = config.plain(base)
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        functools.reduce(operator.getitem, path, values)[last] = value
+    made: Config = config.build(Config, values)
+    return made
+
+
+def under(made: Grid, recipe: Config) -> Config:
+    """A recipe with the grid's settings in the fields that it leaves at their defaults."""
+    own, defaults = config.flat(recipe), config.flat(Config())
+    return changed(recipe, {name: value for name, value in made.settings.items() if own[name] == defaults[name]})
+
+
+def settings(made: Grid, base: Config, point: Point, seed: int) -> Config:
+    """What a point runs with: the grid's base with its changes and a seed, which tunes and draws. Temperature and guidance are swept
+    only where the grid shows what comes of it. Raises ValueError that names the point."""
+    assert point.changes is not None, point.name
+    how: dict[str, Any] = {"tune.seed": seed, "evaluate.seeds": [seed]}
+    if not any(metric.startswith("best/") for metric in made.metrics):
+        how |= {"evaluate.temperatures": [base.evaluate.temperature], "evaluate.guidances": [base.evaluate.guidance]}
+    try:
+        return changed(base, point.changes | how)
+    except ValueError as error:
+        raise ValueError(f"{point.name}: {error}") from error
+
+
+def tunings(made: Grid) -> int:
+    """How many models its recipe tunes for each seed."""
+    base = under(made, recipes.recipe(made.recipe))
+    runs = [config.plain(settings(made, base, point, 0)) for point in made.points if point.changes is not None]
+    return len({json.dumps([run[section] for section in config.sections_so_far("tune")]) for run in runs})
+
+
+def require_free(made: Grid, fields: Sequence[str]) -> None:
+    """Raises ValueError if flags name fields that the grid or its seeds decide: they would be overruled in silence."""
+    for name in fields:
+        if name in SEEDS:
+            raise ValueError(f"--{name} is what --seeds decides here; say --seeds 0,1,2")
+        for other in made.varied:
+            if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
+                raise ValueError(f"--{name} is what this experiment varies; leave it out, or take another experiment")
