@@ -131,7 +131,7 @@ GRIDS = {
             Point("base", {}, _geneval(0.605, 0.902, 0.540, 0.531, 0.972, 0.801, 0.725), "base"),
             Point("VA-pi", {}, _geneval(0.600, 0.912, 0.585, 0.540, 0.988, 0.835, 0.744)),
         ),
-        recipe="digits-t2i",
+        recipe="digits-janus",
     ),
     "table4": Grid(
         "The parts of the reward, and the prior.",
