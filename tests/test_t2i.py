@@ -324,7 +324,8 @@ def batch_of(policy: models.Policy) -> Batch:
 def test_noise_never_touches_the_condition(captioned_model: ModelConfig) -> None:
     policy = models.load(captioned_model)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    policy.generator.register_forward_pre_hook(lambda module, given: seen.append(given))
+    features = policy.generator.features
+    policy.generator.features = lambda *given: seen.append(given) or features(*given)
     config = TuneConfig(rewards={"mse": 1.0}, group_size=2, context_noise=1.0)
     objective = Objective(policy, config, Reward(config.rewards, functions={}))
     batch = batch_of(policy)

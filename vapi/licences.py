@@ -46,8 +46,10 @@ KNOWN = {
 """Licences by pattern of the name, in small letters; the first that fits counts. Detectors say theirs when they judge."""
 
 
-EMBEDDED = frozenset(name for recipe in ("digits", "digits-t2i") for name in config.named_files(recipes.recipe(recipe)).values())
-"""Files that come with the clone."""
+EMBEDDED = frozenset(
+    name for recipe in ("digits", "digits-t2i", "digits-janus") for name in config.named_files(recipes.recipe(recipe)).values()
+)
+"""Files and folders that come with the clone."""
 
 
 @dataclass(frozen=True)
