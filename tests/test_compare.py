@@ -32,7 +32,7 @@ def make(root: Path, name: str, **changes: object) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of one protocol in a project of their own."""
     root = world.write(tmp_path_factory.mktemp("compare"))
     with pytest.MonkeyPatch.context() as patch:
@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         swept = {"evaluate_temperatures": [0.8, 1.0], "evaluate_guidances": [1.0, 2.0]}
         make(root, "a", **swept)
         make(root, "b", tune_lr=3e-3, tune_prior="kl", tune_prior_weight=1.0, **swept)
-        yield root
+    return root  # not from within: it lives for the whole session, and other tests are at home in the clone
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from vapi.digits import __main__, build_janus, scenes, train
 from vapi.models import janus, janus_files, llamagen, vq, weights
 from vapi.recipes import recipe
 
-BUNDLED = Path("data") / build_janus.FOLDER
+BUNDLED = Path(__file__).parents[1] / "data" / build_janus.FOLDER
 bundled = pytest.mark.skipif(not BUNDLED.is_dir(), reason="data/ is not here: dvc pull data.dvc")
 CAPTION = "a photo of a red three and a blue eight"
 
