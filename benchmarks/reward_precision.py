@@ -64,11 +64,13 @@ def digits(count: int) -> dict[str, object]:
     policy, tune = models.load(replace(settings.model, device="cpu")), settings.tune
     pixels, labels, _ = data.read_images(Path(settings.evaluate.validation))
     targets = images.to_float(pixels[:count])
+    reward = Reward(tune.rewards, tune.perceptual)
+    objective = Objective(policy, tune, reward)
     with torch.no_grad():
         codes = policy.encode(targets)
-        predicted = grpo.log_probs(policy.logits(policy.condition(torch.as_tensor(labels[:count]).long()), codes))
-    drawn = grpo.draw(predicted, tune.group_size, tune.temperature, grpo.keys(torch.arange(count), tune.seed))
-    return case(policy, tune, Reward(tune.rewards, tune.perceptual), drawn, targets)
+        predicted = objective.predict(policy, policy.condition(torch.as_tensor(labels[:count]).long()), codes)
+    drawn = objective.draw(predicted, tune.group_size, grpo.keys(torch.arange(count), tune.seed))
+    return case(policy, tune, reward, drawn, targets)
 
 
 def published(count: int, image_size: int) -> dict[str, object]:

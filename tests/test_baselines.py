@@ -35,8 +35,11 @@ def gradient(objective: Objective, batch: Batch, step: int = 1) -> tuple[Tensor,
 
 def test_contrast_by_hand() -> None:
     own, other = torch.tensor([0.0, 2.0]), torch.tensor([0.0, -1.0])
-    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-    terms = [math.log(sigmoid(0.0)) + 3 * math.log(sigmoid(0.0)), math.log(sigmoid(0.5 * 2.0)) + 3 * math.log(sigmoid(0.5 * 1.0))]
+
+    def log_sigmoid(x: float) -> float:
+        return -math.log(1 + math.exp(-x))
+
+    terms = [4 * log_sigmoid(0.0), log_sigmoid(0.5 * 2.0) + 3 * log_sigmoid(0.5 * 1.0)]
     assert float(baselines.contrast(own, other, 0.5, 3.0)) == pytest.approx(-sum(terms) / 2 / 4, rel=1e-6)
 
 

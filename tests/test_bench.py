@@ -114,6 +114,7 @@ def test_no_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["tun"], "takes one of tune, sample, reward, fid, geneval, gpu, not 'tun'"),
         (["tune", "--stepz", "3"], "did you mean '--tune.steps'"),
         (["tune", "--size", "GPT-Q"], "no generator is called 'GPT-Q'; did you mean"),
+        (["tune", "--objective", "ste"], "compares va_pi with its released step, not ste"),
         (["tune", "--recipe", "digts"], "did you mean 'digits'"),
         (["tune", "--generator", "nowhere.pt"], "nowhere.pt is not here, and its sizes are not known; say --size"),
         (["tune", "--size", "GPT-B", "--image-size", "40"], "must be a multiple of 16"),

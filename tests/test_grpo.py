@@ -45,10 +45,15 @@ def test_corrupt_replaces_the_share_it_is_told() -> None:
     assert counts.min() > 300 and counts.max() < 500  # 400 expected
 
 
+def draw(logits: torch.Tensor, group: int, temperature: float, keys: torch.Tensor) -> torch.Tensor:
+    """G draws of each image by its key: (B, T, V) -> (B, G, T)."""
+    return grpo.draw(logits, temperature, grpo.uniforms(keys, group, logits.shape[1]).mT).mT
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[[0.0, 1.0, -2.0, -math.inf, 0.5]]]).expand(2, 3, 5)
     for temperature in (1.0, 0.5):
-        drawn = grpo.draw(logits, 40_000, temperature, grpo.keys(torch.arange(2), 0))
+        drawn = draw(logits, 40_000, temperature, grpo.keys(torch.arange(2), 0))
         assert drawn.shape == (2, 40_000, 3)
         expected = (logits[0, 0] / temperature).softmax(-1)
         for row in drawn.permute(0, 2, 1).flatten(0, 1):
@@ -61,15 +66,15 @@ def test_draws_are_exact_in_the_tail() -> None:
     """A code of probability 1e-6 at the end of a large codebook is still drawn 1e-6 of the time."""
     logits = torch.zeros(1, 1, 16384)
     logits[..., -1] = math.log(1e-6 * 16383)
-    drawn = grpo.draw(logits, 4_000_000, 1.0, torch.tensor([3]))
+    drawn = draw(logits, 4_000_000, 1.0, torch.tensor([3]))
     assert 1 <= (drawn == 16383).sum() <= 12  # 4 expected
     assert drawn.unique().numel() > 16380
 
 
 def test_draws_do_not_depend_on_the_split() -> None:
     logits, keys = torch.randn(6, 4, 30, generator=torch.Generator().manual_seed(1)), grpo.keys(torch.arange(6), 0, 2)
-    whole = grpo.draw(logits, 5, 1.0, keys)
-    parts = [grpo.draw(logits[a:b], 5, 1.0, keys[a:b]) for a, b in ((0, 1), (1, 4), (4, 6))]
+    whole = draw(logits, 5, 1.0, keys)
+    parts = [draw(logits[a:b], 5, 1.0, keys[a:b]) for a, b in ((0, 1), (1, 4), (4, 6))]
     assert torch.equal(whole, torch.cat(parts))
 
 
@@ -132,7 +137,7 @@ def test_prior_and_entropy() -> None:
 
 def test_k3_is_an_estimate_of_the_divergence() -> None:
     p, q = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.5, 0.2, 0.3]).log()
-    draws = grpo.draw(p[None, None], 200_000, 1.0, torch.tensor([1]))
+    draws = draw(p[None, None], 200_000, 1.0, torch.tensor([1]))
     estimate = grpo.prior_kl(grpo.chosen(p[None, None], draws.mT), grpo.chosen(q[None, None], draws.mT))
     assert estimate == pytest.approx(float((p.exp() * (p - q)).sum()), rel=0.02)
     new = p.clone().requires_grad_()

@@ -59,7 +59,7 @@ def test_gradient_and_loss_equal_the_naive_step(
 
     policy.generator.zero_grad()
     context = objective.context(batch, 3)
-    actions = grpo.draw(policy.logits(batch.condition, context), 8, temperature, grpo.keys(batch.rows, tune.seed, 2, 3))
+    actions = objective.draw(objective.predict(policy, batch.condition, context), 8, grpo.keys(batch.rows, tune.seed, 2, 3))
     functions = {rewards.mse: 1.0, near: 1.0}
     values = naive.rewards(policy, actions, batch.images, functions)
     torch.testing.assert_close(values, objective.score(actions, batch.images)[0], rtol=10 * tolerance, atol=10 * tolerance)

@@ -128,13 +128,14 @@ def test_published_networks_equal_the_lpips_package(package: tuple[str, torch.nn
     assert rewards.network_files(name, str(tmp_path))["lpips"] == tmp_path / f"{name}.pth"
 
 
-def test_distances_are_float32_under_autocast() -> None:
+@pytest.mark.parametrize("side", [0, 4])
+def test_distances_are_float32_under_autocast(side: int) -> None:
     """Networks may run in bfloat16; a sum over channels in it would make ties of what the group compares."""
     perceptual = rewards.Lpips(lambda x: [x], [torch.rand(3, generator=torch.Generator().manual_seed(0))])
     a, b = images(2, 4, 3, 8, 8), images(2, 3, 8, 8, seed=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = perceptual.grouped(a, b)
-    assert low.dtype == torch.float32 and torch.equal(low, perceptual.grouped(a, b))
+        low = perceptual.grouped(a, b, side)
+    assert low.dtype == torch.float32 and torch.equal(low, perceptual.grouped(a, b, side))
 
 
 def test_missing_vgg_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ The cross-entropy alone (fine-tuning on the images) is VA-pi with ``policy_weigh
 
 Of the released straight-through baseline differ: vectors are the tokenizer's, of length one (it multiplies with the raw codebook);
 the softmax that is differentiated has no Gumbel noise (it would take a random number for every code of the codebook); one draw an
-image, so ``group_size`` does not matter. Of CCA is left out that it drops a tenth of the classes to keep a model without condition.
+image, so ``group_size`` does not matter. Of CCA is left out that it drops a tenth of the classes to keep a model without condition;
+it draws nothing, so that sizes, temperature and weights of draws, reward and prior do not matter to it.
 
 Shapes: B images, T codes, V codebook, K code width.
 """
@@ -51,7 +52,7 @@ class StraightThrough(Objective):
         """Log-probabilities of the true codes (N, 1), and codebook vectors (N, K) of one draw, with the gradient of their expectation."""
         book = self.policy.codebook
         expected = grpo.tempered(log_probs, self.tune.temperature).exp() @ book.to(log_probs.dtype)
-        hard = book[grpo.draw_at(log_probs, self.tune.temperature, uniforms)[:, 0]]
+        hard = book[grpo.draw(log_probs, self.tune.temperature, uniforms)[:, 0]]
         return grpo.chosen(log_probs, codes), hard + expected - expected.detach()
 
 

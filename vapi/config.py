@@ -224,6 +224,10 @@ class TuneConfig:
         for name in ("cca_beta", "cca_weight"):
             require(getattr(self, name) > 0, f"tune.{name} is {getattr(self, name)}; it must be positive")
         require(self.credit_radius >= 0, f"tune.credit_radius is {self.credit_radius}; it must not be negative")
+        require(
+            self.credit == "token" or not self.credit_radius,
+            f"tune.credit_radius is {self.credit_radius}, and with credit image no code has a reward of its own; set credit to token",
+        )
         require(self.temperature > 0, f"tune.temperature is {self.temperature}; it must be positive")
         for name in ("max_grad_norm", "weight_decay", "ratio_clip"):
             require(getattr(self, name) >= 0, f"tune.{name} is {getattr(self, name)}; it must not be negative")

@@ -67,14 +67,9 @@ def corrupt(codes: Tensor, noise: float, vocab: int, keys: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw(logits: Tensor, group: int, temperature: float, keys: Tensor) -> Tensor:
-    """G independent draws at every position (eq. 7): logits or log-probabilities (B, T, V) -> codes (B, G, T) int64."""
-    return draw_at(logits, temperature, uniforms(keys, group, logits.shape[1]).mT).mT
-
-
-@torch.no_grad()
-def draw_at(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
-    """The draws that uniform numbers choose: (..., V) and (..., G) -> codes (..., G) int64.
+def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+    """Independent draws at every position (eq. 7), G by as many uniform numbers: logits or log-probabilities (..., V) and
+    (..., G) -> codes (..., G) int64.
 
     The distribution is summed in float64: in float32 the tail of a large codebook would be lost.
     """

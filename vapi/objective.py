@@ -161,7 +161,7 @@ class Objective:
     def draw(self, predicted: Prediction, group: int, keys: Tensor) -> Tensor:
         """Token maps (B, G, T) from a prediction (eq. 7), G of an image by its key (B,)."""
         uniforms = grpo.uniforms(keys, group, predicted.shape[1])
-        (codes,) = predicted.ask(lambda log_probs, u: (grpo.draw_at(log_probs, self.tune.temperature, u),), uniforms.mT)
+        (codes,) = predicted.ask(lambda log_probs, u: (grpo.draw(log_probs, self.tune.temperature, u),), uniforms.mT)
         return codes.mT
 
     def chosen(self, predicted: Prediction, codes: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 At Janus's sizes the log-probabilities of sixteen images take 0.6 GB in float32, and logits, their softmax and their gradient as
 much again, each. What is needed of them is a few numbers a position. So the generator's last features are kept, and the head
-predicts from some of them at a time; with gradient, it does so again in the backward pass. That costs a thousandth of a step
-where the head is a fiftieth of a generator, and results differ by nothing but the order of sums.
+predicts from some of them at a time, as often as somebody asks and once more in the backward pass: three products with the head
+more than at once, by count a hundredth of a step's operations where the head is a fiftieth of a generator. Results differ by
+nothing but the order of sums.
 
 Left out: to write the gradient by hand in the forward pass, which would save the second prediction.
 

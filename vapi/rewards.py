@@ -77,8 +77,8 @@ class Lpips:
         for layer, (ours, theirs) in enumerate(pairs):
             near = (_normalised(ours).unflatten(0, images.shape[:2]) - _normalised(theirs)[:, None]).square_()  # (B, G, C, h, w)
             if side:
-                weights = near.new_full((near.shape[2],), 1 / near.shape[2]) if self.weights is None else self.weights[layer]
-                total -= pooled(torch.einsum("bgchw,c->bghw", near, weights), side)
+                # a sum of products by hand: a matrix product would be bfloat16's under autocast
+                total -= pooled(near.mean(2) if self.weights is None else (near * self.weights[layer][:, None, None]).sum(2), side)
             else:
                 difference = near.mean((3, 4))
                 total -= difference.mean(-1) if self.weights is None else (difference * self.weights[layer]).sum(-1)

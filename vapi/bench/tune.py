@@ -32,7 +32,9 @@ STEP = 1  # noise and draws are those of a run's first step
 
 
 def tune(settings: Measured) -> dict[str, Any]:
-    """Time a step with the recipe's sizes. Raises ValueError where torch.compile finds no compiler."""
+    """Time a step with the recipe's sizes. Raises ValueError where torch.compile finds no compiler, and for another objective."""
+    if settings.tune.objective != "va_pi":
+        raise ValueError(f"vapi bench tune compares va_pi with its released step, not {settings.tune.objective}; leave tune.objective out")
     built = world.world(settings)
     policy, device, precision = built.policy, built.device, settings.model.precision
     tune = replace(settings.tune, policy_dropout="none", sharding="none")
