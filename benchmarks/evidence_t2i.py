@@ -129,7 +129,9 @@ def run(made: Evidence, workers: int = 1) -> Scores:
         "held_out": {arm: _held_out(runs) for arm, runs in found.items()},
         "anchors": found["va-pi"][0]["anchors"],
     }
-    everything = {"plan": dataclasses.asdict(plan), **summary, "searched": searched, "runs": found}
+    # without the shares of every prompt, which stay in the reports' prompts.csv
+    kept = {arm: [{name: run[name] for name in run.keys() - {"shares", "tasks"}} for run in runs] for arm, runs in found.items()}
+    everything = {"plan": dataclasses.asdict(plan), **summary, "searched": searched, "runs": kept}
     config.write_text(made.out / "evidence.json", json.dumps(everything, indent=1) + "\n")
     config.write_text(made.out / "evidence.md", markdown(summary, searched))
     return summary

@@ -10,7 +10,7 @@ from imports import ROOT
 
 from vapi import config, recipes
 from vapi.config import RegisterConfig
-from vapi.licences import DIGITS, EMBEDDED, KNOWN, UNKNOWN, licences
+from vapi.licences import DIGITS, EMBEDDED, KNOWN, UNKNOWN, WORDS, licences
 from vapi.metrics.mask2former import LICENCES
 
 
@@ -54,6 +54,15 @@ def test_what_nobody_said_is_unknown_and_who_said_it_is_told() -> None:
     assert stated.licence == "bought", "who states it knows better than a name"
 
 
+@pytest.mark.parametrize(
+    ("each", "name"),
+    [("data", "words"), ("data", "digits"), ("data", "photos/mscoco/mine"), ("generator", "weights/my_c2i_tuned.pt")],
+)
+def test_a_name_that_is_only_alike_says_nothing(each: str, name: str) -> None:
+    (found,) = licences({config.INPUTS[each]: name}, {}, {})
+    assert found.licence == UNKNOWN
+
+
 def test_every_row_of_the_table_is_needed() -> None:
     """By a recipe, or by what docs say to fetch."""
     recipe = [str(value) for name in recipes.RECIPES for value in config.flat(recipes.recipe(name)).values()]
@@ -66,6 +75,7 @@ def test_every_row_of_the_table_is_needed() -> None:
         "weights/vq_ds8_c2i.pt",
     ]
     assert not [pattern for pattern in KNOWN if not any(fnmatchcase(name.lower(), pattern) for name in names)]
+    assert WORDS.keys() <= set(config.WORDS)
 
 
 def test_what_is_embedded_is_bundled() -> None:

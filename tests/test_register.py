@@ -345,6 +345,37 @@ def test_a_version_bears_its_card(project: Project) -> None:
     assert "Unknown" not in again and "| tuned on | photos/mine.parquet | mine |" in again, "the same version, its card anew"
 
 
+def test_a_card_shows_what_a_configuration_leaves_out_and_what_had_no_say(project: Project) -> None:
+    """A reward or a gate that the recipe has and the run has not; a network that only looked on; weights of an earlier version."""
+
+    def card_of(changes: dict[str, Any]) -> str:
+        path = project.folder / "artifacts/tune/config.json"
+        made = data.read_json(path)
+        tune = {**made["sections"]["tune"], **changes}
+        data.write_json(path, {**made, "sections": {**made["sections"], "tune": {k: v for k, v in tune.items() if v is not None}}})
+        rules, folder = RegisterConfig(model_name="vapi-test", allowances={"kid": 0.0}), project.folder / "artifacts"
+        return card.card(project.model, rules, folder / "tune", folder / "evaluate", {"against": {}, "note": ""})
+
+    project.tuned(1)
+    whole = card_of({})
+    assert "| perceptual | rewarded it |" in whole and "reward and prior" in whole
+    assert "| `register.allowances.recall` | 0.1 | absent |" in whole
+    assert "| `tune.rewards.lpips` | 10.0 | absent |" in card_of({"rewards": {"mse": 1.0}})
+    for changes, words in (
+        ({"rewards": {"mse": 1.0, "lpips": 1.0}, "policy_weight": 0.0}, "prior alone"),
+        ({"objective": "cca", "policy_weight": 1.0}, "condition contrastive alignment"),
+    ):
+        assert "| perceptual |" not in (said := card_of(changes)) and words in said
+    assert "VA-pi (arXiv 2512.19680), reward and prior" in card_of({"objective": None})
+
+
+def test_a_janus_with_a_tokenizer_of_its_own_is_not_registered(project: Project) -> None:
+    project.tuned(1)
+    project.model = dataclasses.replace(project.model, policy="janus")
+    with pytest.raises(ValueError, match=r"a registered Janus takes its words from the folder"):
+        register._require_servable(project.model)
+
+
 def test_a_card_that_is_too_long_for_a_registry_says_where_the_rest_is(project: Project) -> None:
     project.tuned(1)
     project.register(licences={"data": "words " * 700})
@@ -380,6 +411,21 @@ def three(project: Project) -> None:
     assert project.aliases() == {"challenger": "3", "champion": "1"}
 
 
+def test_promote_knows_the_rules_of_register(project: Project) -> None:
+    """An allowance that would overrule a demand is refused, as there."""
+    three(project)
+    said = project.refused("promote", "3", "--min-fid-drop", "0.05", "--register.allowances.fid", "0.05")
+    assert "register.allowances names 'fid', which has a field of its own: register.min_fid_drop" in said
+
+
+def test_without_its_page_an_evaluation_changes_no_registry(project: Project) -> None:
+    project.tuned(1)
+    (project.folder / "artifacts/evaluate/report.html").unlink()
+    with pytest.raises(ValueError, match="report.html is not here, which register adds the gates to; run: vapi evaluate"):
+        project.register()
+    assert not project.versions()
+
+
 def test_promote_and_rollback_and_again(project: Project) -> None:
     three(project)
     said = project.refused("promote")
@@ -411,8 +457,11 @@ def test_what_was_taken_back_is_no_champion_again_by_itself(project: Project, ca
     project.register()
     assert project.aliases() == {"challenger": "2", "champion": "1"}
     assert "as challenger in" in (said := capsys.readouterr().out) and "champion again only by: vapi promote 2" in said
+    project.tuned(2, tuned_best={"fid": 5.01})  # the same weights, measured again
+    project.register()
+    assert project.aliases() == {"challenger": "3", "champion": "1"}
     assert project.say("promote", "2")[0] == 0
-    assert project.aliases() == {"challenger": "2", "champion": "2", "previous": "1"}
+    assert project.aliases() == {"challenger": "3", "champion": "2", "previous": "1"}
     assert register.WITHDRAWN not in project.versions()["2"].tags
 
 

@@ -20,9 +20,9 @@ DESCRIPTION = 5000
 """Characters of a version's description that every store of MLflow's registry takes; PostgreSQL refuses more."""
 
 JUDGES = {"detector": "geneval", "second_detector": "geneval_second"}
+"""The column of metrics.json in which each detector's score stands."""
 OTHERS = {"ste": "reward straight through the draws (vapi/baselines.py)", "cca": "condition contrastive alignment (arXiv 2410.09347)"}
 """Objectives beside VA-pi, in words."""
-"""The column of metrics.json in which each detector's score stands."""
 
 Values = Mapping[str, Any]
 
@@ -88,15 +88,15 @@ def _origin(model: ModelConfig, tune: Values, inputs: Values, summary: Values, s
 
 def _method(tune: Values) -> str:
     """The objective, or the arm of the paper's ablation that a configuration is."""
-    if tune["objective"] != "va_pi":
-        return OTHERS[tune["objective"]]
+    if (objective := tune.get("objective", "va_pi")) in OTHERS:  # weights that an earlier version tuned do not say
+        return OTHERS[objective]
     arm = "reward and prior" if tune["prior_weight"] else "reward alone"
     return f"VA-pi (arXiv 2512.19680), {arm if tune['policy_weight'] else 'prior alone'}"
 
 
 def _licences(sections: dict[str, Any], model: ModelConfig, register: RegisterConfig, results: Values) -> str:
     unused = [] if model.captions else [*config.FOR_CAPTIONS]
-    unused += [] if "lpips" in sections["tune"]["rewards"] else ["tune.perceptual"]
+    unused += [] if _rewarded(sections["tune"]) else ["tune.perceptual"]
     named = {field: str(name) for field, name in config.flat(sections).items() if field not in unused}
     detectors = results.get("prompts", {}).get("detectors", {})
     judges = {each: detectors[column]["base"]["detector"]["licence"] for each, column in JUDGES.items() if column in detectors}
@@ -105,6 +105,12 @@ def _licences(sections: dict[str, Any], model: ModelConfig, register: RegisterCo
     unknown = [row[0] for row in rows if row[3] == licences.UNKNOWN]
     note = f"\n\n**Unknown: {', '.join(unknown)}.** Whoever knows says so in `register.licences`." if unknown else ""
     return table(("input", "its part", "name", "licence", "says"), rows) + note
+
+
+def _rewarded(tune: Values) -> bool:
+    """Whether the perceptual network had a say in the weights."""
+    asked = tune.get("objective", "va_pi") != "cca" and tune["policy_weight"] > 0
+    return asked and tune["rewards"].get("lpips", 0) > 0
 
 
 def gates(verdict: Values) -> str:
@@ -139,8 +145,9 @@ def _limits(results: Values, model: ModelConfig) -> str:
 def _configuration(sections: dict[str, Any]) -> str:
     """What differs from the closest recipe."""
     name = recipes.closest(sections)
-    given = {field for field in config.flat(sections) if not field.startswith("register.licences")}  # the card has a table of them
-    changes = {field: pair for field, pair in recipes.changes(recipes.recipe(name), sections).items() if field in given}
+    known = {f"{section}.{field}" for section, values in sections.items() for field in values} - {"register.licences"}  # in a table
+    found = recipes.changes(recipes.recipe(name), sections)
+    changes = {field: pair for field, pair in found.items() if ".".join(field.split(".")[:2]) in known}
     if not changes:
         return f"The recipe `{name}`."
     rows = [[f"`{field}`", *("absent" if value is None else config.scalar(value) for value in pair)] for field, pair in changes.items()]

@@ -23,12 +23,9 @@ DIGITS = "Apache-2.0 (this project), made of UCI's digits, CC BY 4.0"
 _IMAGENET = "terms of access: research and teaching, no commerce"
 _TORCHVISION = "LPIPS: BSD-2-Clause; torchvision's weights: their own terms, from ImageNet's"
 _LLAMAGEN = "MIT (LlamaGen)"
+WORDS = {"words": _OURS, "digits": _OURS, "vgg": _TORCHVISION, "alex": _TORCHVISION, "inception": "Apache-2.0 (torch-fidelity)"}
+"""What stands in place of a file's name (``config.WORDS``), where a word may."""
 KNOWN = {
-    "words": _OURS,
-    "digits": _OURS,
-    "vgg": _TORCHVISION,
-    "alex": _TORCHVISION,
-    "inception": "Apache-2.0 (torch-fidelity)",
     "data/geneval/prompts.jsonl": "MIT (GenEval)",
     "*janus-pro*": "DeepSeek License Agreement 1.0: its restrictions of use (Attachment A) bind tuned weights too",
     "*flan-t5*": "Apache-2.0 (Google)",
@@ -37,11 +34,11 @@ KNOWN = {
     "*flux-reason*": "Apache-2.0 by its card; drawn by FLUX.1 [dev], whose licence (2 d) forbids training competing models on its pictures",
     "*laion-coco*": "CC BY 4.0 by its card, for captions and addresses; the pictures': unknown",
     "*imagenet*": _IMAGENET,
-    "*coco/*": "captions: CC BY 4.0; pictures: terms of Flickr and of their authors",
+    "data/coco/*": "captions: CC BY 4.0; pictures: terms of Flickr and of their authors",
     "*llamagen*": _LLAMAGEN,
-    "*c2i_*.pt": _LLAMAGEN,
-    "*t2i_*.pt": _LLAMAGEN,
-    "*vq_ds*.pt": _LLAMAGEN,
+    "*c2i_?*_[0-9][0-9][0-9].pt": _LLAMAGEN,
+    "*t2i_xl_stage[12]_[0-9][0-9][0-9].pt": _LLAMAGEN,
+    "*vq_ds*_?2i.pt": _LLAMAGEN,
 }
 """Licences by pattern of the name, in small letters; the first that fits counts. Detectors say theirs when they judge."""
 
@@ -78,5 +75,7 @@ def _known(each: str, name: str, stated: Mapping[str, str], judges: Mapping[str,
         return stated[each], "register.licences"
     if judges.get(each):
         return judges[each], "the detector"
+    if each != "data" and name in WORDS:
+        return WORDS[name], "its name"
     known = [DIGITS] if name in EMBEDDED else [licence for pattern, licence in KNOWN.items() if fnmatchcase(name.lower(), pattern)]
     return (known[0], "its name") if known else (UNKNOWN, "nobody")

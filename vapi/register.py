@@ -63,6 +63,8 @@ def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate:
     results = data.read_json(evaluate / "metrics.json")
     digest = _weights_digest(results, tune, evaluate)
     _require_measured(model, evaluate)
+    _require_servable(model)
+    page = _page(evaluate)  # before anything has changed
     with data.output_folder(out, "register") as folder, data.locked(data.state_dir("locks") / "register.lock"):
         server = run.server() if judge(register, results, None).challenger else None
         registry = Registry(server.client, register.model_name) if server else None
@@ -72,7 +74,7 @@ def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate:
         judged = {"name": register.model_name, "weights": digest, **verdict.plain(), **made}
         data.write_json(folder / "registration.json", judged)
         write_text(folder / card.FILE, text)
-        write_text(folder / "report.html", report.gated((evaluate / "report.html").read_text(), judged))
+        write_text(folder / "report.html", report.gated(page, judged))
         inputs = {"tune": data.file_digest(tune), "evaluate": data.file_digest(evaluate)}
         data.describe(folder, "register", {"model": model, "register": register}, inputs, time.perf_counter() - begin)
     run.metrics({"register/challenger": verdict.challenger, "register/champion": "champion" in made.get("aliases", ())})
@@ -127,6 +129,22 @@ def _require_measured(model: ModelConfig, evaluate: Path) -> None:
         then, now = made["sections"]["model"][name], getattr(model, name)
         if then != now:
             raise ValueError(f"{evaluate} was measured with model.{name} {then!r}, and now it is {now!r}; run: vapi evaluate")
+
+
+def _require_servable(model: ModelConfig) -> None:
+    """Raises ValueError for a Janus whose image tokenizer is a file: served, its words would come from that too."""
+    if model.policy == "janus" and weights.locate(model.tokenizer).is_file():
+        raise ValueError(
+            f"model.tokenizer is the file {model.tokenizer}, and a registered Janus takes its words from the folder named there; it can "
+            "be used, and not registered"
+        )
+
+
+def _page(evaluate: Path) -> str:
+    path = evaluate / "report.html"
+    if not path.is_file():
+        raise ValueError(f"{path} is not here, which register adds the gates to; run: vapi evaluate")
+    return path.read_text()
 
 
 # --- gates -------------------------------------------------------------------------------------
@@ -291,7 +309,7 @@ class Registry:
         version = str(found[0].version) if found else self._create(server, model, tune, results, tags)
         self.client.update_model_version(self.name, version, card.description(text, f"run {server.run}"))
         self.client.set_registered_model_alias(self.name, "challenger", version)
-        crowned = verdict.champion and not (found and WITHDRAWN in found[0].tags)
+        crowned = verdict.champion and not self._withdrawn(tags["weights"])
         if crowned:
             self.crown(version)
         ids = {"run": server.run, "parent": server.parent}
@@ -304,9 +322,15 @@ class Registry:
             return
         if before is not None:
             self.client.set_registered_model_alias(self.name, "previous", before)
+        # first, so that no champion is left marked by a command that is killed
+        for number in self._withdrawn(self.client.get_model_version(self.name, version).tags.get("weights", "")):
+            self.client.delete_model_version_tag(self.name, number, WITHDRAWN)
         self.client.set_registered_model_alias(self.name, "champion", version)
-        if WITHDRAWN in self.client.get_model_version(self.name, version).tags:
-            self.client.delete_model_version_tag(self.name, version, WITHDRAWN)
+
+    def _withdrawn(self, digest: str) -> list[str]:
+        """Versions of these weights that were taken back, however often they were measured."""
+        versions = self.versions().items()
+        return [number for number, version in versions if WITHDRAWN in version.tags and version.tags.get("weights") == digest]
 
     def _create(self, server: Server, model: ModelConfig, tune: Path, results: dict[str, Any], tags: dict[str, str]) -> str:
         logged = _log_model(server, model, tune, {**results["protocol"].get("sampler", {}), **results["tuned_best"]})
@@ -403,6 +427,7 @@ def promote(register: RegisterConfig, client: Any, version: str = "", reason: st
     it need not; the tag ``forced`` then keeps it beside what stood against. Raises ValueError for a version that is not there
     or must not become champion; nothing has changed then.
     """
+    _check_names(register)
     with data.locked(data.state_dir("locks") / "register.lock"):
         registry = Registry(client, register.model_name)
         found = _version(registry, version)

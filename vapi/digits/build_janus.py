@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -52,11 +53,14 @@ def build(out: Path, world: World, pretraining_seed: int = 0) -> dict[str, float
     torch.manual_seed(0)
     log = clock()
     tokenizer = llamagen.load_tokenizer(ModelConfig(tokenizer=str(out / TOKENIZER), image_size=scenes.SIDE), torch.device("cpu"))
-    write_words(folder)
-    prompts = janus.Prompts(folder)
+    partial = folder.with_name(f".{folder.name}.partial")  # a build that is killed is to leave nothing that bars the next
+    shutil.rmtree(partial, ignore_errors=True)
+    write_words(partial)
+    prompts = janus.Prompts(partial)
     read, make = functools.partial(conditions, prompts), functools.partial(Learner, sizes(world, prompts), tokenizer)
     generator, measured = build_scenes.pretrain_generator(tokenizer, read, make, world, pretraining_seed, log)
-    write_weights(folder, generator, tokenizer)
+    write_weights(partial, generator, tokenizer)
+    partial.rename(folder)
     for name, value in measured.items():
         log(f"{name}: {value:.4g}")
     return measured

@@ -347,16 +347,20 @@ def _side(config: Mapping[str, Any]) -> int | None:
     return vision.get("params", vision).get("image_size")
 
 
+Coder = tuple[dict[str, Tensor], int]
+"""Weights of an image tokenizer, mapped, and the groups of its norms (0: as published)."""
+
+
 def load_tokenizer(model: ModelConfig, device: torch.device) -> vq.VQModel:
     """The frozen image tokenizer, from a whole Janus or from a file of its own. Raises ValueError for what is none, or does not fit."""
     return frozen_tokenizer(*_tokenizer(model), model, device)
 
 
-def _tokenizer(model: ModelConfig) -> tuple[dict[str, Tensor], int]:
-    """Weights of the image tokenizer, mapped, and the groups of its norms (0: as published)."""
+def _tokenizer(model: ModelConfig, base: Checkpoint | None = None) -> Coder:
+    """``base``: one that has been read, and may be where the tokenizer lies."""
     path = weights.locate(model.tokenizer)
     if path.is_dir():
-        whole = janus_files.read(path)
+        whole = base if base and base.folder == path else janus_files.read(path)
         return whole.tokenizer(), whole.norm_groups
     state, meta = weights.read(path)
     return state, int(meta.get("groups", 0))
@@ -367,24 +371,24 @@ def _whole(model: ModelConfig) -> str:
     return model.tokenizer if weights.locate(model.generator).is_file() else model.generator
 
 
-def described(model: ModelConfig) -> tuple[Checkpoint, Prompts, Sizes]:
-    """A whole Janus, the tokens that it reads, and its sizes, while its weights are where they lie.
+def described(model: ModelConfig) -> tuple[Checkpoint, Prompts, Sizes, Coder]:
+    """A whole Janus, the tokens that it reads, its sizes, and its image tokenizer, while all weights are where they lie.
 
     Raises ValueError for one that is not all there, is put together of several, or was made for other images.
     """
     whole = _whole(model)
     base = janus_files.read(whole)
     prompts = Prompts(base.folder)
-    state, groups = _tokenizer(model)
+    coder = state, groups = _tokenizer(model, base)
     side, factor = _side(base.config), vq.infer_config(weights.shapes(state), groups).factor
     if side not in (None, model.image_size):
         raise ValueError(f"model.image_size is {model.image_size}, and {whole} draws {side} pixels")
-    return base, prompts, sizes_of(base.folder, base.config, base.trained(), prompts, (model.image_size // factor) ** 2)
+    return base, prompts, sizes_of(base.folder, base.config, base.trained(), prompts, (model.image_size // factor) ** 2), coder
 
 
 def require_readable(model: ModelConfig, captions: Sequence[str]) -> None:
     """Raises ValueError as ``described`` does, and for a caption that is too long or holds a mark that is the model's own."""
-    _, prompts, sizes = described(model)
+    _, prompts, sizes, _ = described(model)
     prompts.fitting(captions, sizes)
 
 
@@ -429,8 +433,8 @@ def load(model: ModelConfig, generator: str | Path, device: torch.device) -> Jan
     """Read both networks and the text tokenizer; every key must match."""
     if model.text_encoder:
         raise ValueError(f"model.text_encoder is {model.text_encoder!r}; Janus reads captions itself: leave it empty")
-    base, prompts, sizes = described(model)
-    tokenizer = load_tokenizer(model, device)
+    base, prompts, sizes, coder = described(model)
+    tokenizer = frozen_tokenizer(*coder, model, device)
     return Janus(load_generator(base, sizes, generator, device), tokenizer, prompts, model.image_size)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import zipfile
@@ -44,6 +45,11 @@ def locate(name: str | Path) -> Path:
     path = Path(name)
     if path.exists():
         return path
+    return _fetched(str(name))
+
+
+@functools.cache  # a process that asks twice gets the same commit
+def _fetched(name: str) -> Path:
     parts = _hub_parts(name)
     try:
         from huggingface_hub import hf_hub_download, snapshot_download
