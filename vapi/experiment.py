@@ -233,7 +233,7 @@ class Experiment:
             tracked.add(point.name)
             flat = config.flat(grids.settings(self.grid, self.base, point, self.seeds[0]))
             with track.start_point(self.name, n, point.name, self.base, "\n".join(row["runs"])) as run:
-                run.params({name: flat[name] for name in self.grid.varied} | {"side": point.side, "seeds": _listed(self.seeds)})
+                run.params({name: flat.get(name, 0.0) for name in self.grid.varied} | {"side": point.side, "seeds": _listed(self.seeds)})
                 numbers = {f"paper/{metric}": value for metric, value in point.paper.items()}
                 for metric, ours in row["ours"].items():
                     numbers |= {metric: ours["mean"]} | ({f"{metric}_std": ours["std"]} if ours["std"] is not None else {})
