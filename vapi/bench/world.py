@@ -127,7 +127,8 @@ def batch(policy: Policy, images: int) -> Batch:
     random = torch.Generator().manual_seed(0)
     pixels = torch.rand(images, 3, policy.image_size, policy.image_size, generator=random) * 2 - 1
     codes = torch.randint(policy.vocab, (images, policy.num_codes), generator=random)
-    return Batch(torch.arange(images), pixels.to(policy.device), codes.to(policy.device), condition(policy, images))
+    asked = condition(policy, images)
+    return Batch(torch.arange(images), pixels.to(policy.device), codes.to(policy.device), asked, asked if policy.num_classes else ())
 
 
 def condition(policy: Policy, images: int) -> Tensor:
