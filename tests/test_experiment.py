@@ -222,13 +222,15 @@ def test_points_share_stages_and_a_stopped_command_goes_on(project: Path) -> Non
     assert "4 of 10 stages to run, about 1 minutes if they take as long as those that are finished" in tiny(0, 2).plan()
 
 
-def test_a_point_that_fails_is_noted_and_the_others_go_on(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    launch = Here(lambda stage, count: cli.MISTAKE if (stage, count) == ("tune", 2) else None)
-    assert tiny().run(launch) == cli.MISTAKE
+@pytest.mark.parametrize("code", [cli.MISTAKE, 128 + signal.SIGKILL])
+def test_a_point_that_fails_is_noted_and_the_others_go_on(project: Path, capsys: pytest.CaptureFixture[str], code: int) -> None:
+    """By a mistake, or ended by the system, whose memory was short; nobody asked for a stop."""
+    launch = Here(lambda stage, count: code if (stage, count) == ("tune", 2) else None)
+    assert tiny().run(launch) == code
     assert launch.stages == ["subset", "tokens", "tune", "evaluate", "tune"], "what is failed is not evaluated"
     assert rows()["G 2"]["state"] == "failed" and rows()["VA-pi"]["state"] == "done"
     said = capsys.readouterr()
-    assert "G 2, seed 0: tune ended with code 2" in said.err and "| G 2 (failed) | - | - | - | - |" in said.out
+    assert f"G 2, seed 0: tune ended with code {code}" in said.err and "| G 2 (failed) | - | - | - | - |" in said.out
     assert tiny().run(again := Here()) == 0 and again.stages == ["tune", "evaluate"]
 
 
@@ -332,10 +334,19 @@ def test_a_command_runs_in_a_process_of_its_own() -> None:
     assert experiment.here(["recipe", "digitz"], {}) == cli.MISTAKE
 
 
-def test_a_stop_reaches_the_command_and_no_other_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if the command ends well on it."""
+@pytest.mark.parametrize("code", [os.EX_TEMPFAIL, 128 + signal.SIGINT, 128 + signal.SIGTERM])
+def test_after_a_stop_nothing_begins(project: Path, code: int) -> None:
+    launch = Here(lambda stage, count: code)
+    with pytest.raises(SystemExit) as stop:
+        tiny().run(launch)
+    assert stop.value.code == code and launch.stages == ["subset"]
+
+
+@pytest.mark.parametrize("how", ["exit 0", "exit 1", "kill -9 $$"])
+def test_a_stop_reaches_the_command_and_no_other_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """However the command ends on it."""
     program, begun = tmp_path / "program", tmp_path / "begun"
-    program.write_text(f"#!/bin/sh\ntrap 'exit 0' TERM\ntouch {begun}\nwhile :; do sleep 0.1; done\n")
+    program.write_text(f"#!/bin/sh\ntrap '{how}' TERM\ntouch {begun}\nwhile :; do sleep 0.1; done\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
 

@@ -112,10 +112,10 @@ class Experiment:
             if self.failed.intersection(step.inputs.values()):
                 self.failed.add(step.folder)
             elif ended := self._make(step, launch or here, f"[{number}/{len(self.queue)}] {step.stage}: {step.title}"):
-                if ended == os.EX_TEMPFAIL or ended >= 128:
+                if ended in signals.STOPPED:
                     print(f"stopped; what is finished is in {FOLDER / 'runs'}, and the same command goes on", file=sys.stderr)
                     raise SystemExit(ended)
-                print(f"{step.title}: {step.stage} ended with code {ended}, its words are above; the other points go on", file=sys.stderr)
+                print(f"{step.title}: {step.stage} ended with code {ended}, what it said is above; the other points go on", file=sys.stderr)
                 self.failed.add(step.folder)
                 code = ended
             if step.stage == LAST:
@@ -260,7 +260,7 @@ def here(words: Sequence[str], environment: Mapping[str, str]) -> int:
 
     with signals.handed_on(stop):
         code = signals.exit_code(child.wait())
-    return code or (os.EX_TEMPFAIL if asked else 0)
+    return os.EX_TEMPFAIL if asked and code not in signals.STOPPED else code
 
 
 # --- numbers -----------------------------------------------------------------------------------
