@@ -245,6 +245,27 @@ def test_other_settings_and_other_files_make_other_results(project: Path) -> Non
     assert {folder.parent.name for folder in set(before) & set(tiny().queue)} == {"subset", "tokens"}
 
 
+@pytest.mark.parametrize(("file", "kept"), [("package/tune.py", set()), ("data/models/reward.safetensors", {"subset", "tokens"})])
+def test_source_and_files_that_change_meanwhile_stop_it(project: Path, monkeypatch: pytest.MonkeyPatch, file: str, kept: set[str]) -> None:
+    """What is made of the new would lie under the name of the old."""
+    data.code_version()  # remembered, of the true package
+    (project / "package").mkdir()
+    (project / "package/tune.py").write_text("steps = 1")
+    monkeypatch.setattr(data, "_PACKAGE", project / "package")
+    before = tiny()
+
+    def edit(stage: str, count: int) -> None:
+        if stage == "tokens":
+            Path(file).write_bytes(Path("data/models/metric.safetensors").read_bytes())
+
+    with pytest.raises(ValueError, match="has changed since this command began; what is finished is in .*, and the same command goes on"):
+        before.run(launch := Here(edit))
+    assert launch.stages == ["subset", "tokens"]
+    again = tiny()
+    assert {step.stage for step in again.queue.values() if step.made} == kept
+    assert {folder.parent.name for folder in set(before.queue) & set(again.queue)} == kept
+
+
 def test_what_a_result_is_not_named_after_decides_none(project: Path) -> None:
     ignored = {f"vapi.{name.removesuffix('.py')}" for name in experiment.DECIDE_NOTHING}
     assert ignored < MODULES.keys()

@@ -236,9 +236,8 @@ def code_version() -> dict[str, str]:
     return {"version": vapi.__version__, "commit": _commit(_PACKAGE.parent), "source": source_digest()[:16]}
 
 
-@functools.cache
-def source_digest(without: tuple[str, ...] = ()) -> str:
-    """sha256 (hex) over the package's source, ``without`` some files of its top folder."""
+def source_digest(without: Sequence[str] = ()) -> str:
+    """sha256 (hex) over the package's source as it lies there now, ``without`` some files of its top folder."""
     source = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         if (name := file.relative_to(_PACKAGE).as_posix()) not in without:

@@ -89,8 +89,7 @@ class Experiment:
             values = {name: config.plain(getattr(settings, name)) for name in spec.sections}
             wanted = json.dumps([stage, values, {name: str(path) for name, path in inputs.items()}], sort_keys=True)
             if wanted not in self.known:
-                made = {name: path.name for name, path in inputs.items()}
-                self.known[wanted] = FOLDER / "runs" / stage / keys.of(stage, settings, made, data.source_digest(DECIDE_NOTHING))
+                self.known[wanted] = FOLDER / "runs" / stage / _key(stage, settings, inputs)
             folders[stage] = self.known[wanted]
             self.queue.setdefault(folders[stage], Step(stage, title, settings, inputs, folders[stage]))
             if stage == LAST:
@@ -128,6 +127,9 @@ class Experiment:
         with data.locked(step.folder.with_suffix(".lock")):  # another experiment may want the same
             if step.made:
                 return 0
+            if _key(step.stage, step.settings, step.inputs) != step.folder.name:
+                changed = "the source of vapi, or a file that the configuration names, has changed since this command began"
+                raise ValueError(f"{changed}; what is finished is in {FOLDER / 'runs'}, and the same command goes on")
             print(title, flush=True)
             config.write_text(step.folder.with_suffix(".yaml"), config.dump(step.settings, comments=False))
             tags = {"vapi.experiment": self.name, "vapi.point": step.title}
@@ -239,6 +241,11 @@ class Experiment:
                     numbers |= {metric: ours["mean"]} | ({f"{metric}_std": ours["std"]} if ours["std"] is not None else {})
                 run.metrics(numbers, step=0)  # a step, because what has none is the parent's too
                 run.tag("source", f"{PAPER}, {self.grid.source}" if point.paper else grids.OURS)
+
+
+def _key(stage: str, settings: Config, inputs: Mapping[str, Path]) -> str:
+    """What a stage's result is called, as the source and the files are now."""
+    return keys.of(stage, settings, {name: path.name for name, path in inputs.items()}, data.source_digest(DECIDE_NOTHING))
 
 
 def here(words: Sequence[str], environment: Mapping[str, str]) -> int:
