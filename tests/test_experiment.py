@@ -119,6 +119,13 @@ def test_a_recipe_that_says_so_itself_keeps_its_guidance() -> None:
     assert grids.under(table2, recipes.recipe("llamagen-xxl-c2i")).evaluate.guided == 1.75
 
 
+def test_a_table_that_shows_a_sweep_takes_one() -> None:
+    base = grids.changed(recipes.recipe("digits"), {"evaluate.temperatures": [0.8, 0.9], "evaluate.temperature": 0.7})
+    grids.require_free(GRIDS["temperature"], ["evaluate.temperatures"])
+    swept, plain = (grids.settings(GRIDS[name], base, Point("VA-pi"), 0).evaluate.temperatures for name in ("temperature", "table4"))
+    assert (swept, plain) == ([0.8, 0.9], [0.7])
+
+
 def test_numbers_are_found_where_evaluate_writes_them() -> None:
     results = {
         "tuned": {"fid": 3.0, "precision": 0.5, "precision_adm": 0.6},
@@ -320,6 +327,8 @@ def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["tiny", "--tune.seed", "3"], "--tune.seed is what --seeds decides"),
         (["tiny", "--tune.group_size", "3"], "--tune.group_size is what this experiment varies"),
         (["table4", "--tune.rewards", "{mse: 1}"], "--tune.rewards is what this experiment varies"),
+        (["tiny", "--evaluate.temperatures", "0.8", "0.9"], "--evaluate.temperatures is swept where a table shows what comes of it"),
+        (["table2", "--evaluate.guidances", "[1, 2]"], "temperature does; say --evaluate.guidance, or leave it out"),
         (["tiny", "--tune.lrr", "3"], "did you mean '--tune.lr'?"),
         (["tiny", "table4"], "takes one name"),
         (["tiny", "--recipe", "digits", "--params", "params.yaml"], "not both"),
