@@ -15,6 +15,7 @@ Left out: several stages at a time, since one takes all cores or GPUs by itself;
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -164,12 +165,15 @@ class Experiment:
         return [self._row(point) for point in self.grid.points]
 
     def _row(self, point: Point) -> Scores:
-        row: Scores = {"name": point.name, "changes": point.changes, "paper": point.paper, "about": point.about, "runs": [], "ours": {}}
+        row: Scores = {"name": point.name, "changes": point.changes, "paper": point.paper, "about": point.about}
+        row |= {"runs": [], "ours": {}, "judges": {}}
         if point.changes is None:
             return row | {"state": "not run here"}
         ends = [self.ends[point.name, seed] for seed in self.seeds]
         made = [end for end in ends if self.queue[end].made]
         found = [data.read_json(end / "metrics.json") for end in made]
+        for results in found:
+            row["judges"] |= report.judges(results)
         for metric in self.grid.metrics:
             values = [value for results in found if (value := number(results, point.side, metric)) is not None]
             if values:
@@ -207,10 +211,11 @@ class Experiment:
     def markdown(self, rows: Sequence[Scores]) -> str:
         """The table: for each metric the paper's number, then ours, mean and standard deviation over the seeds."""
         papers = any(row["paper"] for row in rows)
+        judges = {key: title for row in rows for key, title in row["judges"].items()}
         head = [""]
         for metric in self.grid.metrics:
-            title = column(metric).title
-            head += [f"{title}, paper", "ours"] if papers else [title]
+            theirs, ours = column(metric).title, column(metric, judges).title
+            head += [f"{theirs}, paper", "ours" if ours == theirs else f"ours: {ours}"] if papers else [ours]
         lines = [head, ["---"] * len(head)]
         for row in rows:
             cells = [row["name"] + (f" ({row['state']})" if row["state"] not in ("done", "not run here") else "")]
@@ -284,13 +289,14 @@ def number(results: Scores, side: str, metric: str) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def column(metric: str) -> Column:
-    """How a metric is titled and shown."""
+def column(metric: str, judges: Mapping[str, str] | None = None) -> Column:
+    """How a metric is titled and shown. ``judges``: titles of those whose name hangs on who judged (``report.judges``)."""
     kind, _, name = metric.rpartition("/")
     known = {one.key: one for one in report.COLUMNS}
     shown = known.get(name, Column(name, name.replace("_", " "), False, 3 if kind == "task" else 2))
-    title = {"guided": f"{shown.title}, guided", "best": f"{shown.title} at its best"}.get(kind, shown.title)
-    return Column(shown.key, title, shown.lower, shown.digits, shown.scale)
+    title = (judges or {}).get(name, shown.title)
+    title = {"guided": f"{title}, guided", "best": f"{title} at its best"}.get(kind, title)
+    return dataclasses.replace(shown, title=title)
 
 
 def _paper(row: Scores, metric: str) -> str:
