@@ -18,7 +18,7 @@ import pytest
 import world
 from imports import MODULES, reached
 
-from vapi import cli, config, data, experiment, grids, recipes, track
+from vapi import cli, config, data, experiment, grids, inputs, recipes, track
 from vapi.config import Config
 from vapi.experiment import Experiment
 from vapi.grids import GRIDS, Grid, Point
@@ -328,14 +328,17 @@ def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["tiny", "--tune.group_size", "3"], "--tune.group_size is what this experiment varies"),
         (["table4", "--tune.rewards", "{mse: 1}"], "--tune.rewards is what this experiment varies"),
         (["tiny", "--evaluate.temperatures", "0.8", "0.9"], "--evaluate.temperatures is swept where a table shows what comes of it"),
-        (["table2", "--evaluate.guidances", "[1, 2]"], "temperature does; say --evaluate.guidance, or leave it out"),
+        (["table2", "--evaluate.guidances", "[1, 2]"], "(temperature does); say --evaluate.guidance or nothing"),
         (["tiny", "--tune.lrr", "3"], "did you mean '--tune.lr'?"),
         (["tiny", "table4"], "takes one name"),
         (["tiny", "--recipe", "digits", "--params", "params.yaml"], "not both"),
         (["tiny", "--recipe", "digit"], "did you mean 'digits'?"),
         (["tiny", "--params", "params.yaml", "--model.generator", "data/models/gone.safetensors"], "base: model.generator: data/models"),
-        (["tiny", "--params", "params.yaml", "--evaluate.reference", "gone.parquet"], "base: evaluate.reference: gone.parquet is not here"),
-        (["tiny", "--params", "params.yaml", "--subset.source", "gone"], "gone"),
+        (["tiny", "--params", "params.yaml", "--evaluate.reference", "gone.parquet"], "base: evaluate.reference: gone.parquet is not in"),
+        (["tiny", "--params", "params.yaml", "--evaluate.reference", "data/models/metric.safetensors"], "base: evaluate.reference: "),
+        (["tiny", "--params", "params.yaml", "--evaluate.validation", "params.yaml"], "base: evaluate.validation: "),
+        (["tiny", "--params", "params.yaml", "--evaluate.dinov2", "data"], "base: evaluate.dinov2: evaluate.dinov2 is data; give a folder"),
+        (["tiny", "--params", "params.yaml", "--subset.source", "gone"], "base: subset.source: gone is not in"),
         (["tiny", "--params", "params.yaml", "--evaluate.extractor", "inception"], "inception"),
         (["tiny", "--params", "params.yaml", "--tune.perceptual", "vgg"], "vgg16"),
         (["tiny", "--params", "params.yaml", "--tune.policy_weight", "0", "--tune.prior_weight", "0"], "nothing to optimise"),
@@ -349,6 +352,17 @@ def test_mistakes_are_answered_before_anything_is_run(
     code, _, err = call(capsys, *words)
     assert code == cli.MISTAKE and answer in err, err
     assert launch.stages == [] and not Path("artifacts/experiments/tiny").exists()
+
+
+@pytest.mark.parametrize("network", ["vgg", "data/models/reward.safetensors"])
+def test_a_network_that_nothing_reads_need_not_be_here(project: Path, network: str) -> None:
+    """LPIPS is read where the reward names it, also by the prior alone, which follows it on held-out images."""
+    Path("data/models/reward.safetensors").unlink()  # and of the published ones torch's cache has none
+    named = grids.changed(config.load(), {"tune.perceptual": network})
+    assert Experiment("tiny", grids.changed(named, {"tune.rewards": {"mse": 1.0}}), [0]).points
+    for settings in (named, grids.changed(named, {"tune.policy_weight": 0.0})):
+        with pytest.raises(ValueError, match="is not here|needs .*vgg16-397923af.pth"):
+            inputs.looks(settings)["tune.perceptual", network]()
 
 
 def test_the_list_names_every_grid_and_its_rows(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

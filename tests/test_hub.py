@@ -29,6 +29,7 @@ from vapi import config as configs
 from vapi import data, hub, images, sources
 from vapi.config import Config, SubsetConfig
 from vapi.listing import write_listing
+from vapi.models import text, weights
 from vapi.run import Run
 from vapi.subset import subset
 
@@ -236,6 +237,22 @@ def test_large_row_groups_come_in_pieces(server: Hub, tmp_path: Path, monkeypatc
     subset(config(), tmp_path / "pieces")
     assert data.file_digest(tmp_path / "whole") == data.file_digest(tmp_path / "pieces")
     assert max(path.stat().st_size for path in kept(tmp_path / "state")) == 10_000
+
+
+@pytest.mark.parametrize("name", ["team/model", "team/model/model.safetensors"])
+def test_a_model_that_was_fetched_is_not_asked_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever wants to know whether it is there, and how large."""
+    hub_at(NOWHERE, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    sizes = [weights.size, *([text.size] if name == "team/model" else [])]
+    for size in sizes:
+        with pytest.raises(ValueError, match="is no local f.*, and the hub does not show it"):
+            size(name)
+    files = {"refs/main": "e" * 40, f"snapshots/{'e' * 40}/config.json": "{}", f"snapshots/{'e' * 40}/model.safetensors": "weights"}
+    for path, content in files.items():
+        (place := tmp_path / "models--team--model" / path).parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(content)
+    assert {size(name) for size in sizes} == {9 if name == "team/model" else 7}
 
 
 # --- what is named -----------------------------------------------------------------------------

@@ -29,14 +29,14 @@ from typing import Any
 
 import pandas as pd
 
-from vapi import config, data, grids, keys, recipes, report, signals, track
+from vapi import config, data, grids, inputs, keys, recipes, report, signals, track
 from vapi.config import ARTIFACTS, STAGES, Config
 from vapi.grids import Point
 from vapi.report import Column
 
 FOLDER = ARTIFACTS / "experiments"
 LAST = "evaluate"
-DECIDE_NOTHING = ("__main__.py", "cli.py", "config.py", "experiment.py", "grids.py", "keys.py", "recipes.py", "run.py")
+DECIDE_NOTHING = ("__main__.py", "cli.py", "config.py", "experiment.py", "grids.py", "inputs.py", "keys.py", "recipes.py", "run.py")
 """Source that changes no stage's result, so that a new point in a grid does not make all others anew."""
 PAPER = "arXiv 2512.19680"
 Scores = dict[str, Any]
@@ -75,11 +75,7 @@ class Experiment:
         self.known: dict[str, Path] = {}  # results by stage and configuration, whose names take a look at every file
         self.failed: set[Path] = set()
         runs = {(point.name, seed): grids.settings(self.grid, base, point, seed) for seed in seeds for point in self.points}
-        named: dict[tuple[str, str], str] = {}  # files by field and name, each with the first point that names it
-        for (point, _), settings in runs.items():
-            named = dict.fromkeys(config.named_files(settings).items(), point) | named
-        _require_files(named)
-        _require_networks(base)
+        _require_inputs(runs)
         self.ends = {(point, seed): self._plan(settings, f"{point}, seed {seed}") for (point, seed), settings in runs.items()}
 
     def _plan(self, settings: Config, title: str) -> Path:
@@ -248,6 +244,19 @@ class Experiment:
                 run.tag("source", f"{PAPER}, {self.grid.source}" if point.paper else grids.OURS)
 
 
+def _require_inputs(runs: Mapping[tuple[str, int], Config]) -> None:
+    """Raises ValueError, in words that name the point, for what one of the runs will read and cannot. Each thing is looked at once."""
+    seen: set[tuple[str, str]] = set()
+    for (point, _), settings in runs.items():
+        for named, look in inputs.looks(settings).items():
+            if named not in seen:
+                seen.add(named)
+                try:
+                    look()
+                except ValueError as error:
+                    raise ValueError(f"{point}: {named[0]}: {error}. Nothing was run") from error
+
+
 def _key(stage: str, settings: Config, inputs: Mapping[str, Path]) -> str:
     """What a stage's result is called, as the source and the files are now."""
     return keys.of(stage, settings, {name: path.name for name, path in inputs.items()}, data.source_digest(DECIDE_NOTHING))
@@ -314,34 +323,3 @@ def _ours(row: Scores, metric: str) -> str:
 
 def _listed(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
-
-
-# --- what must be there ------------------------------------------------------------------------
-
-
-def _require_files(named: Mapping[tuple[str, str], str]) -> None:
-    """Raises ValueError, in words that name the point, for a file that a configuration names and that is not here (or on a hub)."""
-    for (field, name), point in named.items():
-        try:
-            if field == "model.text_encoder":
-                from vapi.models import text
-
-                text.size(name)
-            elif field.startswith("model."):
-                from vapi.models import weights
-
-                weights.size(name)
-            elif field != "subset.source" and not keys.matches(Path(name)):  # whether the source is here shows when it is listed
-                raise ValueError(f"{name} is not here")
-        except ValueError as error:
-            raise ValueError(f"{point}: {field}: {error}. Nothing was run") from error
-
-
-def _require_networks(base: Config) -> None:
-    """Raises ValueError for published networks that the configuration calls by a word and that are not here."""
-    from vapi import rewards
-    from vapi.metrics import features
-
-    rewards.network_files(base.tune.perceptual, base.tune.perceptual_weights)
-    if base.evaluate.extractor == "inception":
-        features.require_inception(features.inception_path(base.evaluate.extractor_weights))

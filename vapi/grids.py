@@ -339,7 +339,7 @@ def require_free(made: Grid, fields: Sequence[str]) -> None:
         if name in SEEDS:
             raise ValueError(f"--{name} is what --seeds decides here; say --seeds 0,1,2")
         if name in SWEPT and not made.sweeps:
-            raise ValueError(f"--{name} is swept where a table shows what comes of it: temperature does; say --{SWEPT[name]}, or leave it out")
+            raise ValueError(f"--{name} is swept where a table shows what comes of it (temperature does); say --{SWEPT[name]} or nothing")
         for other in made.varied:
             if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
                 raise ValueError(f"--{name} is what this experiment varies; leave it out, or take another experiment")
