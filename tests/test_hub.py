@@ -114,7 +114,15 @@ def test_two_row_groups_of_twenty_four_and_nothing_else(server: Hub, tmp_path: P
     whole = sum(path.stat().st_size for path in server.folder.rglob("*.parquet"))
     assert asked - FILES * 2**16 < 1.1 * whole * 2 / 24
     assert f"2 row groups, 0.1 of {whole / 1e6:.1f} MB, come from" in capsys.readouterr().err
-    assert data.read_json(tmp_path / "subset/config.json")["inputs"]["commit"] == run.tags["subset.commit"] == "a" * 40
+    assert data.read_json(tmp_path / "subset/provenance.json")["commit"] == run.tags["subset.commit"] == "a" * 40
+
+
+def test_a_commit_that_changes_no_file_changes_no_result(server: Hub, tmp_path: Path) -> None:
+    subset(config(), tmp_path / "one")
+    server.revisions["main"] = "c" * 40
+    subset(config(), tmp_path / "two")
+    assert data.file_digest(tmp_path / "one") == data.file_digest(tmp_path / "two")
+    assert [data.read_json(tmp_path / name / "provenance.json")["commit"] for name in ("one", "two")] == ["a" * 40, "c" * 40]
 
 
 def test_a_larger_subset_begins_with_the_smaller_and_reads_what_is_new(server: Hub, tmp_path: Path) -> None:
