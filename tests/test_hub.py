@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,19 @@ def test_a_model_that_was_fetched_is_not_asked_for(name: str, tmp_path: Path, mo
 )
 def test_addresses(server: Hub, path: str, count: int) -> None:
     assert len(list(sources.open_source(config(ADDRESS + path)).files())) == count
+
+
+def test_of_several_splits_one_is_proposed(server: Hub, tmp_path: Path) -> None:
+    """In the layout of the branch of Parquet files that the hub makes itself."""
+    first = next(server.folder.rglob("*.parquet"))
+    server.folder = tmp_path / "converted"
+    for split in ("test", "train"):
+        (server.folder / "default" / split).mkdir(parents=True)
+        shutil.copy(first, server.folder / "default" / split / "0000.parquet")
+    branch = f"{ADDRESS}@refs/convert/parquet"
+    with pytest.raises(ValueError, match=f"holds shards of test and train; name those .* as in subset.source '{branch}/default/train'$"):
+        sources.open_source(config(branch)).files()
+    assert [name for name, _ in sources.open_source(config(f"{branch}/default/train")).files()] == ["0000.parquet"]
 
 
 @pytest.mark.parametrize(
