@@ -308,6 +308,18 @@ def test_rows_are_runs_nested_in_one_of_the_experiment(project: Path, mlflow_db:
     assert points["VA-pi"].data.metrics["paper/fid"] == 1.0 and "paper/fid" not in points["G 2"].data.metrics
 
 
+def test_every_metric_of_a_table_of_digits_is_in_what_evaluate_writes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(Those of tables of scenes: test_t2i.py.)"""
+    tables = [grid for grid in GRIDS.values() if grid.recipe == "digits"]
+    metrics = tuple(dict.fromkeys(metric for grid in tables for metric in grid.metrics))
+    points = (Point("base", side="base"), Point("VA-pi"))
+    monkeypatch.setitem(GRIDS, "all", Grid("All metrics.", "every table", metrics, points))
+    made = Experiment("all", grids.changed(config.load(), {"evaluate.guided": 1.75}), [0])
+    assert made.run(Here()) == 0
+    for row in made.rows():
+        assert row["ours"].keys() == set(metrics), row["name"]
+
+
 # --- mistakes and stops ------------------------------------------------------------------------
 
 
