@@ -24,7 +24,7 @@ import pytest
 from huggingface_hub import constants
 from imports import ROOT
 from PIL import Image
-from stubs import Hub, hub_at, serving
+from stubs import Hub, Request, hub_at, serving
 
 from vapi import config as configs
 from vapi import data, hub, images, sources
@@ -239,6 +239,61 @@ def test_a_connection_that_breaks_is_made_again(server: Hub, tmp_path: Path) -> 
     assert broken and len(set(server.ranges)) == len(server.ranges)
 
 
+def test_a_connection_that_breaks_in_the_middle_is_made_again(server: Hub, tmp_path: Path) -> None:
+    subset(config(), tmp_path / "undisturbed")
+    (tmp_path / ".vapi").rename(tmp_path / "kept")
+    broken = []
+
+    def half(request: Request, path: str) -> Any:
+        def body() -> Iterator[bytes]:
+            yield b"half"
+            raise ConnectionAbortedError
+
+        if path in broken:
+            return server._range(request, path)
+        broken.append(path)
+        return 206, body()
+
+    server.routes.insert(0, ("GET", "/storage/(.*)", half))
+    subset(config(), tmp_path / "subset")
+    assert len(broken) == FILES and data.file_digest(tmp_path / "subset") == data.file_digest(tmp_path / "undisturbed")
+
+
+def test_a_whole_file_that_comes_for_a_range_is_not_waited_for(server: Hub, tmp_path: Path) -> None:
+    sent = []
+
+    def body() -> Iterator[bytes]:
+        for _ in range(400):
+            sent.append(1)
+            yield bytes(2**20)
+
+    server.routes.insert(0, ("GET", "/storage/(.*)", lambda request, path: (200, body())))
+    with pytest.raises(ValueError, match="a whole file came in place of 65,536 bytes of it"):
+        subset(config(f"{ADDRESS}/data/train-00000-*"), tmp_path / "subset")
+    assert len(sent) < 200
+
+
+def test_a_file_of_another_version_is_fetched_anew(server: Hub, tmp_path: Path) -> None:
+    subset(config(images=96), tmp_path / "one")
+    (path,) = server.folder.glob("data/train-00000-*")
+    folder = shutil.copytree(server.folder, tmp_path / "repository")
+    table = pq.read_table(path)
+    pq.write_table(table.take(list(range(len(table)))[::-1]), folder / path.relative_to(server.folder), row_group_size=GROUP)
+    server.folder, server.revisions["main"] = folder, "c" * 40
+    subset(config(images=96), tmp_path / "two")
+    one, two = (data.read_subset(tmp_path / name) for name in ("one", "two"))
+    rows = {key: two.image(i) for i, key in enumerate(two.keys) if "train-00000" in key}
+    before = {key: one.image(i) for i, key in enumerate(one.keys) if "train-00000" in key}
+    assert [rows[key] for key in sorted(rows)] == [before[key] for key in sorted(before)][::-1] and len(rows) == ROWS
+
+
+def test_to_describe_a_dataset_takes_the_end_of_its_first_file(server: Hub) -> None:
+    assert "4 files" in sources.HubParquet(config()).described()
+    ((path, span),) = server.ranges
+    first, last = map(int, span.split("-"))
+    assert last == (server.folder / path).stat().st_size - 1 and last - first < 2**16
+
+
 def test_large_row_groups_come_in_pieces(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subset(config(), tmp_path / "whole")
     monkeypatch.setenv("VAPI_STATE", str(tmp_path / "state"))
@@ -347,7 +402,7 @@ def no_ranges(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         (offline, "the hub does not give team/pictures .*fline"),
         (no_commit, "the hub does not give team/pictures .it calls '../../elsewhere' a commit"),
         (no_library, "lies on the hub; to read it: pip install huggingface_hub"),
-        (no_ranges, "bytes came in place of 65,536; does a proxy drop the header Range.*run the same command again"),
+        (no_ranges, "a whole file came in place of 65,536 bytes of it; does a proxy drop the header Range.*run the same command again"),
     ],
 )
 def test_what_stands_between(
