@@ -226,7 +226,7 @@ def test_points_share_stages_and_a_stopped_command_goes_on(project: Path) -> Non
     long = pd.read_csv("artifacts/experiments/tiny/table.csv").set_index(["row", "metric"])
     assert long.loc[("G 2", "fid"), "ours"] == pytest.approx(found["G 2"]["ours"]["fid"]["mean"]) and len(long) == 8
     assert tiny(0, 1).plan().endswith("0 of 10 stages to run")
-    assert "4 of 10 stages to run, about 1 minutes if they take as long as those that are finished" in tiny(0, 2).plan()
+    assert "4 of 10 stages to run, about 1 minute if they take as long as those that are finished" in tiny(0, 2).plan()
 
 
 @pytest.mark.parametrize("code", [cli.MISTAKE, 128 + signal.SIGKILL])

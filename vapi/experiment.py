@@ -151,7 +151,8 @@ class Experiment:
                 spent.setdefault(step.stage, []).append(data.read_json(step.folder / "provenance.json")["seconds"])
         if left and set(left) <= spent.keys():
             seconds = sum(statistics.fmean(spent[stage]) for stage in left)
-            words += f", about {max(1, round(seconds / 60))} minutes if they take as long as those that are finished"
+            minutes = max(1, round(seconds / 60))
+            words += f", about {minutes} minute{'s' * (minutes > 1)} if they take as long as those that are finished"
         return words
 
     # --- results -------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import os
 import re
@@ -86,7 +85,7 @@ class Dataset:
 
     def files(self, folder: str, below: bool) -> list[File]:
         """All files of a folder in it, and with ``below`` of those below. Asked once for a commit."""
-        known = self._kept(self.commit) / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{below:d}.json"
+        known = self._kept(self.commit) / f"{data.short_digest(folder)}-{below:d}.json"
         if not known.is_file():
             with self._asked(folder or self.name):
                 from huggingface_hub import HfApi
@@ -103,7 +102,7 @@ class Dataset:
 
     def read(self, file: File, start: int, end: int) -> bytes:
         """The bytes from ``start`` to ``end``."""
-        kept = self._kept(hashlib.sha256(file.digest.encode()).hexdigest()[:32]) / f"{start}-{end}"
+        kept = self._kept(data.text_digest(file.digest)[:32]) / f"{start}-{end}"
         if not kept.is_file():
             with self._asked(file.path):
                 body = self._fetch(file, start, end)

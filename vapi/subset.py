@@ -48,7 +48,7 @@ def subset(subset: SubsetConfig, out: Path, run: Run = NO_RUN) -> None:
         with sources.still_there(subset):
             source = sources.open_source(subset)
             commit = sources.commit(source)
-            digest = hashlib.sha256(listing.listing(source).encode()).hexdigest()
+            digest = data.text_digest(listing.listing(source))
             queues = _queues(source.entries(), subset)
         with (folder / "spool").open("w+b") as spool:
             picked = _Picker(source, subset, spool).pick(queues)
