@@ -126,6 +126,18 @@ def test_a_table_that_shows_a_sweep_takes_one() -> None:
     assert (swept, plain) == ([0.8, 0.9], [0.7])
 
 
+@pytest.mark.parametrize(("recipe", "row"), [("digits-t2i", "xi 0"), ("llamagen-xl-t2i", "xi 0.5")])
+def test_va_pi_of_table_3_is_a_row_of_table_5(recipe: str, row: str) -> None:
+    """With the paper's recipe the one that it is in the paper, on the embedded scenes another (docs/experiments.md)."""
+
+    def settings(table: str, name: str) -> Config:
+        (point,) = (point for point in GRIDS[table].points if point.name == name)
+        return grids.settings(GRIDS[table], grids.under(GRIDS[table], recipes.recipe(recipe)), point, 0)
+
+    assert settings("table3", "VA-pi") == settings("table5", row)
+    assert GRIDS["table3"].points[-1].paper == next(point.paper for point in GRIDS["table5"].points if point.name == "xi 0.5")
+
+
 def test_numbers_are_found_where_evaluate_writes_them() -> None:
     results = {
         "tuned": {"fid": 3.0, "precision": 0.5, "precision_adm": 0.6},

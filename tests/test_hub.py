@@ -287,6 +287,19 @@ def test_a_file_of_another_version_is_fetched_anew(server: Hub, tmp_path: Path) 
     assert [rows[key] for key in sorted(rows)] == [before[key] for key in sorted(before)][::-1] and len(rows) == ROWS
 
 
+def test_an_end_of_more_than_64_kib_takes_a_second_range(server: Hub, tmp_path: Path) -> None:
+    """And no more than the end."""
+    server.folder = tmp_path / "long"
+    server.folder.mkdir()
+    columns = {"image": [bytes(100)] * 1000, "caption": ["words"] * 1000}
+    pq.write_table(pa.table(columns), server.folder / "all.parquet", row_group_size=2)
+    sources.HubParquet(config()).described()
+    size = (server.folder / "all.parquet").stat().st_size
+    metadata = pq.read_metadata(server.folder / "all.parquet").serialized_size
+    assert 2**16 < metadata < size
+    assert [span for _, span in server.ranges] == [f"{size - 2**16}-{size - 1}", f"{size - 8 - metadata}-{size - 9}"]
+
+
 def test_to_describe_a_dataset_takes_the_end_of_its_first_file(server: Hub) -> None:
     assert "4 files" in sources.HubParquet(config()).described()
     ((path, span),) = server.ranges
