@@ -14,7 +14,7 @@ from vapi.config import PERCEPTUAL, Config
 
 Look = Callable[[], str]
 """Says in words what is there. Raises ValueError that says what to do."""
-WEIGHTS = ("model.generator", "model.tokenizer", "tune.perceptual", "evaluate.extractor")
+WEIGHTS = ("model.generator", "model.tokenizer", "tune.perceptual", "tune.classifier", "evaluate.extractor")
 """Fields that may name a file on a hub."""
 
 
@@ -22,9 +22,7 @@ def looks(settings: Config) -> dict[tuple[str, str], Look]:
     """A look at all that the stages will read, by field (``model.generator``) and by what that holds: a file, or a word for one."""
     named = config.named_files(settings)
     found: dict[tuple[str, str], Look] = {}
-    if "lpips" not in settings.tune.rewards:  # whatever its weight, tune reads its network
-        named = {field: name for field, name in named.items() if not field.startswith("tune.perceptual")}
-    elif settings.tune.perceptual in PERCEPTUAL:
+    if settings.tune.rewards.get("lpips") and settings.tune.perceptual in PERCEPTUAL:
         found["tune.perceptual", settings.tune.perceptual] = functools.partial(_perceptual, settings)
     if settings.evaluate.extractor == "inception":
         found["evaluate.extractor", "inception"] = functools.partial(_inception, settings)
