@@ -23,6 +23,7 @@ from vapi import compare, compare_page, data, models, prompted, references, repo
 from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, TuneConfig, plain
 from vapi.digits import build_janus, build_scenes
 from vapi.evaluate import evaluate
+from vapi.experiment import Experiment
 from vapi.metrics import geneval
 from vapi.models import text, weights
 from vapi.objective import Batch, Objective, optimizer_of, update
@@ -170,6 +171,17 @@ def test_another_text_encoder_or_text_of_a_metric_is_another_evaluation(project:
     monkeypatch.setattr(text.Words, "digest", "f" * 64)
     with pytest.raises(ValueError, match="tuned with another text encoder than words"):
         evaluated("artifacts/other")
+
+
+@pytest.mark.parametrize("name", ["table3", "table5", "table3-janus"])
+def test_a_table_finds_every_number_and_names_the_judge(project: Path, name: str) -> None:
+    made = Experiment(name, settings(), [0])
+    for end in set(made.ends.values()):
+        shutil.copytree("artifacts/evaluate", end)
+    rows = made.write()
+    assert all(row["ours"].keys() == set(made.grid.metrics) for row in rows if row["changes"] is not None)
+    head = made.markdown(rows).splitlines()[4]
+    assert head.endswith("| two object, paper | ours | GenEval, paper | ours: GenEval (scenes, classical judge) |")
 
 
 def test_no_reference_of_moments_alone_for_captions(project: Path) -> None:

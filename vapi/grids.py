@@ -19,6 +19,8 @@ from vapi.config import Config
 
 SEEDS = ("tune.seed", "evaluate.seeds")
 """Fields that a run's seed decides, in every grid."""
+SWEPT = {"evaluate.temperatures": "evaluate.temperature", "evaluate.guidances": "evaluate.guidance"}
+"""Fields of the sweep, each with that of the only point which is left of it in a grid that does not show what comes of it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Grid:
     def varied(self) -> list[str]:
         """The fields that some of its points change."""
         return list(dict.fromkeys(name for point in self.points for name in point.changes or {}))
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether it shows what comes of sweeping temperature and guidance."""
+        return any(metric.startswith("best/") for metric in self.metrics)
 
 
 QUALITY = ("fid", "inception_score", "precision", "recall")
@@ -310,8 +317,9 @@ def settings(made: Grid, base: Config, point: Point, seed: int) -> Config:
     only where the grid shows what comes of it. Raises ValueError that names the point."""
     assert point.changes is not None, point.name
     how: dict[str, Any] = {"tune.seed": seed, "evaluate.seeds": [seed]}
-    if not any(metric.startswith("best/") for metric in made.metrics):
-        how |= {"evaluate.temperatures": [base.evaluate.temperature], "evaluate.guidances": [base.evaluate.guidance]}
+    if not made.sweeps:
+        own = config.flat(base)
+        how |= {field: [own[plain]] for field, plain in SWEPT.items()}
     try:
         return changed(base, point.changes | how)
     except ValueError as error:
@@ -330,6 +338,8 @@ def require_free(made: Grid, fields: Sequence[str]) -> None:
     for name in fields:
         if name in SEEDS:
             raise ValueError(f"--{name} is what --seeds decides here; say --seeds 0,1,2")
+        if name in SWEPT and not made.sweeps:
+            raise ValueError(f"--{name} is swept where a table shows what comes of it (temperature does); say --{SWEPT[name]} or nothing")
         for other in made.varied:
             if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
                 raise ValueError(f"--{name} is what this experiment varies; leave it out, or take another experiment")

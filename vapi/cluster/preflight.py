@@ -21,14 +21,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vapi import config, data, hub
+from vapi import config, data, hub, inputs
 from vapi.cluster import api, checks, form, origin, pages, step
 from vapi.cluster.api import Demand, Kubernetes
 from vapi.cluster.checks import Check, failed, ok, warning
 from vapi.cluster.config import CERTIFICATES, GPU_STEPS, ClusterConfig, require_label, require_pinned, require_tolerations
 from vapi.cluster.origin import Origin
 from vapi.config import STAGES, Config
-from vapi.keys import matches
 
 MLFLOW_SECONDS = 5
 
@@ -133,7 +132,7 @@ def about_here(settings: Config, source: Origin, place: step.Place) -> list[Chec
         os.chdir(origin.root(source, [] if place.volume else wanted.values(), place.state))
     except ValueError as error:
         return [failed("data_uri", str(error))]
-    found = [ok("data_uri", _described(source)), *_files(settings, wanted, there), *_readable(settings, there), *_networks(settings)]
+    found = [ok("data_uri", _described(source)), *_inputs(settings, there)]
     if place.volume:
         found += _room(place.volume, bytes_needed(settings) + sum(there.values()))
     return [*found, mlflow(settings.track.uri or os.environ.get("MLFLOW_TRACKING_URI", ""))]
@@ -145,59 +144,11 @@ def _described(source: Origin) -> str:
     return source.uri or "the image's own data"
 
 
-def _files(settings: Config, wanted: Mapping[str, str], there: Mapping[str, int]) -> Iterator[Check]:
-    for dotted, name in wanted.items():
+def _inputs(settings: Config, there: Mapping[str, int]) -> Iterator[Check]:
+    """What the stages will read; of what is ``there`` to be fetched, that it is."""
+    for (dotted, name), look in inputs.looks(settings).items():
         with _field(dotted.replace(".", "_", 1)) as (field, found):
-            if name in there:
-                found.append(ok(field, f"{name}, {there[name]:,} bytes, still to be fetched"))
-            elif dotted.startswith("model."):
-                from vapi.models import text, weights  # with torch
-
-                size = text.size(name) if dotted == "model.text_encoder" else weights.size(name)
-                found.append(ok(field, f"{name}, {size:,} bytes"))
-            elif dotted == "subset.source" and hub.is_address(name):
-                from vapi import sources  # with the weight of what reads images
-
-                found.append(ok(field, sources.HubParquet(settings.subset).described()))
-            elif here := matches(Path(name)):
-                found.append(ok(field, name + (f", {len(here)} files" if len(here) > 1 else "")))
-            else:
-                found.append(failed(field, f"{name} is not in {Path.cwd()}; put it there, or name what is"))
-        yield from found
-
-
-def _readable(settings: Config, there: Mapping[str, int]) -> Iterator[Check]:
-    """Whether what images are compared with are images: evaluation comes after hours on GPUs."""
-    for field in ("reference", "validation"):
-        path = Path(getattr(settings.evaluate, field))
-        if str(path) in there or not path.is_file():
-            continue
-        with _field(f"evaluate_{field}") as (_, found):
-            if path.suffix == ".npz":
-                from vapi.metrics import published
-
-                published.require(path)
-            else:
-                data.read_images(path, limit=1)
-        yield from found
-
-
-def _networks(settings: Config) -> Iterator[Check]:
-    """Published weights that a configuration calls by a word."""
-    if settings.tune.perceptual in config.PERCEPTUAL and "lpips" in settings.tune.rewards:
-        with _field("tune.perceptual") as (field, found):
-            from vapi import rewards
-
-            named = settings.tune.perceptual
-            found.append(ok(field, str(rewards.network_files(named, settings.tune.perceptual_weights)[named])))
-        yield from found
-    if settings.evaluate.extractor == "inception":
-        with _field("evaluate.extractor") as (field, found):
-            from vapi.metrics import features
-
-            path = features.inception_path(settings.evaluate.extractor_weights)
-            features.require_inception(path)
-            found.append(ok(field, str(path)))
+            found.append(ok(field, f"{name}, {there[name]:,} bytes, still to be fetched" if name in there else look()))
         yield from found
 
 
