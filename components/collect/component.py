@@ -1,7 +1,5 @@
 """Make the table of an experiment from its evaluations."""
 
-from typing import List  # noqa: UP035  (kfp reads artifacts of a list from this spelling alone)
-
 from kfp.dsl import Artifact, Input, Markdown, Output
 
 from components import component
@@ -11,7 +9,7 @@ from components import component
 def collect(
     work_dir: str,
     table: Input[Artifact],
-    evaluations: Input[List[Artifact]],  # noqa: UP006
+    evaluations: Input[list[Artifact]],
     results: Output[Artifact],
     page: Output[Markdown],
 ) -> None:

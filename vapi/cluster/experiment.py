@@ -87,9 +87,7 @@ def expand(cluster: Mapping[str, Any], work_dir: str, form: Mapping[str, Any], r
     with step.in_words(), step.workplace(work_dir) as place:
         asked = resolved(form, bool(work_dir))
         source = preflight.looked_at(asked.distinct, asked.source, place, cluster, {"tune_nodes": 1, **form}, False, report)
-        plans = {
-            grids.title(point, seed): preflight.plans(settings, source, place) for (point, seed), settings in asked.runs.items()
-        }
+        plans = {grids.title(point, seed): preflight.plans(settings, source, place) for (point, seed), settings in asked.runs.items()}
         branches = tree([_named(asked.name, title, each) for title, each in plans.items()])
         _describe(asked, plans, Path(table))
         return branches
@@ -109,9 +107,7 @@ def tree(runs: Sequence[Mapping[str, Plan]], levels: Sequence[Sequence[str]] = L
     groups: dict[str, list[Mapping[str, Plan]]] = {}
     for plans in runs:
         groups.setdefault(_content(plans, stages), []).append(plans)
-    return [
-        {stage: group[0][stage] for stage in stages} | ({THEN: tree(group, further)} if further else {}) for group in groups.values()
-    ]
+    return [{stage: group[0][stage] for stage in stages} | ({THEN: tree(group, further)} if further else {}) for group in groups.values()]
 
 
 def _content(plans: Mapping[str, Plan], stages: Sequence[str]) -> str:
@@ -122,10 +118,10 @@ def _content(plans: Mapping[str, Plan], stages: Sequence[str]) -> str:
 def _describe(asked: Asked, plans: Mapping[str, Mapping[str, Plan]], path: Path) -> None:
     """What the table is made from: the grid, and by which run's evaluation each point and seed is judged."""
     first: dict[str, str] = {}
+    for title, each in plans.items():
+        first.setdefault(_content(each, LEVELS[-1]), title)
     ends = [
-        {"point": point, "seed": seed, "run": first.setdefault(_content(plans[title], LEVELS[-1]), title)}
-        for point, seed in asked.runs
-        if (title := grids.title(point, seed))
+        {"point": point, "seed": seed, "run": first[_content(plans[grids.title(point, seed)], LEVELS[-1])]} for point, seed in asked.runs
     ]
     some = next(iter(plans.values()))[experiment.LAST]
     made = {"experiment": asked.name, "config": config.plain(asked.base), "seeds": asked.seeds, "ends": ends}

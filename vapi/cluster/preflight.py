@@ -54,7 +54,13 @@ def preflight(
 
 
 def looked_at(
-    runs: Sequence[Config], source: Origin, place: step.Place, cluster: Mapping[str, Any], form: Mapping[str, Any], trainjob: bool, report: str
+    runs: Sequence[Config],
+    source: Origin,
+    place: step.Place,
+    cluster: Mapping[str, Any],
+    form: Mapping[str, Any],
+    trainjob: bool,
+    report: str,
 ) -> Origin:
     """Look at everything that runs with these configurations need, and write it as Markdown to ``report``. Leaves the process in the folder
     that the data's names are relative to; returns the source with a commit in place of a name that may move.
