@@ -118,14 +118,18 @@ class Asked:
         self.cluster: ClusterConfig = config.build(ClusterConfig, constants["cluster"])
         self.volume = bool(constants["work_dir"])
         given = fields.checked(self.pipeline, fields.parse(arguments.p))
-        if arguments.from_dvc and self.recipe is None:
-            raise ValueError("--from-dvc is for one configuration; an experiment has experiment_recipe and overrides: leave it out")
-        taken = worktree.values(ROOT, self.pipeline, self.recipe, arguments.dirty) if arguments.from_dvc else {}
+        taken = self._of_the_tree(arguments.dirty) if arguments.from_dvc else {}
         if "data_uri" in given:
             taken.pop("data_revision", None)
         both = {"overrides": {**taken.get("overrides", {}), **given.get("overrides", {})}}
         self.values = {**taken, **given, **(both if both["overrides"] else {})}
         self.runs = self._runs()
+
+    def _of_the_tree(self, dirty: bool) -> dict[str, Any]:
+        """The fields that params.yaml and git fill."""
+        if self.recipe is None:
+            raise ValueError("--from-dvc takes one configuration from params.yaml; an experiment has experiment_recipe and overrides")
+        return worktree.values(ROOT, self.pipeline, self.recipe, dirty)
 
     def _runs(self) -> list[Config]:
         """The configurations that the form asks for."""

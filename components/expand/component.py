@@ -27,7 +27,7 @@ def expand(
     table: Output[Artifact],
     checks: Output[Markdown],
 ) -> list:
-    """Check the filled form and all that its runs need, as preflight does; make a plan for each stage of each run, once where runs share it.
+    """Check the filled form and all that its runs need, as preflight does; make plans for the stages, one where runs share a stage.
 
     Args:
         cluster: The facts of cluster.yaml that the package was compiled with.
