@@ -84,9 +84,13 @@ def expand(cluster: Mapping[str, Any], work_dir: str, form: Mapping[str, Any], r
     Writes the checks as Markdown to ``report``, and to ``table`` what ``collect`` must know. Raises SystemExit(2) after printing every
     check if one of them failed.
     """
-    with step.in_words(), step.workplace(work_dir) as place:
+
+    def ask() -> tuple[Asked, Sequence[Config], Origin]:
         asked = resolved(form, bool(work_dir))
-        source = preflight.looked_at(asked.distinct, asked.source, place, cluster, {"tune_nodes": 1, **form}, False, report)
+        return asked, asked.distinct, asked.source
+
+    with step.in_words(), step.workplace(work_dir) as place:
+        asked, source = preflight.looked_at(ask, place, cluster, {"tune_nodes": 1, **form}, False, report)
         plans = {grids.title(point, seed): preflight.plans(settings, source, place) for (point, seed), settings in asked.runs.items()}
         branches = tree([_named(asked.name, title, each) for title, each in plans.items()])
         _describe(asked, plans, Path(table))

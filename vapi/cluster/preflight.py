@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vapi import config, data, hub
 from vapi.cluster import api, checks, form, origin, pages, step
@@ -29,6 +29,8 @@ from vapi.cluster.config import CERTIFICATES, GPU_STEPS, ClusterConfig, require_
 from vapi.cluster.origin import Origin
 from vapi.config import STAGES, Config
 from vapi.keys import matches
+
+T = TypeVar("T")
 
 MLFLOW_SECONDS = 5
 
@@ -47,28 +49,33 @@ def preflight(
 
     Raises SystemExit(2) after printing every check if one of them failed.
     """
-    with step.in_words(), step.workplace(work_dir) as place:
+
+    def asked() -> tuple[Config, Sequence[Config], Origin]:
         settings, source = resolved(recipe, form, bool(work_dir), trainjob)
-        source = looked_at([settings], source, place, cluster, form, trainjob, report)
+        return settings, [settings], source
+
+    with step.in_words(), step.workplace(work_dir) as place:
+        settings, source = looked_at(asked, place, cluster, form, trainjob, report)
         return plans(settings, source, place)
 
 
 def looked_at(
-    runs: Sequence[Config],
-    source: Origin,
+    ask: Callable[[], tuple[T, Sequence[Config], Origin]],
     place: step.Place,
     cluster: Mapping[str, Any],
     form: Mapping[str, Any],
     trainjob: bool,
     report: str,
-) -> Origin:
-    """Look at everything that runs with these configurations need, and write it as Markdown to ``report``. Leaves the process in the folder
-    that the data's names are relative to; returns the source with a commit in place of a name that may move.
+) -> tuple[T, Origin]:
+    """Look at everything that a filled form needs, and write it as Markdown to ``report``. ``ask`` says what it asks for, in whatever
+    form, with the configurations that will run and where their data come from. Leaves the process in the folder that the data's names
+    are relative to; returns what ``ask`` said, and the source with a commit in place of a name that may move.
 
     Raises ValueError with all that failed, after printing every check.
     """
     facts = config.build(ClusterConfig, dict(cluster))
     try:
+        asked, runs, source = ask()
         source = origin.resolve(source, place.state)
         found = about_form(runs) + about_here(runs, source, place)
     except ValueError as error:
@@ -80,7 +87,7 @@ def looked_at(
     print(checks.table(found), flush=True)
     if wrong := checks.verdict(found):
         raise ValueError(wrong)
-    return source
+    return asked, source
 
 
 def _about_pod(runs: Sequence[Config], facts: ClusterConfig, values: Mapping[str, Any], trainjob: bool) -> list[Check]:
