@@ -80,7 +80,7 @@ def agreement(made: Evidence, shown: int = 4, many: int = 2048, groups: int = 8)
     an image (which itself agrees with another such gradient by ``ceiling``)."""
     params = made.params
     policy, tune = models.load(params.model), params.tune
-    reward = Reward(tune.rewards, tune.perceptual)
+    reward = Reward.of(tune)
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in CREDITS}
     ceiling = []
     subset, tokens = data.read_subset(made.subset), data.read_tokens(made.tokens)
@@ -137,7 +137,7 @@ def costs(made: Evidence, rounds: int = 3) -> Scores:
     for name, changes in made.arms.items():
         tune = dataclasses.replace(params.tune, **changes)
         policy = models.load(params.model)
-        objective = OBJECTIVES[tune.objective](policy, tune, Reward(tune.rewards, tune.perceptual), params.model.precision)
+        objective = OBJECTIVES[tune.objective](policy, tune, Reward.of(tune), params.model.precision)
         batch, optimizer = world.batch(policy, tune.images_per_step), optimizer_of(policy.generator, tune)
         ways[name] = functools.partial(update, objective, optimizer, batch, 1)
     return meter.take_turns(torch.device("cpu"), ways, rounds)

@@ -64,7 +64,7 @@ def digits(count: int) -> dict[str, object]:
     policy, tune = models.load(replace(settings.model, device="cpu")), settings.tune
     pixels, labels, _ = data.read_images(Path(settings.evaluate.validation))
     targets = images.to_float(pixels[:count])
-    reward = Reward(tune.rewards, tune.perceptual)
+    reward = Reward.of(tune)
     objective = Objective(policy, tune, reward)
     with torch.no_grad():
         codes = policy.encode(targets)

@@ -99,7 +99,8 @@ def test_a_full_size_run_in_small(tmp_path: Path, inception_file: Path, monkeypa
 
 # float32, since a CPU without instructions for bfloat16 takes half an hour for the recipe's
 SMALLER_T2I = {
-    "model.generator": "data/llamagen/t2i_B.pt", "model.image_size": SIDE, "model.precision": "float32", "subset.images": 24, "subset.min_size": 32,
+    "model.generator": "data/llamagen/t2i_B.pt", "model.image_size": SIDE, "model.precision": "float32",
+    "subset.images": 24, "subset.min_size": 32,
     "tokens.images_per_batch": 8, "tune.images_per_step": 4, "tune.holdout_images": 4, "tune.steps": 2, "tune.compile": False,
     "tune.perceptual_weights": "data", "evaluate.samples": 8, "evaluate.sweep_samples": 8, "evaluate.guidances": [2.0],
     "evaluate.images_per_batch": 8, "evaluate.sheet_images": 4, "evaluate.images_per_prompt": 1, "track.uri": "off",

@@ -1,40 +1,65 @@
-"""What VA-pi is compared with: other losses on the same policy, images and reward, in the same loop.
+"""What VA-pi is compared with: other losses on the same policy and images, in the same loop.
 
-    ste   the reward's own gradient, past the draws: codes are decoded as drawn, and differentiated as if their
-          expected codebook vector had been decoded (straight-through; the paper's table 2)
-    cca   condition contrastive alignment (arXiv 2410.09347): an image becomes likelier under its class, and
-          less likely under another one, against the base
+    ste        the reward's own gradient, past the draws: codes are decoded as drawn, and differentiated as if their
+               expected codebook vector had been decoded (straight-through; the paper's table 2)
+    cca        condition contrastive alignment (arXiv 2410.09347): an image becomes likelier under its class, and
+               less likely under another one, against the base
+    ar_grpo    GRPO on free draws (AR-GRPO, arXiv 2508.06924), rewarded for what was asked and not for an image
+    tokenizer  the generator stays, and the tokenizer's decoder learns to paint its teacher-forced draws
 
 The cross-entropy alone (fine-tuning on the images) is VA-pi with ``policy_weight`` 0.
 
 Of the released straight-through baseline differ: vectors are the tokenizer's, of length one (it multiplies with the raw codebook);
 the softmax that is differentiated has no Gumbel noise (it would take a random number for every code of the codebook); one draw an
 image, so ``group_size`` does not matter. Of CCA is left out that it drops a tenth of the classes to keep a model without condition;
-it draws nothing, so that sizes, temperature and weights of draws, reward and prior do not matter to it.
+it draws nothing, so that sizes, temperature and weights of draws, reward and prior do not matter to it. AR-GRPO's own rewards (six
+networks of others) are not part of this package; its guidance while drawing is, and the ratio is that of the predictions without it.
+The tokenizer's adversarial loss is left out, as in the paper.
 
-Shapes: B images, T codes, V codebook, K code width.
+Shapes: B images, G group, T codes, V codebook, K code width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vapi import grpo, models
 from vapi.config import TuneConfig
 from vapi.launch import ALONE, World
-from vapi.models import Policy
-from vapi.objective import DRAW, OTHER, Batch, Objective, Terms, finite, frozen_copy, named_means
+from vapi.models import Policy, vq, weights
+from vapi.objective import (
+    DRAW,
+    HOLDOUT_DRAWS,
+    OTHER,
+    Batch,
+    Draws,
+    Objective,
+    Rollout,
+    Rollouts,
+    Terms,
+    finite,
+    frozen_copy,
+    named_means,
+)
+from vapi.prediction import Prediction
 from vapi.rewards import Reward
 
 
 class StraightThrough(Objective):
     """L = -reward(decode(h + p - stop(p))) + beta * cross-entropy, h the drawn codes one-hot and p their probabilities."""
 
-    def pieces(self, batch: Batch, step: int) -> Iterator[tuple[float, Tensor, Terms]]:
+    def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32", world: World = ALONE) -> None:
+        """Raises ValueError for a reward through which no gradient passes."""
+        reward.require_gradient()
+        super().__init__(policy, tune, reward, precision, world)
+
+    def pieces(self, batch: Batch, step: int, made: Rollouts | None = None) -> Iterator[tuple[float, Tensor, Terms]]:
         tune = self.tune
         for share, part in self.parts(batch):
             predicted = self.predict(self.policy, part.condition, self.context(part, step))
@@ -43,7 +68,7 @@ class StraightThrough(Objective):
             uniforms = grpo.uniforms(keys, 1, part.codes.shape[1])
             true, vectors = predicted.ask(self.drawn, part.codes[..., None], uniforms.mT)
             with models.autocast(self.precision, self.policy.device):
-                rewards, parts = self.reward.score(self.policy.paint(vectors)[:, None], part.images)
+                rewards, parts = self.reward.score(self.policy.paint(vectors)[:, None], part.images, asked=part.asked)
             loss = tune.prior_weight * grpo.prior_ce(true) - tune.policy_weight * rewards.mean()
             found = {**terms, **named_means(parts), "reward": rewards.mean(), "loss": loss}
             yield share, loss, finite({name: value.detach() for name, value in found.items()}, step)
@@ -67,7 +92,7 @@ class Contrastive(Objective):
             raise ValueError("tune.objective cca contrasts classes, and this model draws from captions; take another objective")
         self.base = self.base or frozen_copy(policy)
 
-    def pieces(self, batch: Batch, step: int) -> Iterator[tuple[float, Tensor, Terms]]:
+    def pieces(self, batch: Batch, step: int, made: Rollouts | None = None) -> Iterator[tuple[float, Tensor, Terms]]:
         beta, weight = self.tune.cca_beta, self.tune.cca_weight
         for share, part in self.parts(batch):
             context = self.context(part, step)
@@ -104,5 +129,110 @@ def contrast(own: Tensor, other: Tensor, beta: float, weight: float) -> Tensor:
     return -(F.logsigmoid(beta * own) + weight * F.logsigmoid(-beta * other)).mean() / (1 + weight)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"va_pi": Objective, "ste": StraightThrough, "cca": Contrastive}
+class FreeRunning(Objective):
+    """Equation 11's clipped term on G free draws of each condition, plus beta * k3 of KL(policy || base) on them."""
+
+    def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32", world: World = ALONE) -> None:
+        """Raises ValueError for a reward that compares with an image."""
+        reward.require_asked()
+        super().__init__(policy, tune, reward, precision, world)
+
+    def pieces(self, batch: Batch, step: int, made: Rollouts | None = None) -> Iterator[tuple[float, Tensor, Terms]]:
+        made = {} if made is None else made
+        for number, (share, part) in enumerate(self.parts(batch)):
+            if number not in made:
+                made[number] = self.free(part, step)
+            draws, terms = made[number].draws, made[number].terms
+            assert draws is not None
+            for rows in torch.arange(len(part)).split(max(1, self.tune.images_per_forward // self.tune.group_size)):
+                few = slice(int(rows[0]), int(rows[-1]) + 1)
+                yield share * len(rows) / len(part), *self.loss_of(part.condition[few], draws.share(few), step, terms)
+
+    @torch.no_grad()
+    def free(self, batch: Batch, step: int) -> Rollout:
+        """G free draws of each condition with what they were worth, and their log-probabilities when drawn."""
+        group = self.tune.group_size
+        codes = self.sampled(batch, group, grpo.keys(batch.rows, self.tune.seed, DRAW, step))
+        draws, terms = self.judged(codes, batch, step)
+        condition = batch.condition.repeat_interleave(group, 0)
+        draws.old = self.of_draws(self.policy, condition, codes)
+        draws.base = None if self.base is None else self.of_draws(self.base, condition, codes)
+        return Rollout(draws, terms)
+
+    def sampled(self, batch: Batch, group: int, keys: Tensor) -> Tensor:
+        """Free draws (B, G, T), those of an image by its key (B,)."""
+        seeds = (grpo.uniforms(keys.cpu(), group) * 2**32).long().flatten().tolist()
+        with models.autocast(self.precision, self.policy.device):
+            condition = batch.condition.repeat_interleave(group, 0)
+            codes = self.policy.generate(condition, seeds, temperature=self.tune.temperature, guidance=self.tune.rollout_guidance)
+        return codes.unflatten(0, (len(batch), group))
+
+    def of_draws(self, policy: Policy, condition: Tensor, codes: Tensor) -> Tensor:
+        """Log-probabilities (B, G, T) of draws (B, G, T) under their own context, of conditions (B x G, ...)."""
+        flat = codes.flatten(0, 1)
+        size = self.tune.images_per_forward
+        found = [self.chosen(self.predict(policy, asked, rows), rows, rows[:, None])[1][:, 0]
+                 for asked, rows in zip(condition.split(size), flat.split(size), strict=True)]  # fmt: skip
+        return torch.cat(found).unflatten(0, codes.shape[:2])
+
+    def loss_of(self, condition: Tensor, draws: Draws, step: int, terms: Terms) -> tuple[Tensor, Terms]:
+        """Of some images' draws."""
+        tune, flat = self.tune, draws.codes.flatten(0, 1)
+        predicted = self.predict(self.policy, condition.repeat_interleave(draws.codes.shape[1], 0), flat)
+        with torch.no_grad():
+            (entropy,) = predicted.ask(lambda log_probs: (grpo.entropy(log_probs),))
+        new = self.chosen(predicted, flat, flat[:, None])[1][:, 0].unflatten(0, draws.codes.shape[:2])
+        assert draws.old is not None
+        policy, clipped = grpo.policy_term(new, draws.old, draws.advantages, tune.ratio_clip)
+        loss = tune.policy_weight * policy
+        terms = {**terms, "entropy": entropy.mean(), "policy": policy.detach(), "clip_fraction": clipped}
+        if draws.base is not None:
+            prior = grpo.prior_kl(new, draws.base)
+            terms["kl"] = prior.detach()
+            loss = loss + tune.prior_weight * prior
+        return loss, finite({**terms, "loss": loss.detach()}, step)
+
+    def tried(self, predicted: Prediction, batch: Batch, keys: Tensor) -> Tensor:
+        return self.sampled(batch, HOLDOUT_DRAWS, keys)
+
+
+class Decoder(Objective):
+    """L = -reward(decode(x)) of one teacher-forced draw x of the frozen generator: what follows the codebook is trained."""
+
+    def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32", world: World = ALONE) -> None:
+        """Raises ValueError for a reward through which no gradient passes."""
+        reward.require_gradient()
+        super().__init__(policy, tune, reward, precision, world)
+        policy.generator.requires_grad_(False)
+        for part in (policy.tokenizer.decoder, policy.tokenizer.post_quant_conv):
+            part.requires_grad_(True)
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.policy.tokenizer
+
+    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        tokenizer: Any = self.policy.tokenizer
+        weights.save(tokenizer, folder / models.TUNED["tokenizer"], vq.metadata(tokenizer.config), tensors)
+
+    def pieces(self, batch: Batch, step: int, made: Rollouts | None = None) -> Iterator[tuple[float, Tensor, Terms]]:
+        for share, part in self.parts(batch):
+            with torch.no_grad():
+                predicted = self.predict(self.policy, part.condition, self.context(part, step))
+                terms = self.surety(predicted, part.codes, step)
+                codes = self.draw(predicted, 1, grpo.keys(part.rows, self.tune.seed, DRAW, step).to(part.codes.device))
+            with models.autocast(self.precision, self.policy.device):
+                rewards, parts = self.reward.score(self.policy.decode(codes[:, 0])[:, None], part.images, asked=part.asked)
+            loss = -self.tune.policy_weight * rewards.mean()
+            found = {**terms, **named_means(parts), "reward": rewards.mean(), "loss": loss}
+            yield share, loss, finite({name: value.detach() for name, value in found.items()}, step)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "va_pi": Objective,
+    "ste": StraightThrough,
+    "cca": Contrastive,
+    "ar_grpo": FreeRunning,
+    "tokenizer": Decoder,
+}
 """What ``tune.objective`` names."""

@@ -21,7 +21,12 @@ DESCRIPTION = 5000
 
 JUDGES = {"detector": "geneval", "second_detector": "geneval_second"}
 """The column of metrics.json in which each detector's score stands."""
-OTHERS = {"ste": "reward straight through the draws (vapi/baselines.py)", "cca": "condition contrastive alignment (arXiv 2410.09347)"}
+OTHERS = {
+    "ste": "reward straight through the draws (vapi/baselines.py)",
+    "cca": "condition contrastive alignment (arXiv 2410.09347)",
+    "ar_grpo": "GRPO on free draws (AR-GRPO, arXiv 2508.06924)",
+    "tokenizer": "post-training of the tokenizer's decoder",
+}
 """Objectives beside VA-pi, in words."""
 
 Values = Mapping[str, Any]
@@ -96,7 +101,7 @@ def _method(tune: Values) -> str:
 
 def _licences(sections: dict[str, Any], model: ModelConfig, register: RegisterConfig, results: Values) -> str:
     unused = [] if model.captions else [*config.FOR_CAPTIONS]
-    unused += [] if _rewarded(sections["tune"]) else ["tune.perceptual"]
+    unused += [field for reward, fields in config.FOR_REWARDS.items() if not _rewarded(sections["tune"], reward) for field in fields]
     named = {field: str(name) for field, name in config.flat(sections).items() if field not in unused}
     detectors = results.get("prompts", {}).get("detectors", {})
     judges = {each: detectors[column]["base"]["detector"]["licence"] for each, column in JUDGES.items() if column in detectors}
@@ -107,10 +112,10 @@ def _licences(sections: dict[str, Any], model: ModelConfig, register: RegisterCo
     return table(("input", "its part", "name", "licence", "says"), rows) + note
 
 
-def _rewarded(tune: Values) -> bool:
-    """Whether the perceptual network had a say in the weights."""
+def _rewarded(tune: Values, reward: str) -> bool:
+    """Whether a reward had a say in the weights."""
     asked = tune.get("objective", "va_pi") != "cca" and tune["policy_weight"] > 0
-    return asked and tune["rewards"].get("lpips", 0) > 0
+    return asked and tune["rewards"].get(reward, 0) > 0
 
 
 def gates(verdict: Values) -> str:

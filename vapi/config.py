@@ -138,7 +138,7 @@ class TokensConfig:
 class TuneConfig:
     """VA-pi: objective, optimizer, sizes (arXiv 2512.19680, section 3 and table 7)."""
 
-    objective: Literal["va_pi", "ste", "cca"] = "va_pi"
+    objective: Literal["va_pi", "ste", "cca", "ar_grpo", "tokenizer"] = "va_pi"
     """va_pi: the paper's; ste: the reward's gradient straight through the draws (table 2); cca: contrast of classes (arXiv 2410.09347)."""
     steps: int = 100
     """Optimizer steps; each sees a fresh batch of images."""
@@ -166,16 +166,22 @@ class TuneConfig:
     """ce: cross-entropy on the true codes (eq. 9); kl: k3 divergence from the frozen base (fig. 4)."""
     context_noise: float = 0.0
     """xi: probability that a code of the context is replaced by a random one (eq. 28)."""
+    updates_per_rollout: int = 1
+    """Optimizer steps made of each step's draws; the paper makes one."""
     ratio_clip: float = 0.2
-    """epsilon of the clipped ratio; active only with policy_dropout official."""
+    """epsilon of the clipped ratio; active only with policy_dropout official or several updates_per_rollout."""
+    baseline: Literal["group", "leave_one_out"] = "group"
+    """group: a draw's reward by its group's mean and spread (eq. 4); leave_one_out: less the other draws' mean, and not scaled."""
     advantage_clip: float = 5.0
-    """Group-normalised advantages are clipped to this."""
+    """Advantages are clipped to this."""
     credit: Literal["image", "token"] = "image"
     """image: one advantage for a draw (eq. 4); token: one for each of its codes, from the reward around the code's place."""
     credit_radius: int = 0
     """With credit token: so many neighbours to each side count towards a code's reward."""
     temperature: float = 1.0
     """Temperature at which the G token maps are drawn."""
+    rollout_guidance: float = 1.0
+    """With objective ar_grpo: guidance of its free draws; 1.0 is none."""
     cca_beta: float = 0.02
     """With objective cca: how far the tuned model may leave the base before the contrast counts as learned."""
     cca_weight: float = 300.0
@@ -186,6 +192,10 @@ class TuneConfig:
     """Network behind the lpips reward: a .safetensors of ours, or LPIPS on torchvision's VGG-16 (vgg) or AlexNet (alex)."""
     perceptual_weights: str = ""
     """For perceptual vgg or alex: folder with vgg16-397923af.pth or alexnet-owt-7be5be79.pth; empty: torch's own cache."""
+    classifier: str = "data/models/classifier.safetensors"
+    """Network behind the reward class, the log-probability of the class that was asked for: a .safetensors of ours."""
+    clip_model: str = ""
+    """Network behind the reward clip, how well a picture fits its caption: a folder of CLIP's weights, or of HPSv2's laid out alike."""
     images_per_reward: int = 64
     """Decoded images that the tokenizer and the perceptual network take at a time."""
     policy_dropout: Literal["none", "official"] = "none"
@@ -208,19 +218,14 @@ class TuneConfig:
     """Steps between two resumable checkpoints."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "images_per_step", "images_per_forward", "images_per_reward", "holdout_images"):
+        for name in ("steps", "images_per_step", "images_per_forward", "images_per_reward", "holdout_images", "updates_per_rollout"):
             require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1")
         require(
             self.group_size >= (2 if self.policy_weight else 1),
             f"tune.group_size is {self.group_size}; an advantage needs at least 2 draws to compare",
         )
         require(self.lr > 0, f"tune.lr is {self.lr}; it must be positive")
-        if self.objective != "va_pi":
-            for name, default in {"policy_dropout": "none", "credit": "image", "prior": "ce"}.items():
-                require(
-                    getattr(self, name) == default,
-                    f"tune.{name} is {getattr(self, name)}, which objective {self.objective} knows nothing of; set it to {default}",
-                )
+        self._require_known()
         for name in ("cca_beta", "cca_weight"):
             require(getattr(self, name) > 0, f"tune.{name} is {getattr(self, name)}; it must be positive")
         require(self.credit_radius >= 0, f"tune.credit_radius is {self.credit_radius}; it must not be negative")
@@ -233,6 +238,11 @@ class TuneConfig:
             require(getattr(self, name) >= 0, f"tune.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"tune.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        require(self.rollout_guidance >= 1, f"tune.rollout_guidance is {self.rollout_guidance}; 1.0 is none, more is stronger")
+        require(
+            self.updates_per_rollout == 1 or self.policy_weight > 0,
+            f"tune.updates_per_rollout is {self.updates_per_rollout}, and without tune.policy_weight nothing is drawn; set it to 1",
+        )
         require(self.advantage_clip > 0, f"tune.advantage_clip is {self.advantage_clip}; it must be positive")
         require(all(w >= 0 for w in self.rewards.values()), f"tune.rewards is {self.rewards}; weights must not be negative")
         _require_seed("tune.seed", self.seed)
@@ -248,6 +258,23 @@ class TuneConfig:
         require(self.policy_weight >= 0 and self.prior_weight >= 0, "tune.policy_weight and tune.prior_weight must not be negative")
         for name in ("holdout_every", "sheet_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1 step")
+
+    def _require_known(self) -> None:
+        """Raises ValueError for a field that would do nothing with this objective."""
+        foreign: dict[str, Any] = {} if self.objective == "va_pi" else {"policy_dropout": "none", "credit": "image"}
+        if self.objective in ("ste", "cca", "tokenizer"):
+            foreign |= {"prior": "ce", "updates_per_rollout": 1, "baseline": "group"}
+        if self.objective == "tokenizer":
+            foreign |= {"prior_weight": 0.0}
+        if self.objective in ("ar_grpo", "tokenizer"):
+            foreign |= {"sharding": "none"}
+        if self.objective == "ar_grpo":
+            foreign |= {"context_noise": 0.0} | ({"prior": "kl"} if self.prior_weight else {})
+        else:
+            foreign |= {"rollout_guidance": 1.0}
+        for name, only in foreign.items():
+            value = getattr(self, name)
+            require(value == only, f"tune.{name} is {value}, which objective {self.objective} knows nothing of; set it to {only}")
 
 
 _ADM_256_50K = {
@@ -456,7 +483,7 @@ def sections_so_far(stage: str) -> tuple[str, ...]:
 FILES = {
     "model": ("generator", "tokenizer", "text_encoder"),
     "subset": ("source",),
-    "tune": ("perceptual", "perceptual_weights"),
+    "tune": ("perceptual", "perceptual_weights", "classifier", "clip_model"),
     "evaluate": ("reference", "validation", "extractor", "extractor_weights", "dinov2", "prompts", "detector", "second_detector", "clip"),
 }
 """Fields that name a file, a folder or a pattern of files (or hold a word in place of one, or nothing)."""
@@ -469,6 +496,8 @@ INPUTS = {
 """What a model is made of and judged by, as register.licences calls it, and the field that names it."""
 FOR_CAPTIONS = ("evaluate.prompts", "evaluate.detector", "evaluate.second_detector", "evaluate.clip")
 """Those of them that a generator of classes has no use for."""
+FOR_REWARDS = {"lpips": ("tune.perceptual", "tune.perceptual_weights"), "class": ("tune.classifier",), "clip": ("tune.clip_model",)}
+"""And those that a reward reads, by its name."""
 PERCEPTUAL = ("vgg", "alex")  # networks that tune.perceptual calls by a word
 WORDS = ("", *PERCEPTUAL, "inception", "words", "digits")
 """What such a field may hold in place of a file's name."""
@@ -476,9 +505,10 @@ WORDS = ("", *PERCEPTUAL, "inception", "words", "digits")
 
 def named_files(settings: Config, sections: Iterable[str] = FILES) -> dict[str, str]:
     """What some sections name: files, folders or patterns of files by field (``model.generator``), without words, and without what
-    a generator of classes has no use for."""
+    this model and these rewards have no use for."""
     named = {f"{section}.{field}": getattr(getattr(settings, section), field) for section in sections for field in FILES.get(section, ())}
-    unused = () if settings.model.captions else FOR_CAPTIONS
+    unused = [] if settings.model.captions else [*FOR_CAPTIONS]
+    unused += [field for reward, fields in FOR_REWARDS.items() if not settings.tune.rewards.get(reward) for field in fields]
     return {field: name for field, name in named.items() if name not in WORDS and field not in unused}
 
 

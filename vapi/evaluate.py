@@ -48,7 +48,7 @@ from vapi.metrics import features as judges
 from vapi.metrics import fid, neighbours, published
 from vapi.metrics.fid import Features
 from vapi.metrics.stream import Judge, Make, prune, stored, thread_per_batch
-from vapi.models import Policy, memory, sampler, weights
+from vapi.models import Networks, Policy, memory, sampler, weights
 from vapi.models import features as networks
 from vapi.models.sampler import image_seed
 from vapi.prompted import Panel
@@ -103,7 +103,7 @@ def reproducible(deterministic: bool) -> Iterator[None]:
 
 
 def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path, run: Run = NO_RUN) -> None:
-    """Measure base (``model.generator``) and tuned (``tune``/model.safetensors).
+    """Measure base (``model.generator``) and tuned (``tune``/model.safetensors, or tokenizer.safetensors with the base's generator).
 
     ``out``: metrics.json, sweep.csv, curves.csv, sheet-*.png, report.html, config.json, provenance.json; of captions, prompts.csv; of
     classes that the metric network knows, classes.csv. Raises ValueError, before anything is drawn, for a reference, checkpoint or
@@ -118,13 +118,13 @@ def evaluate(model: ModelConfig, evaluate: EvaluateConfig, tune: Path, out: Path
         thread_per_batch(models.device_of(model)) as workers,
     ):
         _require_files(evaluate)
-        files = {"base": weights.locate(model.generator), "tuned": _tuned_weights(tune, model)}
+        compared = {"base": Networks.base(model), "tuned": _tuned(tune, model)}
         holdout = _holdout(tune)
-        for source in (files["tuned"], files["base"]):  # refuse one that does not fit before the other is drawn from
-            policy = models.load(model, source)
+        for networks in (compared["tuned"], compared["base"]):  # refuse one that does not fit before the other is drawn from
+            policy = networks.load()
         bench = Bench.of(model, evaluate, policy, workers, world)
         del policy  # each contestant loads its own
-        found = {name: Contestant(bench, name, source).examine() for name, source in files.items()}
+        found = {name: Contestant(bench, name, networks).examine() for name, networks in compared.items()}
         anchors = bench.anchors()
         if folder is None:
             return
@@ -160,11 +160,9 @@ def _require_files(evaluate: EvaluateConfig) -> None:
         judges.require_dinov2(Path(evaluate.dinov2))
 
 
-def _tuned_weights(tune: Path, model: ModelConfig) -> Path:
-    """The tuned checkpoint. Raises ValueError if it was tuned from another base than the one it is compared with."""
-    tuned = tune / "model.safetensors"
-    if not tuned.is_file():
-        raise ValueError(f"{tuned} is not here; make it with: vapi tune")
+def _tuned(tune: Path, model: ModelConfig) -> Networks:
+    """What was tuned. Raises ValueError if it was tuned from another base than the one it is compared with."""
+    tuned = Networks.tuned(model, tune)
     made = data.read_json(tune / "config.json")
     for name in ("policy", "image_size"):
         then, now = made["sections"]["model"][name], getattr(model, name)
@@ -407,12 +405,12 @@ class Draw:
 class Contestant:
     """One model on the bench."""
 
-    def __init__(self, bench: Bench, name: str, source: Path) -> None:
+    def __init__(self, bench: Bench, name: str, networks: Networks) -> None:
         self.bench, self.name, self.config = bench, name, bench.config
-        self.policy = models.load(bench.model, source)
-        self.sha256 = data.known_digest(source)
-        networks = {"tokenizer": data.tokenizer_digest(bench.model), "text_encoder": data.encoder_digest(bench.model)}
-        self.made_by = {"generator": self.sha256, **networks}
+        self.policy = networks.load()
+        self.sha256 = data.known_digest(networks.changed)
+        others = {"tokenizer": data.tokenizer_digest(networks.model), "text_encoder": data.encoder_digest(networks.model)}
+        self.made_by = {"generator": data.known_digest(networks.generator), **others}
         self.plain = plain_sampler(self.config)
 
     def examine(self) -> Found:

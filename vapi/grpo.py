@@ -9,8 +9,7 @@ into one number per image, ``uniforms`` counts on from it, and one number per dr
 (inverse distribution function; Gumbel noise would need one per codebook entry). The result is
 the same however images are split into forwards, and the same on every device.
 
-Left out on purpose: top-k and top-p (the ratio would compare a cut distribution with a whole one)
-and several updates per rollout (the paper makes one).
+Left out on purpose: top-k and top-p (the ratio would compare a cut distribution with a whole one).
 
 Shapes: B images, G group, T codes, V codebook.
 """
@@ -100,6 +99,15 @@ def advantages(rewards: Tensor, clip: float) -> Tensor:
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     return (centred / (rewards.std(1, keepdim=True) + 1e-8)).clamp(-clip, clip)
+
+
+def leave_one_out(rewards: Tensor, clip: float) -> Tensor:
+    """Each draw's reward less the mean of the image's other draws (arXiv 2402.14740), (B, G) -> (B, G), or by place, (B, G, T).
+
+    Not divided by the spread, so an image whose draws differ more counts for more. Needs G >= 2.
+    """
+    group = rewards.shape[1]
+    return ((rewards - rewards.mean(1, keepdim=True)) * (group / (group - 1))).clamp(-clip, clip)
 
 
 def local_advantages(rewards: Tensor, clip: float) -> Tensor:

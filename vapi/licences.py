@@ -45,7 +45,7 @@ KNOWN = {
 
 EMBEDDED = frozenset(
     name for recipe in ("digits", "digits-t2i", "digits-janus") for name in config.named_files(recipes.recipe(recipe)).values()
-)
+) | {config.TuneConfig().classifier}
 """Files and folders that come with the clone."""
 
 

@@ -18,13 +18,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -33,7 +35,7 @@ from vapi.config import TuneConfig
 from vapi.launch import ALONE, World
 from vapi.models import Policy
 from vapi.prediction import Prediction
-from vapi.rewards import Reward
+from vapi.rewards import Asked, Reward
 
 ORDER, NOISE, DRAW, DROPOUT, HOLDOUT, OTHER = range(6)  # what a random number is for
 HOLDOUT_DRAWS = 1  # per held-out image; always from the same numbers, so that a change shows
@@ -49,12 +51,13 @@ class Batch:
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     codes: Tensor  # (B, T)
     condition: Tensor  # (B, ...)
+    asked: Asked = ()  # B classes, or captions in words
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, part: slice) -> Batch:
-        return Batch(self.rows[part], self.images[part], self.codes[part], self.condition[part])
+        return Batch(self.rows[part], self.images[part], self.codes[part], self.condition[part], self.asked[part])
 
 
 @dataclass
@@ -66,6 +69,14 @@ class Draws:
     old: Tensor | None = None  # (B, G, T) log-probabilities when drawn; None: those of now
     base: Tensor | None = None  # (B, G, T) log-probabilities under the frozen base
 
+    def share(self, rows: slice) -> Draws:
+        """Some of the images."""
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        return Draws(self.codes[rows], self.advantages[rows], part(self.old), part(self.base))
+
     def of(self, image: int) -> Draws:
         """The draws of one image, each a row of its own: (G, 1, ...)."""
 
@@ -73,6 +84,17 @@ class Draws:
             return None if x is None else x[image, :, None]
 
         return Draws(self.codes[image, :, None], self.advantages[image, :, None], rows(self.old), rows(self.base))
+
+
+@dataclass
+class Rollout:
+    """What was drawn for a part of a batch, and what that showed; it lasts for all updates made of it."""
+
+    draws: Draws | None
+    terms: Terms
+
+
+Rollouts = dict[int, Rollout]  # by number of the part
 
 
 class Objective:
@@ -87,13 +109,26 @@ class Objective:
         self.map = _parallel_map(policy.device)
         self.base = frozen_copy(policy) if tune.prior == "kl" and tune.prior_weight > 0 else None
 
-    def pieces(self, batch: Batch, step: int) -> Iterator[tuple[float, Tensor, Terms]]:
-        """(share of all images, loss, its terms): the gradient of the step is that of sum(share * loss) over all processes."""
-        for share, part in self.parts(batch):
+    @property
+    def trained(self) -> nn.Module:
+        """The network that is trained: of its parameters those that want a gradient."""
+        return self.policy.generator
+
+    def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the weights of what was trained."""
+        self.policy.save(folder / models.TUNED["generator"], tensors)
+
+    def pieces(self, batch: Batch, step: int, made: Rollouts | None = None) -> Iterator[tuple[float, Tensor, Terms]]:
+        """(share of all images, loss, its terms): the gradient of the step is that of sum(share * loss) over all processes.
+
+        ``made``: the rollouts of this step, if it has had an update already; those made here are put there.
+        """
+        made = {} if made is None else made
+        for number, (share, part) in enumerate(self.parts(batch)):
             if self.tune.policy_dropout == "none":
-                yield share, *self.shared(part, step)
+                yield share, *self.shared(part, step, made, number)
             else:
-                for loss, terms in self.official(part, step):
+                for loss, terms in self.official(part, step, made, number):
                     yield share / len(part), loss, terms
 
     def parts(self, batch: Batch) -> Iterator[tuple[float, Batch]]:
@@ -105,25 +140,26 @@ class Objective:
             part = batch[len(batch) * i // count : len(batch) * (i + 1) // count]
             yield (len(part) / sum(sizes), part) if len(part) else (0.0, batch[:1])
 
-    def shared(self, batch: Batch, step: int) -> tuple[Tensor, Terms]:
+    def shared(self, batch: Batch, step: int, made: Rollouts, number: int) -> tuple[Tensor, Terms]:
         """One forward per image: its G draws share the context, so they share the prediction."""
         context = self.context(batch, step)
         predicted = self.predict(self.policy, batch.condition, context)
-        terms = self.surety(predicted, batch.codes, step)
-        draws = self.rollout(predicted, batch, context, step, terms)
-        return self.loss(predicted, batch.codes, draws, step, terms)
+        if number not in made:
+            made[number] = self.rollout(predicted, batch, context, step)
+        return self.loss(predicted, batch.codes, made[number].draws, step, made[number].terms)
 
-    def official(self, batch: Batch, step: int) -> Iterator[tuple[Tensor, Terms]]:
+    def official(self, batch: Batch, step: int, made: Rollouts, number: int) -> Iterator[tuple[Tensor, Terms]]:
         """As released: draws from the network in eval mode, the update in train mode, where every draw is a
         forward of its own with its own dropout mask and class drop. The ratio leaves 1 for that reason alone."""
         context = self.context(batch, step)
-        with torch.no_grad():
-            predicted = self.predict(self.policy, batch.condition, context)
-            terms = self.surety(predicted, batch.codes, step)
-            draws = self.rollout(predicted, batch, context, step, terms)
-            if draws is not None:
-                draws.old = self.chosen(predicted, batch.codes, draws.codes)[1]
-        del predicted
+        if number not in made:
+            with torch.no_grad():
+                predicted = self.predict(self.policy, batch.condition, context)
+                made[number] = rollout = self.rollout(predicted, batch, context, step)
+                if rollout.draws is not None:
+                    rollout.draws.old = self.chosen(predicted, batch.codes, rollout.draws.codes)[1]
+            del predicted
+        draws, terms = made[number].draws, made[number].terms
         for image in range(len(batch)):
             one = batch[image : image + 1]
             repeat = [0] * self.tune.group_size
@@ -174,31 +210,41 @@ class Objective:
         return true[..., 0], drawn.mT
 
     @torch.no_grad()
-    def rollout(self, predicted: Prediction, batch: Batch, context: Tensor, step: int, terms: Terms) -> Draws | None:
-        """Draw G token maps per image and reward them, unless the prior alone is wanted; adds to ``terms`` what that showed."""
-        tune = self.tune
+    def rollout(self, predicted: Prediction, batch: Batch, context: Tensor, step: int) -> Rollout:
+        """Draw G token maps per image and reward them, unless the prior alone is wanted."""
+        tune, terms = self.tune, self.surety(predicted, batch.codes, step)
         if tune.policy_weight == 0:
-            return None
+            return Rollout(None, terms)
         codes = self.draw(predicted, tune.group_size, grpo.keys(batch.rows, tune.seed, DRAW, step).to(batch.codes.device))
-        rewards, parts = self.score(codes, batch.images, self.side)
-        terms |= finite({**named_means(parts), "reward": rewards.mean()}, step)
-        draws = Draws(codes, self.advantages(rewards))
-        terms |= {"reward_std": _of_images(rewards).std(1).mean(), "advantage_std": draws.advantages.std(1).mean()}
+        draws, found = self.judged(codes, batch, step)
         if self.base is not None:
             draws.base = self.chosen(self.predict(self.base, batch.condition, context), batch.codes, codes)[1]
-        return draws
+        return Rollout(draws, terms | found)
+
+    def judged(self, codes: Tensor, batch: Batch, step: int) -> tuple[Draws, Terms]:
+        """Token maps (B, G, T) with their advantages, and what the rewards were."""
+        rewards, parts = self.score(codes, batch.images, self.side, batch.asked)
+        terms = finite({**named_means(parts), "reward": rewards.mean()}, step)
+        draws = Draws(codes, self.advantages(rewards))
+        return draws, terms | {"reward_std": _of_images(rewards).std(1).mean(), "advantage_std": draws.advantages.std(1).mean()}
 
     def advantages(self, rewards: Tensor) -> Tensor:
         """Of draws (B, G), or of their codes (B, G, T), as rewards are told."""
-        if self.tune.credit == "image":
-            return grpo.advantages(rewards, self.tune.advantage_clip)
-        return grpo.local_advantages(grpo.around(rewards, self.tune.credit_radius), self.tune.advantage_clip)
+        tune, local = self.tune, rewards.dim() > 2
+        rewards = grpo.around(rewards, tune.credit_radius) if local else rewards
+        if tune.baseline == "leave_one_out":
+            return grpo.leave_one_out(rewards, tune.advantage_clip)
+        return (grpo.local_advantages if local else grpo.advantages)(rewards, tune.advantage_clip)
 
-    def score(self, codes: Tensor, targets: Tensor, side: int = 0) -> tuple[Tensor, Terms]:
-        """Reward (B, G) of token maps (B, G, T) against their images, and its parts: most of a step's work. With ``side``, that of
-        the images' codes, on so many rows: (B, G, T)."""
+    def score(self, codes: Tensor, targets: Tensor, side: int = 0, asked: Asked = ()) -> tuple[Tensor, Terms]:
+        """Reward (B, G) of token maps (B, G, T) against their images, or for what was ``asked``, and its parts: most of a step's work.
+        With ``side``, that of the images' codes, on so many rows: (B, G, T)."""
         blocks = self.blocks(*codes.shape[:2])
-        scored = list(self.map(lambda block: self.reward_of(self.decoded(codes[block]), targets[block[0]], side), blocks))
+
+        def one(block: tuple[slice, slice]) -> tuple[Tensor, Terms]:
+            return self.reward_of(self.decoded(codes[block]), targets[block[0]], side, asked[block[0]])
+
+        scored = list(self.map(one, blocks))
 
         def whole(values: list[Tensor]) -> Tensor:
             result = values[0].new_empty((*codes.shape[:2], *values[0].shape[2:]))
@@ -223,10 +269,10 @@ class Objective:
             return self.policy.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
 
     @torch.no_grad()
-    def reward_of(self, images: Tensor, targets: Tensor, side: int = 0) -> tuple[Tensor, Terms]:
+    def reward_of(self, images: Tensor, targets: Tensor, side: int = 0, asked: Asked = ()) -> tuple[Tensor, Terms]:
         """Reward (B, G) of one block of decoded images against their targets (B, 3, H, W), and its parts. See ``score``."""
         with models.autocast(self.precision, self.policy.device):
-            return self.reward.score(images, targets, side)
+            return self.reward.score(images, targets, side, asked)
 
     def loss(self, predicted: Prediction, codes: Tensor, draws: Draws | None, step: int, terms: Terms) -> tuple[Tensor, Terms]:
         """Equation 11: the clipped policy term plus beta times the prior. True codes (B, T)."""
@@ -236,7 +282,8 @@ class Objective:
         terms = {**terms, "ce": ce.detach()}
         loss = torch.zeros_like(ce)
         if draws is not None:
-            policy, clipped = grpo.policy_term(new, new.detach() if draws.old is None else draws.old, draws.advantages, tune.ratio_clip)
+            draws.old = new.detach() if draws.old is None else draws.old  # those of the first update, for the next
+            policy, clipped = grpo.policy_term(new, draws.old, draws.advantages, tune.ratio_clip)
             terms |= {"policy": policy.detach(), "clip_fraction": clipped}
             loss = loss + tune.policy_weight * policy
             if draws.base is not None:
@@ -257,12 +304,16 @@ class Objective:
             context = grpo.corrupt(part.codes, self.tune.context_noise, self.policy.vocab, noise)
             predicted = self.predict(self.policy, part.condition, context)
             terms = self.surety(predicted, part.codes, step)
-            drawn = self.draw(predicted, HOLDOUT_DRAWS, draw)
-            rewards, parts = self.score(drawn, part.images)
+            drawn = self.tried(predicted, part, draw)
+            rewards, parts = self.score(drawn, part.images, asked=part.asked)
             _add(totals, terms | {"reward": rewards.mean(), **named_means(parts)}, share)
             counts += drawn.flatten().bincount(minlength=self.policy.vocab) * (share > 0)
         self.world.sum([counts])
         return _summed(totals, self.world) | grpo.usage(counts)
+
+    def tried(self, predicted: Prediction, batch: Batch, keys: Tensor) -> Tensor:
+        """What the held-out images are followed by: token maps (B, G, T)."""
+        return self.draw(predicted, HOLDOUT_DRAWS, keys)
 
 
 def _parallel_map(device: torch.device) -> Callable[..., Iterable[Any]]:
@@ -315,9 +366,9 @@ def _add(totals: Terms, terms: Terms, share: float) -> None:
         totals[name] = totals.get(name, 0.0) + share * value.double()
 
 
-def optimizer_of(generator: torch.nn.Module, tune: TuneConfig) -> torch.optim.AdamW:
+def optimizer_of(network: nn.Module, tune: TuneConfig) -> torch.optim.AdamW:
     """AdamW with a constant rate; weight decay on parameters with two or more dimensions."""
-    parameters = [p for p in generator.parameters() if p.requires_grad]
+    parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": tune.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -333,13 +384,20 @@ def _summed(totals: Terms, world: World) -> dict[str, float]:
 
 
 def update(objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch, step: int) -> dict[str, float]:
-    """One optimizer step; means of all terms over all processes' images. ``batch`` is this process's part.
+    """One step: rollouts, and ``updates_per_rollout`` optimizer steps on them; means of all terms over these and over all processes'
+    images. ``batch`` is this process's part.
 
-    Raises ValueError, before anything changed, if a number is not finite.
+    Raises ValueError, before that optimizer step, if a number is not finite.
     """
+    made: Rollouts = {}
+    found = [_updated(objective, optimizer, batch, step, made) for _ in range(objective.tune.updates_per_rollout)]
+    return {name: statistics.fmean(values[name] for values in found) for name in found[0]}
+
+
+def _updated(objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch, step: int, made: Rollouts) -> dict[str, float]:
     totals: Terms = {}
     optimizer.zero_grad(set_to_none=True)
-    for share, loss, terms in objective.pieces(batch, step):
+    for share, loss, terms in objective.pieces(batch, step, made):
         (share * loss).backward()
         _add(totals, terms, share)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vapi import card, data, report
+from vapi import card, data, models, report
 from vapi.config import ModelConfig, RegisterConfig, flat, nearest, plain, read_yaml, write_text
 from vapi.models import weights
 from vapi.run import NO_RUN, Run, Server
@@ -51,7 +51,7 @@ Scores = dict[str, Any]
 
 
 def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate: Path, out: Path, run: Run = NO_RUN) -> bool:
-    """Put ``tune``/model.safetensors into the registry if ``evaluate``/metrics.json lets it pass.
+    """Put what ``tune`` tuned into the registry if ``evaluate``/metrics.json lets it pass.
 
     Prints every gate and writes registration.json, MODEL_CARD.md and report.html, the evaluation's with the gates, to ``out``.
     Returns whether the model was registered.
@@ -61,7 +61,7 @@ def register(model: ModelConfig, register: RegisterConfig, tune: Path, evaluate:
     begin = time.perf_counter()
     _check_names(register)
     results = data.read_json(evaluate / "metrics.json")
-    digest = _weights_digest(results, tune, evaluate)
+    digest = _weights_digest(results, model, tune, evaluate)
     _require_measured(model, evaluate)
     _require_servable(model)
     page = _page(evaluate)  # before anything has changed
@@ -108,10 +108,8 @@ def _check_names(register: RegisterConfig) -> None:
             raise ValueError(f"register.allowances names {name!r}; {nearest(name, known)}")
 
 
-def _weights_digest(results: dict[str, Any], tune: Path, evaluate: Path) -> str:
-    path = tune / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{path} is not here; make it with: vapi tune")
+def _weights_digest(results: dict[str, Any], model: ModelConfig, tune: Path, evaluate: Path) -> str:
+    path = models.Networks.tuned(model, tune).changed
     digest = data.file_digest(path)
     if results.get("weights", {}).get("tuned") != digest:
         raise ValueError(f"{evaluate}/metrics.json was measured on other weights than {path}; run: vapi evaluate")
@@ -355,7 +353,7 @@ def _lineage(server: Server, digest: str) -> dict[str, str]:
 
 def _log_model(server: Server, model: ModelConfig, tune: Path, best: Scores) -> Any:
     """The weights with the code that draws from them, as a model of this run."""
-    mlflow = server.mlflow
+    mlflow, tuned = server.mlflow, models.Networks.tuned(model, tune)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*An input example")  # it would draw an image here, and the signature says it all
         config = Path(folder) / "config.json"
@@ -368,8 +366,8 @@ def _log_model(server: Server, model: ModelConfig, tune: Path, best: Scores) -> 
             run_id=server.run,
             python_model=str(serving_code()),
             artifacts={
-                "generator": str(tune / "model.safetensors"),
-                "tokenizer": str(weights.locate(model.tokenizer)),
+                "generator": str(tuned.generator),
+                "tokenizer": str(weights.locate(tuned.model.tokenizer)),
                 "config": str(config),
                 **({"text_encoder": model.text_encoder} if Path(model.text_encoder or "-").is_dir() else {}),
             },

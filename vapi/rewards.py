@@ -1,7 +1,9 @@
 """Rewards: how well a decoded token map reconstructs its image (eq. 10), as a weighted sum that keeps its parts.
 
 A reward is a function ``(images, targets) -> (N,)`` of two batches (N, 3, H, W) in [-1, 1]; higher is better. One that can
-tell where has a method ``map`` too: (N, h, w), of which it is the mean. On a CPU, ``vapi.tune`` calls it from several threads.
+tell where has a method ``map`` too: (N, h, w), of which it is the mean. One that does not look at the target, but at what was asked
+for, is ``OfRequest(function)``: ``(images, asked) -> (N,)``, asked being N class ids or captions. On a CPU, ``vapi.tune`` calls
+rewards from several threads.
 To add one, register it in Python,
 
     REWARDS["edges"] = edges          # then: vapi.tune.tune(..., TuneConfig(rewards={"mse": 1.0, "edges": 0.5}), ...)
@@ -18,7 +20,7 @@ Shapes: B images, G group, N = B x G, T places of a grid.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,10 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vapi.config import nearest
+from vapi.config import TuneConfig, nearest
+from vapi.images import to_uint8
 from vapi.models import features, weights
 
 RewardFunction = Callable[[Tensor, Tensor], Tensor]
+Asked = Tensor | Sequence[str]  # classes (B,) or captions
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name for VGG-16 trained on ImageNet
 ALEX_FILE = "alexnet-owt-7be5be79.pth"  # and for AlexNet
 LPIPS_FILE = "vgg.pth"  # the lpips package's name for its linear weights on VGG-16, v0.1
@@ -180,6 +184,13 @@ def network_files(perceptual: str, folder: str = "") -> dict[str, Path]:
     return {perceptual: network, "lpips": lines}
 
 
+def files(tune: TuneConfig) -> dict[str, Path]:
+    """The files behind a configuration's rewards. Raises ValueError as ``network_files`` does."""
+    found = network_files(tune.perceptual, tune.perceptual_weights) if tune.rewards.get("lpips") else {}
+    found |= {"classifier": weights.locate(tune.classifier)} if tune.rewards.get("class") else {}
+    return found | ({"clip": Path(tune.clip_model)} if tune.rewards.get("clip") else {})
+
+
 def load_lpips(perceptual: str, folder: str = "", device: str | torch.device = "cpu") -> Lpips:
     """The lpips reward: LPIPS as published (``vgg``, ``alex``), or with uniform weights on a network of ours. See ``network_files``."""
     files = network_files(perceptual, folder)
@@ -193,10 +204,61 @@ def load_lpips(perceptual: str, folder: str = "", device: str | torch.device = "
     )
 
 
-REWARDS: dict[str, RewardFunction | None] = {
+class OfRequest:
+    """A reward of an image for what was asked: ``function`` (images (N, 3, H, W), N classes or captions) -> (N,)."""
+
+    gradient = True  # whether one reaches the images
+
+    def __init__(self, function: Callable[[Tensor, Asked], Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, images: Tensor, asked: Asked) -> Tensor:
+        return self.function(images, asked)
+
+
+class OfClass(OfRequest):
+    """Log-probability of the class that was asked, by a classifier: a .safetensors of ours (``features.FeatureNet``)."""
+
+    def __init__(self, path: str, device: str | torch.device = "cpu") -> None:
+        self.network = features.load(weights.locate(path), device)
+
+    def __call__(self, images: Tensor, asked: Asked) -> Tensor:
+        """Raises ValueError for captions, and for classes that the classifier does not know."""
+        if not isinstance(asked, Tensor):
+            raise ValueError("the reward class needs class ids, and this model draws from captions; take clip, or one of yours")
+        logits = self.network.logits(images).float()
+        if int(asked.max()) >= logits.shape[1]:
+            raise ValueError(f"tune.classifier knows {logits.shape[1]} classes, and class {int(asked.max())} was asked for; name another")
+        return logits.log_softmax(-1).gather(1, asked[:, None])[:, 0]
+
+
+class OfCaption(OfRequest):
+    """Cosine of CLIP's features of picture and caption (``metrics.text``): ViT-L/14, or HPSv2's weights in the same layout."""
+
+    gradient = False  # pictures pass through PIL, as the published scores' do
+
+    def __init__(self, folder: str, device: str | torch.device = "cpu") -> None:
+        """Raises ValueError where there is no folder of CLIP's weights."""
+        from vapi.metrics import clip, text
+
+        if not folder:
+            raise ValueError(f"the reward clip reads CLIP's weights; set tune.clip_model to a folder of them ({clip.EXAMPLE})")
+        self.score = text.ClipScore(clip.load(folder, device))
+
+    def __call__(self, images: Tensor, asked: Asked) -> Tensor:
+        """Raises ValueError for classes."""
+        if isinstance(asked, Tensor):
+            raise ValueError("the reward clip needs captions, and this model draws from class ids; take class, or one of yours")
+        pictures = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+        return torch.tensor(self.score(pictures, asked, [{}] * len(asked)), device=images.device)
+
+
+REWARDS: dict[str, RewardFunction | OfRequest | None] = {  # None: it has a network to read, see Reward
     "mse": mse,
     "l1": l1,
-    "lpips": None,  # made by load_lpips, since it has a network to read
+    "lpips": None,
+    "class": None,
+    "clip": None,
 }
 
 
@@ -213,7 +275,9 @@ class Reward:
         perceptual: str = "",
         perceptual_weights: str = "",
         device: str | torch.device = "cpu",
-        functions: Mapping[str, RewardFunction] | None = None,
+        functions: Mapping[str, RewardFunction | OfRequest] | None = None,
+        classifier: str = "",
+        clip: str = "",
     ) -> None:
         """Raises ValueError for an unknown name (with the nearest known one) or a missing network."""
         known = {**REWARDS, **(functions or {})}
@@ -224,12 +288,22 @@ class Reward:
             raise ValueError(f"every reward has weight 0 in {dict(weights)}; there is nothing to optimise")
         # in one order, whatever order a configuration has been through: a sum of floats hangs on it
         self.weights = {name: weight for name, weight in sorted(weights.items()) if weight}
-        self.functions = {name: known[name] or load_lpips(perceptual, perceptual_weights, device) for name in self.weights}
+        makers: dict[str, Callable[[], RewardFunction | OfRequest]] = {
+            "lpips": lambda: load_lpips(perceptual, perceptual_weights, device),
+            "class": lambda: OfClass(classifier, device),
+            "clip": lambda: OfCaption(clip, device),
+        }
+        self.functions = {name: known[name] or makers[name]() for name in self.weights}
+
+    @classmethod
+    def of(cls, tune: TuneConfig, device: str | torch.device = "cpu") -> Reward:
+        """The reward of a configuration, with its networks. Raises ValueError as the constructor does."""
+        return cls(tune.rewards, tune.perceptual, tune.perceptual_weights, device, classifier=tune.classifier, clip=tune.clip_model)
 
     @property
     def networks(self) -> list[nn.Module]:
         """The frozen networks behind it."""
-        found = [function.network for function in self.functions.values() if isinstance(function, Lpips)]
+        found = [function.network for function in self.functions.values() if isinstance(function, Lpips | OfClass)]
         return [network for network in found if network is not None]
 
     def compile(self) -> None:
@@ -238,14 +312,14 @@ class Reward:
             if isinstance(function, Lpips):
                 function.grouped = torch.compile(function.grouped, dynamic=False)  # type: ignore[method-assign]
 
-    def score(self, images: Tensor, targets: Tensor, side: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Decoded images (B, G, 3, H, W) against their targets (B, 3, H, W): total (B, G), and each part unweighted. With ``side``,
-        all of these by place of a grid of ``side`` x ``side``: (B, G, T).
+    def score(self, images: Tensor, targets: Tensor, side: int = 0, asked: Asked = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decoded images (B, G, 3, H, W) against their targets (B, 3, H, W), or for the B things ``asked``: total (B, G), and each
+        part unweighted. With ``side``, all of these by place of a grid of ``side`` x ``side``: (B, G, T).
 
         Networks may run in low precision (autocast); images and distances are float32 at least.
         """
         images = images.to(torch.promote_types(images.dtype, torch.float32))
-        parts = {name: self._part(name, images, targets, side) for name in self.weights}
+        parts = {name: self._part(name, images, targets, side, asked) for name in self.weights}
         total = torch.stack([weight * parts[name] for name, weight in self.weights.items()]).sum(0)
         return total, parts
 
@@ -254,14 +328,32 @@ class Reward:
         if dumb := [name for name, function in self.functions.items() if not (isinstance(function, Lpips) or hasattr(function, "map"))]:
             raise ValueError(f"tune.credit token asks rewards where they come from, and {', '.join(dumb)} has no map; use credit image")
 
-    def _part(self, name: str, images: Tensor, targets: Tensor, side: int) -> Tensor:
+    def require_asked(self) -> None:
+        """Raises ValueError for a reward that compares with an image."""
+        if compare := [name for name, function in self.functions.items() if not isinstance(function, OfRequest)]:
+            theirs = " and ".join(f"tune.rewards.{name} 0" for name in compare)
+            raise ValueError(f"free draws have no image that {', '.join(compare)} could compare them with; set {theirs}, and class or clip")
+
+    def require_gradient(self) -> None:
+        """Raises ValueError for a reward through which no gradient passes."""
+        if blind := [name for name, function in self.functions.items() if not getattr(function, "gradient", True)]:
+            raise ValueError(f"no gradient passes through the reward {', '.join(blind)}, which this tune.objective needs; leave it out")
+
+    def _part(self, name: str, images: Tensor, targets: Tensor, side: int, asked: Asked) -> Tensor:
         function = self.functions[name]
+        if isinstance(function, OfRequest):
+            group = images.shape[1]
+            each = asked.repeat_interleave(group) if isinstance(asked, Tensor) else [one for one in asked for _ in range(group)]
+            return _one_each(name, function(images.flatten(0, 1), each), len(images) * group).unflatten(0, images.shape[:2])
         if isinstance(function, Lpips):
             return function.grouped(images, targets, side)
         flat = targets[:, None].expand_as(images).flatten(0, 1)
         if side:
             return pooled(function.map(images.flatten(0, 1), flat), side).unflatten(0, images.shape[:2])  # type: ignore[attr-defined]
-        value = function(images.flatten(0, 1), flat)
-        if value.shape != flat.shape[:1]:
-            raise ValueError(f"reward {name!r} returned shape {tuple(value.shape)} for {len(flat)} images; it must be one number each")
-        return value.unflatten(0, images.shape[:2])
+        return _one_each(name, function(images.flatten(0, 1), flat), len(flat)).unflatten(0, images.shape[:2])
+
+
+def _one_each(name: str, values: Tensor, count: int) -> Tensor:
+    if values.shape != (count,):
+        raise ValueError(f"reward {name!r} returned shape {tuple(values.shape)} for {count} images; it must be one number each")
+    return values

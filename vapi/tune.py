@@ -43,7 +43,7 @@ from vapi.config import ModelConfig, TuneConfig, plain
 from vapi.launch import INTERRUPTED, World
 from vapi.models import Policy, text, weights
 from vapi.objective import DRAW, HOLDOUT, ORDER, Batch, Objective, optimizer_of, update
-from vapi.rewards import Reward, network_files
+from vapi.rewards import Reward, files
 from vapi.run import NO_RUN, Run
 
 SHEET_IMAGES = 8
@@ -121,7 +121,8 @@ class Examples:
         codes = torch.from_numpy(self.tokens.codes[index].astype(np.int64)).to(policy.device)
         labels = torch.from_numpy(self.subset.labels[index])
         condition = policy.condition(labels if policy.num_classes else self._captions(rows, policy))
-        return Batch(rows, images.to_float(pixels, policy.device), codes, condition)
+        asked = condition if policy.num_classes else [self.subset.captions[row] for row in index.tolist()]
+        return Batch(rows, images.to_float(pixels, policy.device), codes, condition, asked)
 
     def _captions(self, rows: Tensor, policy: Policy) -> Tensor:
         """What a policy of captions is asked: their features, if an encoder reads for it, else what it reads itself."""
@@ -217,7 +218,7 @@ class Tuning:
         self, model: ModelConfig, tune: TuneConfig, examples: Examples, state: Path, digest: str, run: Run, world: World = launch.ALONE
     ) -> None:
         device = models.device_of(model)
-        reward = Reward(tune.rewards, tune.perceptual, tune.perceptual_weights, device)
+        reward = Reward.of(tune, device)
         self.tune, self.examples, self.state, self.digest, self.run, self.world = tune, examples, state, digest, run, world
         self.policy = models.load(model)
         examples.fit(self.policy)
@@ -225,7 +226,7 @@ class Tuning:
         parallelize.speed_up(self.policy, reward, tune)
         self.objective = OBJECTIVES[tune.objective](self.policy, tune, reward, model.precision, world)
         parallelize.parallelize(self.policy, tune, world)
-        self.optimizer = optimizer_of(self.policy.generator, tune)
+        self.optimizer = optimizer_of(self.objective.trained, tune)
         self.held = examples.load(examples.held[world.part(len(examples.held))], self.policy)
         self.shown = examples.load(examples.held[:SHEET_IMAGES], self.policy)
         self.sheets = state / "sheets"
@@ -236,7 +237,7 @@ class Tuning:
         if len(set(world.gather(self.step))) > 1:
             raise ValueError(f"processes find different checkpoints in {state}; put DVC_ROOT on a disk that all machines share")
         if saved:
-            parallelize.restore(self.policy.generator, self.optimizer, saved)
+            parallelize.restore(self.objective.trained, self.optimizer, saved)
         if world.first:
             self.progress = Progress(state / "metrics.jsonl", saved["lines"] if saved else [], tune.steps, run)
             if cut := examples.cut(self.policy):
@@ -292,7 +293,7 @@ class Tuning:
 
     def save(self) -> None:
         """Everything a later process needs to go on as if nothing had happened."""
-        networks = parallelize.state(self.policy.generator, self.optimizer)
+        networks = parallelize.state(self.objective.trained, self.optimizer)
         if self.world.first:
             numbers = {"step": self.step, "lines": self.progress.lines, "seconds": self.seconds}
             checkpoint.save(self.state / "checkpoint.pt", self.digest, {**networks, **numbers})
@@ -300,11 +301,11 @@ class Tuning:
 
     def write(self, folder: Path | None) -> None:
         """The result, into the first process's folder; all processes give their shards of it."""
-        tensors = parallelize.weights(self.policy.generator)
+        tensors = parallelize.weights(self.objective.trained)
         if folder is None:
             return
         self.progress.bar.close()
-        self.policy.save(folder / "model.safetensors", tensors)
+        self.objective.save(folder, tensors)
         (folder / "metrics.jsonl").write_text("".join(self.progress.lines))
         shutil.copytree(self.sheets, folder / "sheets")
         summary = self.summary(sum(tensor.numel() for tensor in tensors.values()))
@@ -329,7 +330,7 @@ def sheet(policy: Policy, objective: Objective, batch: Batch) -> tuple[Image.Ima
     """Four rows: real images, the tokenizer's reconstructions, teacher-forced draws, free-running samples. Beside it the rewards of
     the draws, in all and by part, unweighted: {"reward": [...], "mse": [...]}."""
     drawn = policy.decode(_one_draw(objective, batch))
-    total, parts = objective.reward_of(drawn[:, None], batch.images)
+    total, parts = objective.reward_of(drawn[:, None], batch.images, asked=batch.asked)
     samples = policy.decode(policy.generate(batch.condition, list(range(len(batch)))))
     rows = dict(zip(data.SHEET_ROWS, (batch.images, policy.decode(batch.codes), drawn, samples), strict=True))
     rewards = {name: [float(f"{value:.6g}") for value in of.flatten().tolist()] for name, of in {"reward": total, **parts}.items()}
@@ -349,8 +350,8 @@ def _one_draw(objective: Objective, batch: Batch) -> Tensor:
 def tune(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path, out: Path, run: Run = NO_RUN) -> None:
     """Fine-tune ``model.generator`` on a subset and write the tuned weights to ``out``.
 
-    ``out``: model.safetensors, metrics.jsonl (a line per step, from 0), sheets/, summary.json, config.json,
-    provenance.json. Raises ValueError for inputs that do not fit, before anything expensive, and for a loss that
+    ``out``: model.safetensors (with objective tokenizer: tokenizer.safetensors), metrics.jsonl (a line per step, from 0), sheets/,
+    summary.json, config.json, provenance.json. Raises ValueError for inputs that do not fit, before anything expensive, and for a loss that
     is not finite; SystemExit(75) after SIGTERM or Ctrl-C. A run that ended early is continued by the same call,
     by any number of processes.
     """
@@ -444,8 +445,7 @@ def _advice(tune: TuneConfig, device: torch.device, fixed: int) -> str:
 def _inputs(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path) -> dict[str, str]:
     """Digests of everything the result depends on."""
     paths = {"subset": subset, "tokens": tokens, "generator": weights.locate(model.generator), "tokenizer": weights.locate(model.tokenizer)}
-    if "lpips" in tune.rewards:
-        paths |= network_files(tune.perceptual, tune.perceptual_weights)
+    paths |= files(tune)
     return {name: data.known_digest(path) for name, path in paths.items()} | {"text_encoder": data.encoder_digest(model)}
 
 

@@ -26,6 +26,7 @@ from vapi.bench.meter import Stopwatch, Work
 from vapi.config import Measured
 from vapi.launch import ALONE
 from vapi.objective import DRAW, Batch, Draws, Objective, optimizer_of, update
+from vapi.rewards import Asked
 
 NAIVE_IMAGES = 4
 STEP = 1  # noise and draws are those of a run's first step
@@ -113,7 +114,9 @@ def _transformer(objective: Objective, batch: Batch, values: torch.Tensor) -> Wo
     """The shared step without decoding and reward."""
 
     class Given(Objective):
-        def score(self, codes: torch.Tensor, targets: torch.Tensor, side: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def score(
+            self, codes: torch.Tensor, targets: torch.Tensor, side: int = 0, asked: Asked = ()
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             given = values[: len(codes)]
             return given[..., None].expand(-1, -1, side * side) if side else given, {}
 

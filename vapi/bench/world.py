@@ -98,7 +98,7 @@ def reward(settings: Measured, device: torch.device | str) -> Reward:
     given = "lpips" in tune.rewards and not settings.bench.size
     if given and (tune.perceptual in NETWORKS or Path(tune.perceptual).is_file()):
         try:
-            return Reward(tune.rewards, tune.perceptual, tune.perceptual_weights, device)
+            return Reward.of(tune, device)
         except ValueError as error:
             say(f"random weights, since {error}")
     named = tune.perceptual if tune.perceptual in NETWORKS else "vgg" if settings.bench.size else ""

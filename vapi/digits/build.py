@@ -1,7 +1,7 @@
 """The whole embedded world in one go: paint, pretrain, measure, write.
 
     OUT/digits/{train,validation,reference}.parquet     painted images, Hugging Face layout
-    OUT/models/{tokenizer,generator,reward,metric}.safetensors
+    OUT/models/{tokenizer,generator,reward,classifier,metric}.safetensors
     OUT/README.md                                       split sizes, hashes, and what was measured
 
 Images are identical by hash wherever this runs. Weights are not bit-stable across processors; two
@@ -53,6 +53,7 @@ class World:
     generator_schedule: GeneratorSchedule = GeneratorSchedule(2400, 64, 3e-3, muon_lr=0.02, flat_steps=400)
     reward_schedule: Schedule = Schedule(1000, 64, 4e-3, seed=2)
     metric_schedule: Schedule = Schedule(1500, 64, 4e-3, seed=3)
+    classifier_schedule: Schedule = Schedule(1500, 64, 4e-3, seed=4)
 
 
 WORLD = World()
@@ -66,6 +67,7 @@ TINY = World(
     generator_schedule=GeneratorSchedule(20, 16, 2e-3, flat_steps=5),
     reward_schedule=Schedule(20, 16, 4e-3, seed=2),
     metric_schedule=Schedule(20, 16, 4e-3, seed=3),
+    classifier_schedule=Schedule(20, 16, 4e-3, seed=4),
 )
 
 
@@ -90,10 +92,13 @@ def _feature_networks(out: Path, world: World, log: train.Log) -> dict[str, floa
     unseen, their = paint.paint("validation", world.held_out, SEEDS["held out"])
     metric = train.train_metric_network(images, torch.as_tensor(labels), world.metric_schedule, log)
     weights.save(metric, out / "metric.safetensors", {"objective": "digit, ground and damage"})
-    images, _ = paint.paint("reward", world.features["reward"], SEEDS["reward"], pose=1.0)
+    images, labels = paint.paint("reward", world.features["reward"], SEEDS["reward"], pose=1.0)
     reward = train.train_reward_network(images, world.reward_schedule, log)
     weights.save(reward, out / "reward.safetensors", {"objective": "rotation and denoising"})
-    return {"metric network: accuracy on unseen glyphs": train.accuracy(metric, unseen, torch.as_tensor(their))}
+    classifier = train.train_metric_network(images, torch.as_tensor(labels), world.classifier_schedule, log)
+    weights.save(classifier, out / "classifier.safetensors", {"objective": "digit, ground and damage"})
+    judges = {"metric network": metric, "reward's classifier": classifier}
+    return {f"{name}: accuracy on unseen glyphs": train.accuracy(each, unseen, torch.as_tensor(their)) for name, each in judges.items()}
 
 
 def _generator_and_tokenizer(out: Path, world: World, seed: int, log: train.Log) -> dict[str, float]:
@@ -166,7 +171,7 @@ def readme(world: World, pictures: dict[str, tuple[np.ndarray, np.ndarray]], mea
         "train": "tokenizer, generator and the subset to tune on",
         "validation": "choosing temperatures; contexts of teacher-forced draws; held-out losses",
         "reference": "the numbers that are reported",
-        "reward": "the reward's network",
+        "reward": "the reward's network, and the reward's classifier",
         "metric": "the metrics' network",
     }
     rows = [f"| {name} | {len(paint.split(name))} | {purpose} |" for name, purpose in purposes.items()]
@@ -190,10 +195,11 @@ def readme(world: World, pictures: dict[str, tuple[np.ndarray, np.ndarray]], mea
             "|---|---|---|",
             *files,
             "",
-            "`models/` holds four networks, trained here and nowhere else: the tokenizer and the generator (LlamaGen's",
-            "architecture and key names), and two feature networks of one shape (`vapi/models/features.py`). The reward's",
+            "`models/` holds five networks, trained here and nowhere else: the tokenizer and the generator (LlamaGen's",
+            "architecture and key names), and three feature networks of one shape (`vapi/models/features.py`). The reward's",
             "learned to tell rotations and undo noise, without labels; the metrics' to recognise digits, describe grounds,",
-            "and tell how far a picture was damaged (`tests/test_digits.py` shows that it sees damage).",
+            "and tell how far a picture was damaged (`tests/test_digits.py` shows that it sees damage); `classifier`, which rewards",
+            "free draws (`tune.objective ar_grpo`), the same as the metrics' from the reward's glyphs.",
             "",
             "The world of captions, in `scenes/` and `models/scenes-*`, is described in [scenes/README.md](scenes/README.md); GenEval's",
             "own prompts, in `geneval/`, are somebody else's (MIT, see the licence there).",

@@ -8,6 +8,7 @@ that serving it needs are named in ``register``, and ``vapi export`` (``cli``) w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, Unpack
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vapi.config import READERS, ModelConfig, nearest
+from vapi.models import weights
 from vapi.models.memory import Footprint
 from vapi.models.sampler import Sampling
 
@@ -142,6 +144,37 @@ def load(model: ModelConfig, generator: str | Path = "") -> Policy:
     """The base model, or the same with other generator weights (a tuned checkpoint)."""
     policy: Policy = _module(model).load(model, generator or model.generator, device_of(model))
     return policy
+
+
+TUNED = {"generator": "model.safetensors", "tokenizer": "tokenizer.safetensors"}
+"""What the stage tune writes, one of these: by the field of ``ModelConfig`` whose network it replaces."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A base, or what was tuned of it: which generator draws, and which tokenizer paints."""
+
+    model: ModelConfig
+    generator: Path
+    changed: Path  # the file that tells it from the base
+
+    @classmethod
+    def base(cls, model: ModelConfig) -> Networks:
+        path = weights.locate(model.generator)
+        return cls(model, path, path)
+
+    @classmethod
+    def tuned(cls, model: ModelConfig, folder: Path) -> Networks:
+        """Of the stage tune's output. Raises ValueError if there are no weights in it."""
+        generator, tokenizer = (Path(folder) / name for name in TUNED.values())
+        if tokenizer.is_file():
+            return cls(replace(model, tokenizer=str(tokenizer)), weights.locate(model.generator), tokenizer)
+        if not generator.is_file():
+            raise ValueError(f"{generator} is not here; make it with: vapi tune")
+        return cls(model, generator, generator)
+
+    def load(self) -> Policy:
+        return load(self.model, self.generator)
 
 
 def load_tokenizer(model: ModelConfig) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vapi.config import ModelConfig
-from vapi.models import gpt, text, vq, weights
+from vapi.models import TUNED, gpt, text, vq, weights
 from vapi.models.coded import META, Coded, frozen_tokenizer
 
 
@@ -85,7 +85,8 @@ def export(source: str | Path, target: str | Path) -> None:
 
     Raises ValueError for weights that are neither's, and where ``target`` cannot be written.
     """
-    source = Path(source) / "model.safetensors" if Path(source).is_dir() else source
+    if Path(source).is_dir():
+        source = next((path for path in map(Path(source).joinpath, TUNED.values()) if path.is_file()), source)
     state, meta = weights.read(source)
     if "quantize.embedding.weight" in state:
         with META:
