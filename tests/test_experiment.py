@@ -79,7 +79,8 @@ NOT_RUN = {"table2": ["tokenizer post-trained", "tokenizer post-trained, longer"
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_point_can_be_run_on_digits_and_at_full_size(name: str) -> None:
     grid = GRIDS[name]
-    for recipe in (grid.recipe, FULL_SIZE.get(name, "llamagen-xxl-c2i")):
+    assert grid.full_size == FULL_SIZE.get(name, "llamagen-xxl-c2i")
+    for recipe in (grid.recipe, grid.full_size):
         base = grids.under(grid, recipes.recipe(recipe))
         for point in grid.points:
             if point.changes is not None:
