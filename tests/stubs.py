@@ -95,7 +95,7 @@ def serving(stub: Stub) -> Iterator[Stub]:
             if isinstance(made, tuple):
                 made, headers = made
             if hasattr(made, "__next__"):
-                return self._pieces(made)
+                return self._pieces(status, made)
             text = made if isinstance(made, bytes) else json.dumps(made).encode()
             self.send_response(status)
             for name, value in {"Content-Type": "application/json", "Content-Length": str(len(text)), **headers}.items():
@@ -104,14 +104,17 @@ def serving(stub: Stub) -> Iterator[Stub]:
             if self.command != "HEAD":
                 self.wfile.write(text)
 
-        def _pieces(self, pieces: Iterator[bytes]) -> None:
-            self.send_response(200)
+        def _pieces(self, status: int, pieces: Iterator[bytes]) -> None:
+            self.send_response(status)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            for piece in pieces:
-                self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
-                self.wfile.flush()
-            self.wfile.write(b"0\r\n\r\n")
+            try:
+                for piece in pieces:
+                    self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+                    self.wfile.flush()
+                self.wfile.write(b"0\r\n\r\n")
+            except ConnectionError:  # who asked has heard enough, or a generator breaks off in the middle
+                self.close_connection = True
 
         do_GET = do_POST = do_DELETE = do_HEAD = do_PUT = do_PATCH = _do
 

@@ -18,7 +18,7 @@ import pytest
 import world
 from imports import MODULES, reached
 
-from vapi import cli, config, data, experiment, grids, recipes, track
+from vapi import cli, config, data, experiment, grids, inputs, recipes, track
 from vapi.config import Config
 from vapi.experiment import Experiment
 from vapi.grids import GRIDS, Grid, Point
@@ -70,7 +70,7 @@ PAPER = {
         0.075 0.641 0.028 0.163 0.750 0.333 0.332
         0.043 0.652 0.040 0.181 0.728 0.328 0.329""",
 }
-NOT_RUN = {"table2": ["tokenizer post-trained", "tokenizer post-trained, longer"], "table2-xl": ["AR-GRPO"], "table3": ["AR-GRPO"]}
+NOT_RUN = {"table3": ["AR-GRPO"]}
 
 
 # --- the grids ---------------------------------------------------------------------------------
@@ -86,7 +86,9 @@ def test_every_point_can_be_run_on_digits_and_at_full_size(name: str) -> None:
             if point.changes is not None:
                 made = grids.settings(grid, base, point, seed=3)
                 assert made.tune.seed == 3 and made.evaluate.seeds == [3]
-                assert all(config.flat(made)[field] == value for field, value in point.changes.items())
+                now, before = config.flat(made), config.flat(base)
+                for field, value in point.changes.items():
+                    assert now[field] == (before[field] * value if isinstance(value, grids.Times) else value), field
         if any(metric.startswith("guided/") for metric in grid.metrics):
             runs = [grids.settings(grid, base, point, 0) for point in grid.points if point.changes is not None]
             assert all(run.evaluate.guided > 1 for run in runs)
@@ -116,6 +118,25 @@ def test_a_recipe_that_says_so_itself_keeps_its_guidance() -> None:
     table2 = GRIDS["table2-xl"]
     assert grids.under(table2, recipes.recipe("digits")).evaluate.guided == 2.0
     assert grids.under(table2, recipes.recipe("llamagen-xxl-c2i")).evaluate.guided == 1.75
+
+
+def test_a_table_that_shows_a_sweep_takes_one() -> None:
+    base = grids.changed(recipes.recipe("digits"), {"evaluate.temperatures": [0.8, 0.9], "evaluate.temperature": 0.7})
+    grids.require_free(GRIDS["temperature"], ["evaluate.temperatures"])
+    swept, plain = (grids.settings(GRIDS[name], base, Point("VA-pi"), 0).evaluate.temperatures for name in ("temperature", "table4"))
+    assert (swept, plain) == ([0.8, 0.9], [0.7])
+
+
+@pytest.mark.parametrize(("recipe", "row"), [("digits-t2i", "xi 0"), ("llamagen-xl-t2i", "xi 0.5")])
+def test_va_pi_of_table_3_is_a_row_of_table_5(recipe: str, row: str) -> None:
+    """With the paper's recipe the one that it is in the paper, on the embedded scenes another (docs/experiments.md)."""
+
+    def settings(table: str, name: str) -> Config:
+        (point,) = (point for point in GRIDS[table].points if point.name == name)
+        return grids.settings(GRIDS[table], grids.under(GRIDS[table], recipes.recipe(recipe)), point, 0)
+
+    assert settings("table3", "VA-pi") == settings("table5", row)
+    assert GRIDS["table3"].points[-1].paper == next(point.paper for point in GRIDS["table5"].points if point.name == "xi 0.5")
 
 
 def test_numbers_are_found_where_evaluate_writes_them() -> None:
@@ -218,16 +239,18 @@ def test_points_share_stages_and_a_stopped_command_goes_on(project: Path) -> Non
     long = pd.read_csv("artifacts/experiments/tiny/table.csv").set_index(["row", "metric"])
     assert long.loc[("G 2", "fid"), "ours"] == pytest.approx(found["G 2"]["ours"]["fid"]["mean"]) and len(long) == 8
     assert tiny(0, 1).plan().endswith("0 of 10 stages to run")
-    assert "4 of 10 stages to run, about 1 minutes if they take as long as those that are finished" in tiny(0, 2).plan()
+    assert "4 of 10 stages to run, about 1 minute if they take as long as those that are finished" in tiny(0, 2).plan()
 
 
-def test_a_point_that_fails_is_noted_and_the_others_go_on(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    launch = Here(lambda stage, count: cli.MISTAKE if (stage, count) == ("tune", 2) else None)
-    assert tiny().run(launch) == cli.MISTAKE
+@pytest.mark.parametrize("code", [cli.MISTAKE, 128 + signal.SIGKILL])
+def test_a_point_that_fails_is_noted_and_the_others_go_on(project: Path, capsys: pytest.CaptureFixture[str], code: int) -> None:
+    """By a mistake, or ended by the system, whose memory was short; nobody asked for a stop."""
+    launch = Here(lambda stage, count: code if (stage, count) == ("tune", 2) else None)
+    assert tiny().run(launch) == code
     assert launch.stages == ["subset", "tokens", "tune", "evaluate", "tune"], "what is failed is not evaluated"
     assert rows()["G 2"]["state"] == "failed" and rows()["VA-pi"]["state"] == "done"
     said = capsys.readouterr()
-    assert "G 2, seed 0: tune ended with code 2" in said.err and "| G 2 (failed) | - | - | - | - |" in said.out
+    assert f"G 2, seed 0: tune ended with code {code}" in said.err and "| G 2 (failed) | - | - | - | - |" in said.out
     assert tiny().run(again := Here()) == 0 and again.stages == ["tune", "evaluate"]
 
 
@@ -240,6 +263,27 @@ def test_other_settings_and_other_files_make_other_results(project: Path) -> Non
     assert {folder.parent.name for folder in same} == {"subset", "tokens", "tune"}
     Path("data/models/reward.safetensors").write_bytes(Path("data/models/metric.safetensors").read_bytes())
     assert {folder.parent.name for folder in set(before) & set(tiny().queue)} == {"subset", "tokens"}
+
+
+@pytest.mark.parametrize(("file", "kept"), [("package/tune.py", set()), ("data/models/reward.safetensors", {"subset", "tokens"})])
+def test_source_and_files_that_change_meanwhile_stop_it(project: Path, monkeypatch: pytest.MonkeyPatch, file: str, kept: set[str]) -> None:
+    """What is made of the new would lie under the name of the old."""
+    data.code_version()  # remembered, of the true package
+    (project / "package").mkdir()
+    (project / "package/tune.py").write_text("steps = 1")
+    monkeypatch.setattr(data, "_PACKAGE", project / "package")
+    before = tiny()
+
+    def edit(stage: str, count: int) -> None:
+        if stage == "tokens":
+            Path(file).write_bytes(Path("data/models/metric.safetensors").read_bytes())
+
+    with pytest.raises(ValueError, match="has changed since this command began; what is finished is in .*, and the same command goes on"):
+        before.run(launch := Here(edit))
+    assert launch.stages == ["subset", "tokens"]
+    again = tiny()
+    assert {step.stage for step in again.queue.values() if step.made} == kept
+    assert {folder.parent.name for folder in set(before.queue) & set(again.queue)} == kept
 
 
 def test_what_a_result_is_not_named_after_decides_none(project: Path) -> None:
@@ -277,6 +321,18 @@ def test_rows_are_runs_nested_in_one_of_the_experiment(project: Path, mlflow_db:
     assert points["VA-pi"].data.metrics["paper/fid"] == 1.0 and "paper/fid" not in points["G 2"].data.metrics
 
 
+def test_every_metric_of_a_table_of_digits_is_in_what_evaluate_writes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(Those of tables of scenes: test_t2i.py.)"""
+    tables = [grid for grid in GRIDS.values() if grid.recipe == "digits"]
+    metrics = tuple(dict.fromkeys(metric for grid in tables for metric in grid.metrics))
+    points = (Point("base", side="base"), Point("VA-pi"))
+    monkeypatch.setitem(GRIDS, "all", Grid("All metrics.", "every table", metrics, points))
+    made = Experiment("all", grids.changed(config.load(), {"evaluate.guided": 1.75}), [0])
+    assert made.run(Here()) == 0
+    for row in made.table.rows():
+        assert row["ours"].keys() == set(metrics), row["name"]
+
+
 # --- mistakes and stops ------------------------------------------------------------------------
 
 
@@ -296,13 +352,18 @@ def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
         (["tiny", "--tune.seed", "3"], "--tune.seed is what --seeds decides"),
         (["tiny", "--tune.group_size", "3"], "--tune.group_size is what this experiment varies"),
         (["table4", "--tune.rewards", "{mse: 1}"], "--tune.rewards is what this experiment varies"),
+        (["tiny", "--evaluate.temperatures", "0.8", "0.9"], "--evaluate.temperatures is swept where a table shows what comes of it"),
+        (["table2", "--evaluate.guidances", "[1, 2]"], "(temperature does); say --evaluate.guidance or nothing"),
         (["tiny", "--tune.lrr", "3"], "did you mean '--tune.lr'?"),
         (["tiny", "table4"], "takes one name"),
         (["tiny", "--recipe", "digits", "--params", "params.yaml"], "not both"),
         (["tiny", "--recipe", "digit"], "did you mean 'digits'?"),
         (["tiny", "--params", "params.yaml", "--model.generator", "data/models/gone.safetensors"], "base: model.generator: data/models"),
-        (["tiny", "--params", "params.yaml", "--evaluate.reference", "gone.parquet"], "base: evaluate.reference: gone.parquet is not here"),
-        (["tiny", "--params", "params.yaml", "--subset.source", "gone"], "gone"),
+        (["tiny", "--params", "params.yaml", "--evaluate.reference", "gone.parquet"], "base: evaluate.reference: gone.parquet is not in"),
+        (["tiny", "--params", "params.yaml", "--evaluate.reference", "data/models/metric.safetensors"], "base: evaluate.reference: "),
+        (["tiny", "--params", "params.yaml", "--evaluate.validation", "params.yaml"], "base: evaluate.validation: "),
+        (["tiny", "--params", "params.yaml", "--evaluate.dinov2", "data"], "base: evaluate.dinov2: evaluate.dinov2 is data; give a folder"),
+        (["tiny", "--params", "params.yaml", "--subset.source", "gone"], "base: subset.source: gone is not in"),
         (["tiny", "--params", "params.yaml", "--evaluate.extractor", "inception"], "inception"),
         (["tiny", "--params", "params.yaml", "--tune.perceptual", "vgg"], "vgg16"),
         (["tiny", "--params", "params.yaml", "--tune.policy_weight", "0", "--tune.prior_weight", "0"], "nothing to optimise"),
@@ -318,6 +379,18 @@ def test_mistakes_are_answered_before_anything_is_run(
     assert launch.stages == [] and not Path("artifacts/experiments/tiny").exists()
 
 
+@pytest.mark.parametrize("network", ["vgg", "data/models/reward.safetensors"])
+def test_a_network_that_nothing_reads_need_not_be_here(project: Path, network: str) -> None:
+    """LPIPS is read where the reward names it, also by the prior alone, which follows it on held-out images."""
+    Path("data/models/reward.safetensors").unlink()  # and of the published ones torch's cache has none
+    named = grids.changed(config.load(), {"tune.perceptual": network})
+    for without in ({"mse": 1.0}, {"mse": 1.0, "lpips": 0.0}):
+        assert Experiment("tiny", grids.changed(named, {"tune.rewards": without}), [0]).points
+    for settings in (named, grids.changed(named, {"tune.policy_weight": 0.0})):
+        with pytest.raises(ValueError, match="is not here|needs .*vgg16-397923af.pth"):
+            inputs.looks(settings)["tune.perceptual", network]()
+
+
 def test_the_list_names_every_grid_and_its_rows(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys)
     assert code == 0 and all(f"\n  {name} " in out and grid.doc in out for name, grid in GRIDS.items())
@@ -331,10 +404,19 @@ def test_a_command_runs_in_a_process_of_its_own() -> None:
     assert experiment.here(["recipe", "digitz"], {}) == cli.MISTAKE
 
 
-def test_a_stop_reaches_the_command_and_no_other_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if the command ends well on it."""
+@pytest.mark.parametrize("code", [os.EX_TEMPFAIL, 128 + signal.SIGINT, 128 + signal.SIGTERM])
+def test_after_a_stop_nothing_begins(project: Path, code: int) -> None:
+    launch = Here(lambda stage, count: code)
+    with pytest.raises(SystemExit) as stop:
+        tiny().run(launch)
+    assert stop.value.code == code and launch.stages == ["subset"]
+
+
+@pytest.mark.parametrize("how", ["exit 0", "exit 1", "kill -9 $$"])
+def test_a_stop_reaches_the_command_and_no_other_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """However the command ends on it."""
     program, begun = tmp_path / "program", tmp_path / "begun"
-    program.write_text(f"#!/bin/sh\ntrap 'exit 0' TERM\ntouch {begun}\nwhile :; do sleep 0.1; done\n")
+    program.write_text(f"#!/bin/sh\ntrap '{how}' TERM\ntouch {begun}\nwhile :; do sleep 0.1; done\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
 

@@ -93,6 +93,15 @@ def test_largest_advantage_of_a_group() -> None:
     assert grpo.advantages(rewards, 5.0).max() == pytest.approx(7 / math.sqrt(8), rel=1e-6)  # paper: the clip of 5 is idle at G = 8
 
 
+def test_leave_one_out_by_hand() -> None:
+    """Unbiased: a draw's own reward is not in what it is compared with; of places as of images."""
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]])
+    got = grpo.leave_one_out(rewards, 10.0)
+    torch.testing.assert_close(got[0], torch.tensor([1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3]))
+    assert torch.equal(got[1], torch.zeros(4)) and grpo.leave_one_out(rewards, 0.5).abs().max() == 0.5
+    torch.testing.assert_close(grpo.leave_one_out(rewards[..., None].expand(2, 4, 3), 10.0)[..., 1], got)
+
+
 def test_local_advantages_by_hand() -> None:
     rewards = torch.tensor([[[1.0, 5.0], [3.0, 5.0]]])  # two draws: they differ by 2 at the first place, not at all at the second
     torch.testing.assert_close(grpo.local_advantages(rewards, 5.0), torch.tensor([[[-1.0, 0.0], [1.0, 0.0]]]))  # spread: sqrt((2 + 0) / 2)

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,13 @@ import pytest
 from huggingface_hub import constants
 from imports import ROOT
 from PIL import Image
-from stubs import Hub, hub_at, serving
+from stubs import Hub, Request, hub_at, serving
 
 from vapi import config as configs
 from vapi import data, hub, images, sources
 from vapi.config import Config, SubsetConfig
 from vapi.listing import write_listing
+from vapi.models import text, weights
 from vapi.run import Run
 from vapi.subset import subset
 
@@ -113,7 +115,15 @@ def test_two_row_groups_of_twenty_four_and_nothing_else(server: Hub, tmp_path: P
     whole = sum(path.stat().st_size for path in server.folder.rglob("*.parquet"))
     assert asked - FILES * 2**16 < 1.1 * whole * 2 / 24
     assert f"2 row groups, 0.1 of {whole / 1e6:.1f} MB, come from" in capsys.readouterr().err
-    assert data.read_json(tmp_path / "subset/config.json")["inputs"]["commit"] == run.tags["subset.commit"] == "a" * 40
+    assert data.read_json(tmp_path / "subset/provenance.json")["commit"] == run.tags["subset.commit"] == "a" * 40
+
+
+def test_a_commit_that_changes_no_file_changes_no_result(server: Hub, tmp_path: Path) -> None:
+    subset(config(), tmp_path / "one")
+    server.revisions["main"] = "c" * 40
+    subset(config(), tmp_path / "two")
+    assert data.file_digest(tmp_path / "one") == data.file_digest(tmp_path / "two")
+    assert [data.read_json(tmp_path / name / "provenance.json")["commit"] for name in ("one", "two")] == ["a" * 40, "c" * 40]
 
 
 def test_a_larger_subset_begins_with_the_smaller_and_reads_what_is_new(server: Hub, tmp_path: Path) -> None:
@@ -229,6 +239,74 @@ def test_a_connection_that_breaks_is_made_again(server: Hub, tmp_path: Path) -> 
     assert broken and len(set(server.ranges)) == len(server.ranges)
 
 
+def test_a_connection_that_breaks_in_the_middle_is_made_again(server: Hub, tmp_path: Path) -> None:
+    subset(config(), tmp_path / "undisturbed")
+    (tmp_path / ".vapi").rename(tmp_path / "kept")
+    broken = []
+
+    def half(request: Request, path: str) -> Any:
+        def body() -> Iterator[bytes]:
+            yield b"half"
+            raise ConnectionAbortedError
+
+        if path in broken:
+            return server._range(request, path)
+        broken.append(path)
+        return 206, body()
+
+    server.routes.insert(0, ("GET", "/storage/(.*)", half))
+    subset(config(), tmp_path / "subset")
+    assert len(broken) == FILES and data.file_digest(tmp_path / "subset") == data.file_digest(tmp_path / "undisturbed")
+
+
+def test_a_whole_file_that_comes_for_a_range_is_not_waited_for(server: Hub, tmp_path: Path) -> None:
+    sent = []
+
+    def body() -> Iterator[bytes]:
+        for _ in range(400):
+            sent.append(1)
+            yield bytes(2**20)
+
+    server.routes.insert(0, ("GET", "/storage/(.*)", lambda request, path: (200, body())))
+    with pytest.raises(ValueError, match="a whole file came in place of 65,536 bytes of it"):
+        subset(config(f"{ADDRESS}/data/train-00000-*"), tmp_path / "subset")
+    assert len(sent) < 200
+
+
+def test_a_file_of_another_version_is_fetched_anew(server: Hub, tmp_path: Path) -> None:
+    subset(config(images=96), tmp_path / "one")
+    (path,) = server.folder.glob("data/train-00000-*")
+    folder = shutil.copytree(server.folder, tmp_path / "repository")
+    table = pq.read_table(path)
+    pq.write_table(table.take(list(range(len(table)))[::-1]), folder / path.relative_to(server.folder), row_group_size=GROUP)
+    server.folder, server.revisions["main"] = folder, "c" * 40
+    subset(config(images=96), tmp_path / "two")
+    one, two = (data.read_subset(tmp_path / name) for name in ("one", "two"))
+    rows = {key: two.image(i) for i, key in enumerate(two.keys) if "train-00000" in key}
+    before = {key: one.image(i) for i, key in enumerate(one.keys) if "train-00000" in key}
+    assert [rows[key] for key in sorted(rows)] == [before[key] for key in sorted(before)][::-1] and len(rows) == ROWS
+
+
+def test_an_end_of_more_than_64_kib_takes_a_second_range(server: Hub, tmp_path: Path) -> None:
+    """And no more than the end."""
+    server.folder = tmp_path / "long"
+    server.folder.mkdir()
+    columns = {"image": [bytes(100)] * 1000, "caption": ["words"] * 1000}
+    pq.write_table(pa.table(columns), server.folder / "all.parquet", row_group_size=2)
+    sources.HubParquet(config()).described()
+    size = (server.folder / "all.parquet").stat().st_size
+    metadata = pq.read_metadata(server.folder / "all.parquet").serialized_size
+    assert 2**16 < metadata < size
+    assert [span for _, span in server.ranges] == [f"{size - 2**16}-{size - 1}", f"{size - 8 - metadata}-{size - 9}"]
+
+
+def test_to_describe_a_dataset_takes_the_end_of_its_first_file(server: Hub) -> None:
+    assert "4 files" in sources.HubParquet(config()).described()
+    ((path, span),) = server.ranges
+    first, last = map(int, span.split("-"))
+    assert last == (server.folder / path).stat().st_size - 1 and last - first < 2**16
+
+
 def test_large_row_groups_come_in_pieces(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subset(config(), tmp_path / "whole")
     monkeypatch.setenv("VAPI_STATE", str(tmp_path / "state"))
@@ -236,6 +314,22 @@ def test_large_row_groups_come_in_pieces(server: Hub, tmp_path: Path, monkeypatc
     subset(config(), tmp_path / "pieces")
     assert data.file_digest(tmp_path / "whole") == data.file_digest(tmp_path / "pieces")
     assert max(path.stat().st_size for path in kept(tmp_path / "state")) == 10_000
+
+
+@pytest.mark.parametrize("name", ["team/model", "team/model/model.safetensors"])
+def test_a_model_that_was_fetched_is_not_asked_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever wants to know whether it is there, and how large."""
+    hub_at(NOWHERE, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    sizes = [weights.size, *([text.size] if name == "team/model" else [])]
+    for size in sizes:
+        with pytest.raises(ValueError, match="is no local f.*, and the hub does not show it"):
+            size(name)
+    files = {"refs/main": "e" * 40, f"snapshots/{'e' * 40}/config.json": "{}", f"snapshots/{'e' * 40}/model.safetensors": "weights"}
+    for path, content in files.items():
+        (place := tmp_path / "models--team--model" / path).parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(content)
+    assert {size(name) for size in sizes} == {9 if name == "team/model" else 7}
 
 
 # --- what is named -----------------------------------------------------------------------------
@@ -250,6 +344,19 @@ def test_large_row_groups_come_in_pieces(server: Hub, tmp_path: Path, monkeypatc
 )
 def test_addresses(server: Hub, path: str, count: int) -> None:
     assert len(list(sources.open_source(config(ADDRESS + path)).files())) == count
+
+
+def test_of_several_splits_one_is_proposed(server: Hub, tmp_path: Path) -> None:
+    """In the layout of the branch of Parquet files that the hub makes itself."""
+    first = next(server.folder.rglob("*.parquet"))
+    server.folder = tmp_path / "converted"
+    for split in ("test", "train"):
+        (server.folder / "default" / split).mkdir(parents=True)
+        shutil.copy(first, server.folder / "default" / split / "0000.parquet")
+    branch = f"{ADDRESS}@refs/convert/parquet"
+    with pytest.raises(ValueError, match=f"holds shards of test and train; name those .* as in subset.source '{branch}/default/train'$"):
+        sources.open_source(config(branch)).files()
+    assert [name for name, _ in sources.open_source(config(f"{branch}/default/train")).files()] == ["0000.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -308,7 +415,7 @@ def no_ranges(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         (offline, "the hub does not give team/pictures .*fline"),
         (no_commit, "the hub does not give team/pictures .it calls '../../elsewhere' a commit"),
         (no_library, "lies on the hub; to read it: pip install huggingface_hub"),
-        (no_ranges, "bytes came in place of 65,536; does a proxy drop the header Range.*run the same command again"),
+        (no_ranges, "a whole file came in place of 65,536 bytes of it; does a proxy drop the header Range.*run the same command again"),
     ],
 )
 def test_what_stands_between(

@@ -23,6 +23,7 @@ from test_tune import config, lines, write_inputs
 from vapi import data, launch, prediction
 from vapi.config import Config, ModelConfig, TokensConfig, TuneConfig, plain
 from vapi.launch import World
+from vapi.models import features, weights
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -75,19 +76,24 @@ KINDS = {
     "recomputed": {"activation_checkpointing": True},
     "sharded": {"sharding": "full", "images_per_forward": 1, "activation_checkpointing": True, "max_grad_norm": 0.1},
     "official": {"policy_dropout": "official"},
+    "twice": {"updates_per_rollout": 2},
+    "free": {"objective": "ar_grpo", "prior": "kl", "rewards": {"class": 1.0}},
+    "decoder": {"objective": "tokenizer", "prior_weight": 0.0},
 }
 
 
 @pytest.mark.parametrize(
     ("processes", "kind", "most"),
-    [(2, "shared", 1 << 23), (3, "accumulated", 1 << 23), (2, "kl", 1 << 23), (3, "sharded", 100), (2, "official", 1 << 23)],
-)
+    [(2, "shared", 1 << 23), (3, "accumulated", 1 << 23), (2, "kl", 1 << 23), (3, "sharded", 100), (2, "official", 1 << 23),
+     (2, "twice", 1 << 23), (3, "free", 1 << 23), (2, "decoder", 1 << 23)],
+)  # fmt: skip
 def test_processes_give_the_gradient_of_one(processes: int, kind: str, most: int, inputs: dict[str, Any], tmp_path: Path) -> None:
     """Seven images do not divide by two or three. The reward takes one image's draws at a time: a convolution rounds
     by the shape of its input, and dividing by the spread of a group makes that large. ``most``: numbers of a prediction at a time,
     so that with shards the head predicts outside the generator's forward pass, and again in the backward pass."""
     tune = config(**{"images_per_step": 7, "holdout_images": 5, "max_grad_norm": 0.0, **KINDS[kind]})
-    tune = dataclasses.replace(tune, images_per_reward=tune.group_size)
+    tune = dataclasses.replace(tune, images_per_reward=tune.group_size, classifier=str(tmp_path / "classifier.safetensors"))
+    weights.save(features.random_twin(3), tune.classifier, {})
     require_same_gradient(processes, {**inputs, "most": most}, dataclasses.replace(tune, images_per_forward=7), tune, tmp_path)
 
 

@@ -252,7 +252,7 @@ def test_a_plan_holds_what_the_stage_s_result_follows_from(root: Path, here: Pat
         ({"evaluate_reference": "data/models/generator.safetensors"}, "evaluate_reference: "),
         ({"subset_source": "../elsewhere", "data_uri": "http://127.0.0.1:9"}, "'../elsewhere' leads out of the data"),
         ({"also": {"tune.lr": 1.0}}, "overrides names tune.lr, which has a field of its own"),
-        ({"also": {"tune.perceptual": "vgg", "tune.perceptual_weights": "/none"}}, "tune.perceptual: the lpips reward with perceptual vgg"),
+        ({"also": {"tune.perceptual": "vgg", "tune.perceptual_weights": "/none"}}, "tune_perceptual: the lpips reward with perceptual vgg"),
         ({"also": {"evaluate.extractor": "inception", "evaluate.extractor_weights": "/none"}}, "evaluate.extractor is inception, but"),
     ],
 )  # fmt: skip

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import test_clip
 import torch
 from torch import Tensor
 
 from vapi import rewards
-from vapi.models import features
+from vapi.config import TuneConfig
+from vapi.images import to_uint8
+from vapi.metrics import clip, text
+from vapi.models import features, weights
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
@@ -91,6 +95,41 @@ def test_custom_reward_registered_or_passed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(rewards.REWARDS, "brightness", brightness)
     registered, parts = rewards.Reward({"brightness": 2.0}).score(decoded, target)
     assert torch.equal(passed, registered) and torch.equal(registered, 2 * parts["brightness"])
+
+
+def test_a_class_that_was_asked_for(tmp_path: Path) -> None:
+    """The log-probability of the classifier; what compares with an image goes beside it."""
+    network, path = features.random_twin(3), str(tmp_path / "classifier.safetensors")
+    weights.save(network, path, {})
+    decoded, target, asked = images(2, 3, 3, 8, 8), images(2, 3, 8, 8, seed=1), torch.tensor([4, 9])
+    tune = TuneConfig(rewards={"class": 2.0, "mse": 1.0}, classifier=path)
+    reward = rewards.Reward.of(tune)
+    total, parts = reward.score(decoded, target, asked=asked)
+    expected = [network.logits(rows).log_softmax(-1)[:, label] for rows, label in zip(decoded, asked, strict=True)]
+    torch.testing.assert_close(parts["class"], torch.stack(expected))
+    torch.testing.assert_close(total, 2 * parts["class"] + parts["mse"])
+    with pytest.raises(ValueError, match="knows 10 classes, and class 10 was asked for"):
+        reward.score(decoded, target, asked=torch.tensor([4, 10]))
+    with pytest.raises(ValueError, match="needs class ids, and this model draws from captions"):
+        reward.score(decoded, target, asked=["four", "nine"])
+    with pytest.raises(ValueError, match="credit token asks rewards where they come from, and class has no map"):
+        reward.require_places()
+    assert [type(network).__name__ for network in reward.networks] == ["FeatureNet"]
+    assert rewards.files(tune) == {"classifier": Path(path)}, "and no network of a reward that is not asked"
+
+
+def test_a_caption_that_was_asked_for(tmp_path: Path) -> None:
+    """CLIPScore's cosine, one for each draw of each caption."""
+    folder = test_clip.write(tmp_path / "clip")
+    decoded, captions = images(2, 3, 3, 32, 32), ["a red three", "two sevens"]
+    total, _ = rewards.Reward.of(TuneConfig(rewards={"clip": 1.0}, clip_model=str(folder))).score(decoded, decoded[:, 0], asked=captions)
+    score = text.ClipScore(clip.load(folder))
+    pictures = to_uint8(decoded[1]).permute(0, 2, 3, 1).numpy()
+    torch.testing.assert_close(total[1], torch.tensor(score(pictures, ["two sevens"] * 3, [{}] * 3)))
+    with pytest.raises(ValueError, match="set tune.clip_model to a folder"):
+        rewards.Reward.of(TuneConfig(rewards={"clip": 1.0}))
+    with pytest.raises(ValueError, match="needs captions, and this model draws from class ids"):
+        rewards.OfCaption(str(folder))(decoded[0], torch.tensor([1, 2, 3]))
 
 
 def test_bad_rewards_are_refused() -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -377,6 +378,29 @@ def test_a_split_is_named_by_a_pattern(make: object, pattern: str, tmp_path: Pat
     made = data.read_subset(tmp_path / "subset")
     assert {made.image(i): made.labels[i] for i in range(12)} == {png(100 * label + i): label for label in range(4) for i in range(3)}
     fails(config(source / pattern.replace("train", "trian")), tmp_path / "no", "no file is called .*trian")
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "named"),
+    [
+        ("default/train/0000.parquet", "default/test/0000.parquet", "default/train"),
+        ("default/partial-train/0000.parquet", "default/test/0000.parquet", "default/partial-train"),
+        ("data/train-0.parquet", "data/test-0.parquet", "data/*train*.parquet"),
+        ("train.parquet", "other/test.parquet", "*train*.parquet"),
+    ],
+)
+def test_what_is_proposed_for_several_splits_names_one(train: str, test: str, named: str, tmp_path: Path) -> None:
+    """However they are laid out; the first as the hub's branch refs/convert/parquet."""
+    made = imagenet_parquet(tmp_path / "made") / "data"
+    for name, part in ((train, "train-00000-of-00003"), (test, "test-00000-of-00001")):
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / f"{part}.parquet", tmp_path / "source" / name)
+    with pytest.raises(ValueError, match="holds shards of test and train") as error:
+        sources.open_source(config(tmp_path / "source")).files()
+    proposed = str(error.value).split("'")
+    assert proposed[1] == f"{tmp_path / 'source'}/{named}"
+    assert [file for _, file in sources.open_source(config(proposed[1])).files()] == [tmp_path / "source" / train]
+    assert ("for all" in str(error.value)) == (train.rpartition("/")[0] == test.rpartition("/")[0] == "data")
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:

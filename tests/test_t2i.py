@@ -23,6 +23,7 @@ from vapi import compare, compare_page, data, models, prompted, references, repo
 from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, TuneConfig, plain
 from vapi.digits import build_janus, build_scenes
 from vapi.evaluate import evaluate
+from vapi.experiment import Experiment
 from vapi.metrics import geneval
 from vapi.models import text, weights
 from vapi.objective import Batch, Objective, optimizer_of, update
@@ -133,6 +134,17 @@ def test_runs_beside_each_other_by_task_and_prompt(project: Path) -> None:
     judged = first.results["prompts"]["detectors"]["geneval"]
     assert f"<span>{judged['tuned']['tasks']['counting']['score']:.3f}</span>" in page
     assert "Pictures on which both judges say the same" in page and len(page) < 3_000_000
+
+
+@pytest.mark.parametrize("name", ["table3", "table5", "table3-janus"])
+def test_a_table_finds_every_number_and_names_the_judge(project: Path, name: str) -> None:
+    made = Experiment(name, settings(), [0])
+    for end in set(made.ends.values()):
+        shutil.copytree("artifacts/evaluate", end)
+    rows = made.write()
+    assert all(row["ours"].keys() == set(made.grid.metrics) for row in rows if row["changes"] is not None)
+    head = made.markdown(rows).splitlines()[4]
+    assert head.endswith("| two object, paper | ours | GenEval, paper | ours: GenEval (scenes, classical judge) |")
 
 
 def test_an_evaluation_again_draws_nothing_and_says_the_same(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

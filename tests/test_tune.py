@@ -391,6 +391,40 @@ def test_kill_nine_and_continue(of_any: dict[str, Any], tmp_path: Path) -> None:
     assert same(tmp_path / "undisturbed", out)
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "twice": {"updates_per_rollout": 2},
+    "free": {"objective": "ar_grpo", "prior": "kl", "rewards": {"class": 1.0}},
+    "decoder": {"objective": "tokenizer", "prior_weight": 0.0},
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+def test_other_objectives_continue_with_the_same_bits(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    classifier = str(tmp_path / "classifier.safetensors")
+    weights.save(features.random_twin(3), classifier, {})
+    tune = config(**OTHERS[kind], classifier=classifier)
+    stage.tune(**inputs, tune=tune, out=tmp_path / "whole")
+    update = stage.update
+
+    def until_three(objective: Any, optimizer: Any, batch: Any, step: int) -> dict[str, float]:
+        if step == 3:
+            raise KeyboardInterrupt
+        return update(objective, optimizer, batch, step)
+
+    monkeypatch.setattr(stage, "update", until_three)
+    with pytest.raises(KeyboardInterrupt):
+        stage.tune(**inputs, tune=tune, out=tmp_path / "again")
+    monkeypatch.setattr(stage, "update", update)
+    stage.tune(**inputs, tune=tune, out=tmp_path / "again")
+    assert same(tmp_path / "whole", tmp_path / "again")
+    networks = models.Networks.tuned(inputs["model"], tmp_path / "again")
+    assert networks.changed.name == models.TUNED["tokenizer" if kind == "decoder" else "generator"]
+    assert (networks.model.tokenizer != inputs["model"].tokenizer) == (kind == "decoder")
+    networks.load()
+
+
 def test_a_second_process_is_refused_and_sigterm_writes_a_checkpoint(
     inputs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from vapi import evaluate, launch, models, objective, parallelize, prediction, tokens
 from vapi import tune as stage
+from vapi.baselines import OBJECTIVES
 from vapi.config import Config, build
 from vapi.rewards import Reward
 
@@ -26,12 +27,14 @@ def gradient(given: dict[str, Any], settings: Config) -> None:
     policy = models.load(model)
     if model.precision == "float32":
         policy.generator.double()  # or it would be rounding that is compared
-    target = objective.Objective(policy, tune, Reward(tune.rewards), model.precision, world)
+        policy.tokenizer.to(torch.float64 if tune.objective == "tokenizer" else torch.float32)
+    target = OBJECTIVES[tune.objective](policy, tune, Reward.of(tune), model.precision, world)
     parallelize.parallelize(policy, tune, world)
     examples = stage.Examples(model, tune, Path(given["subset"]), Path(given["tokens"]))
     batch = examples.load(examples.order(1)[world.part(tune.images_per_step)], policy)
-    values = objective.update(target, torch.optim.SGD(policy.generator.parameters(), 0.0), batch, 1)
-    gradients = {name: p.grad for name, p in policy.generator.named_parameters() if p.grad is not None}
+    trained = [p for p in target.trained.parameters() if p.requires_grad]
+    values = objective.update(target, torch.optim.SGD(trained, 0.0), batch, 1)
+    gradients = {name: p.grad for name, p in target.trained.named_parameters() if p.grad is not None}
     whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
     looked = target.look(examples.load(examples.held[world.part(tune.holdout_images)], policy), 1)
     if world.first:

@@ -114,7 +114,7 @@ def known_digest(path: Path) -> str:
     if path.is_dir():
         return file_digest(path, known_digest)
     stat = path.stat()
-    name = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    name = text_digest(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}")[:32]
     known = state_dir("digests") / name
     if not known.is_file():
         write_text(known, file_digest(path))
@@ -157,7 +157,7 @@ def output_folder(out: Path, stage: str) -> Iterator[Path]:
     out = Path(out).resolve()  # what a link leads to is replaced, not the link
     _require_replaceable(out, stage)
     partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    name = hashlib.sha256(str(out).encode()).hexdigest()[:16]
+    name = short_digest(str(out))
     with locked(state_dir("locks") / f"{name}.lock", wait=False):
         try:
             _clear(partial, old, out)  # what a killed process left
@@ -236,9 +236,8 @@ def code_version() -> dict[str, str]:
     return {"version": vapi.__version__, "commit": _commit(_PACKAGE.parent), "source": source_digest()[:16]}
 
 
-@functools.cache
-def source_digest(without: tuple[str, ...] = ()) -> str:
-    """sha256 (hex) over the package's source, ``without`` some files of its top folder."""
+def source_digest(without: Sequence[str] = ()) -> str:
+    """sha256 (hex) over the package's source as it lies there now, ``without`` some files of its top folder."""
     source = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         if (name := file.relative_to(_PACKAGE).as_posix()) not in without:
@@ -492,6 +491,11 @@ class Tokens:
 def text_digest(text: str) -> str:
     """sha256 (hex) of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def short_digest(text: str) -> str:
+    """The first 16 digits of it, for names."""
+    return text_digest(text)[:16]
 
 
 def tokenizer_digest(model: ModelConfig) -> str:

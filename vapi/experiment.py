@@ -15,6 +15,7 @@ Left out: several stages at a time, since one takes all cores or GPUs by itself;
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -28,14 +29,14 @@ from typing import Any
 
 import pandas as pd
 
-from vapi import config, data, grids, keys, recipes, report, signals, track
+from vapi import config, data, grids, inputs, keys, recipes, report, signals, track
 from vapi.config import ARTIFACTS, STAGES, Config
 from vapi.grids import Grid, Point
 from vapi.report import Column
 
 FOLDER = ARTIFACTS / "experiments"
 LAST = "evaluate"
-DECIDE_NOTHING = ("__main__.py", "cli.py", "config.py", "experiment.py", "grids.py", "keys.py", "recipes.py", "run.py")
+DECIDE_NOTHING = ("__main__.py", "cli.py", "config.py", "experiment.py", "grids.py", "inputs.py", "keys.py", "recipes.py", "run.py")
 """Source that changes no stage's result, so that a new point in a grid does not make all others anew."""
 PAPER = "arXiv 2512.19680"
 Scores = dict[str, Any]
@@ -73,11 +74,7 @@ class Experiment:
         self.known: dict[str, Path] = {}  # results by stage and configuration, whose names take a look at every file
         self.failed: set[Path] = set()
         runs = grids.runs(self.grid, base, seeds)
-        named: dict[tuple[str, str], str] = {}  # files by field and name, each with the first point that names it
-        for (point, _), settings in runs.items():
-            named = dict.fromkeys(config.named_files(settings).items(), point) | named
-        _require_files(named)
-        _require_networks(base)
+        _require_inputs(runs)
         ends = {(point, seed): self._plan(settings, grids.title(point, seed)) for (point, seed), settings in runs.items()}
         self.table = Table(name, base, seeds, out or FOLDER / name, ends, self.failed)
 
@@ -89,8 +86,7 @@ class Experiment:
             values = {name: config.plain(getattr(settings, name)) for name in spec.sections}
             wanted = json.dumps([stage, values, {name: str(path) for name, path in inputs.items()}], sort_keys=True)
             if wanted not in self.known:
-                made = {name: path.name for name, path in inputs.items()}
-                self.known[wanted] = FOLDER / "runs" / stage / keys.of(stage, settings, made, data.source_digest(DECIDE_NOTHING))
+                self.known[wanted] = FOLDER / "runs" / stage / _key(stage, settings, inputs)
             folders[stage] = self.known[wanted]
             self.queue.setdefault(folders[stage], Step(stage, title, settings, inputs, folders[stage]))
             if stage == LAST:
@@ -112,10 +108,10 @@ class Experiment:
             if self.failed.intersection(step.inputs.values()):
                 self.failed.add(step.folder)
             elif ended := self._make(step, launch or here, f"[{number}/{len(self.queue)}] {step.stage}: {step.title}"):
-                if ended == os.EX_TEMPFAIL or ended >= 128:
+                if ended in signals.STOPPED:
                     print(f"stopped; what is finished is in {FOLDER / 'runs'}, and the same command goes on", file=sys.stderr)
                     raise SystemExit(ended)
-                print(f"{step.title}: {step.stage} ended with code {ended}, its words are above; the other points go on", file=sys.stderr)
+                print(f"{step.title}: {step.stage} ended with code {ended}, what it said is above; the other points go on", file=sys.stderr)
                 self.failed.add(step.folder)
                 code = ended
             if step.stage == LAST:
@@ -127,6 +123,9 @@ class Experiment:
         with data.locked(step.folder.with_suffix(".lock")):  # another experiment may want the same
             if step.made:
                 return 0
+            if _key(step.stage, step.settings, step.inputs) != step.folder.name:
+                changed = "the source of vapi, or a file that the configuration names, has changed since this command began"
+                raise ValueError(f"{changed}; what is finished is in {FOLDER / 'runs'}, and the same command goes on")
             print(title, flush=True)
             config.write_text(step.folder.with_suffix(".yaml"), config.dump(step.settings, comments=False))
             tags = {"vapi.experiment": self.name, "vapi.point": step.title}
@@ -151,7 +150,8 @@ class Experiment:
                 spent.setdefault(step.stage, []).append(data.read_json(step.folder / "provenance.json")["seconds"])
         if left and set(left) <= spent.keys():
             seconds = sum(statistics.fmean(spent[stage]) for stage in left)
-            words += f", about {max(1, round(seconds / 60))} minutes if they take as long as those that are finished"
+            minutes = max(1, round(seconds / 60))
+            words += f", about {minutes} minute{'s' * (minutes > 1)} if they take as long as those that are finished"
         return words
 
 
@@ -179,12 +179,15 @@ class Table:
         return [self._row(point) for point in self.grid.points]
 
     def _row(self, point: Point) -> Scores:
-        row: Scores = {"name": point.name, "changes": point.changes, "paper": point.paper, "about": point.about, "runs": [], "ours": {}}
+        row: Scores = {"name": point.name, "changes": point.changes, "paper": point.paper, "about": point.about}
+        row |= {"runs": [], "ours": {}, "judges": {}}
         if point.changes is None:
             return row | {"state": "not run here"}
         ends = [self.ends[point.name, seed] for seed in self.seeds]
         made = [end for end in ends if is_made(end)]
         found = [data.read_json(end / "metrics.json") for end in made]
+        for results in found:
+            row["judges"] |= report.judges(results)
         for metric in self.grid.metrics:
             values = [value for results in found if (value := number(results, point.side, metric)) is not None]
             if values:
@@ -222,10 +225,11 @@ class Table:
     def markdown(self, rows: Sequence[Scores]) -> str:
         """The table: for each metric the paper's number, then ours, mean and standard deviation over the seeds."""
         papers = any(row["paper"] for row in rows)
+        judges = {key: title for row in rows for key, title in row["judges"].items()}
         head = [""]
         for metric in self.grid.metrics:
-            title = column(metric).title
-            head += [f"{title}, paper", "ours"] if papers else [title]
+            theirs, ours = column(metric).title, column(metric, judges).title
+            head += [f"{theirs}, paper", "ours" if ours == theirs else f"ours: {ours}"] if papers else [ours]
         lines = [head, ["---"] * len(head)]
         for row in rows:
             cells = [row["name"] + (f" ({row['state']})" if row["state"] not in ("done", "not run here") else "")]
@@ -250,7 +254,7 @@ class Table:
             tracked.add(point.name)
             flat = config.flat(grids.settings(self.grid, self.base, point, self.seeds[0]))
             with track.start_point(self.name, n, point.name, self.base, "\n".join(row["runs"])) as run:
-                run.params({name: flat[name] for name in self.grid.varied} | {"side": point.side, "seeds": _listed(self.seeds)})
+                run.params({name: flat.get(name, 0.0) for name in self.grid.varied} | {"side": point.side, "seeds": _listed(self.seeds)})
                 numbers = {f"paper/{metric}": value for metric, value in point.paper.items()}
                 for metric, ours in row["ours"].items():
                     numbers |= {metric: ours["mean"]} | ({f"{metric}_std": ours["std"]} if ours["std"] is not None else {})
@@ -261,6 +265,24 @@ class Table:
 def is_made(folder: Path) -> bool:
     """Whether a stage has finished its result."""
     return (folder / "config.json").is_file()
+
+
+def _require_inputs(runs: Mapping[tuple[str, int], Config]) -> None:
+    """Raises ValueError, in words that name the point, for what one of the runs will read and cannot. Each thing is looked at once."""
+    seen: set[tuple[str, str]] = set()
+    for (point, _), settings in runs.items():
+        for named, look in inputs.looks(settings).items():
+            if named not in seen:
+                seen.add(named)
+                try:
+                    look()
+                except ValueError as error:
+                    raise ValueError(f"{point}: {named[0]}: {error}. Nothing was run") from error
+
+
+def _key(stage: str, settings: Config, inputs: Mapping[str, Path]) -> str:
+    """What a stage's result is called, as the source and the files are now."""
+    return keys.of(stage, settings, {name: path.name for name, path in inputs.items()}, data.source_digest(DECIDE_NOTHING))
 
 
 def here(words: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -282,7 +304,7 @@ def here(words: Sequence[str], environment: Mapping[str, str]) -> int:
 
     with signals.handed_on(stop):
         code = signals.exit_code(child.wait())
-    return code or (os.EX_TEMPFAIL if asked else 0)
+    return os.EX_TEMPFAIL if asked and code not in signals.STOPPED else code
 
 
 # --- numbers -----------------------------------------------------------------------------------
@@ -299,13 +321,14 @@ def number(results: Scores, side: str, metric: str) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def column(metric: str) -> Column:
-    """How a metric is titled and shown."""
+def column(metric: str, judges: Mapping[str, str] | None = None) -> Column:
+    """How a metric is titled and shown. ``judges``: titles of those whose name hangs on who judged (``report.judges``)."""
     kind, _, name = metric.rpartition("/")
     known = {one.key: one for one in report.COLUMNS}
     shown = known.get(name, Column(name, name.replace("_", " "), False, 3 if kind == "task" else 2))
-    title = {"guided": f"{shown.title}, guided", "best": f"{shown.title} at its best"}.get(kind, shown.title)
-    return Column(shown.key, title, shown.lower, shown.digits, shown.scale)
+    title = (judges or {}).get(name, shown.title)
+    title = {"guided": f"{title}, guided", "best": f"{title} at its best"}.get(kind, title)
+    return dataclasses.replace(shown, title=title)
 
 
 def _paper(row: Scores, metric: str) -> str:
@@ -323,34 +346,3 @@ def _ours(row: Scores, metric: str) -> str:
 
 def _listed(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
-
-
-# --- what must be there ------------------------------------------------------------------------
-
-
-def _require_files(named: Mapping[tuple[str, str], str]) -> None:
-    """Raises ValueError, in words that name the point, for a file that a configuration names and that is not here (or on a hub)."""
-    for (field, name), point in named.items():
-        try:
-            if field == "model.text_encoder":
-                from vapi.models import text
-
-                text.size(name)
-            elif field.startswith("model."):
-                from vapi.models import weights
-
-                weights.size(name)
-            elif field != "subset.source" and not keys.matches(Path(name)):  # whether the source is here shows when it is listed
-                raise ValueError(f"{name} is not here")
-        except ValueError as error:
-            raise ValueError(f"{point}: {field}: {error}. Nothing was run") from error
-
-
-def _require_networks(base: Config) -> None:
-    """Raises ValueError for published networks that the configuration calls by a word and that are not here."""
-    from vapi import rewards
-    from vapi.metrics import features
-
-    rewards.network_files(base.tune.perceptual, base.tune.perceptual_weights)
-    if base.evaluate.extractor == "inception":
-        features.require_inception(features.inception_path(base.evaluate.extractor_weights))

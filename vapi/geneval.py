@@ -450,7 +450,7 @@ def generate_folder(
     """
     out = Path(out)
     made = {"prompts": metric.list_digest(prompts), "images_per_prompt": images_per_prompt, "seed": seed, **(made_by or {})}
-    with data.locked(data.state_dir("locks") / f"{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}.lock", wait=False):
+    with data.locked(data.state_dir("locks") / f"{data.short_digest(str(out.resolve()))}.lock", wait=False):
         _require_ours(out, made)
         missing = {number for number in range(len(prompts)) if not (out / f"{number:05d}").is_dir()}
         done = (len(prompts) - len(missing)) * images_per_prompt

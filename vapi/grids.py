@@ -19,6 +19,8 @@ from vapi.config import Config
 
 SEEDS = ("tune.seed", "evaluate.seeds")
 """Fields that a run's seed decides, in every grid."""
+SWEPT = {"evaluate.temperatures": "evaluate.temperature", "evaluate.guidances": "evaluate.guidance"}
+"""Fields of the sweep, each with that of the only point which is left of it in a grid that does not show what comes of it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Grid:
         """The fields that some of its points change."""
         return list(dict.fromkeys(name for point in self.points for name in point.changes or {}))
 
+    @property
+    def sweeps(self) -> bool:
+        """Whether it shows what comes of sweeping temperature and guidance."""
+        return any(metric.startswith("best/") for metric in self.metrics)
+
 
 QUALITY = ("fid", "inception_score", "precision", "recall")
 BOTH = (*QUALITY, *(f"guided/{name}" for name in QUALITY))
@@ -57,6 +64,29 @@ TASKS = ("position", "colors", "color_attr", "counting", "single_object", "two_o
 GENEVAL = (*(f"task/{name}" for name in TASKS), "geneval")
 OURS = "ours, beyond the paper"
 _SIDES: tuple[tuple[str, Literal["base", "tuned"]], ...] = (("base", "base"), ("VA-pi", "tuned"))
+
+
+class Times(float):
+    """So many times what the recipe says."""
+
+    def __str__(self) -> str:
+        return f"x {float(self):g}"
+
+
+_FREE = {"tune.prior": "kl", "tune.rewards.mse": 0.0, "tune.rewards.lpips": 0.0, "tune.rewards.class": 1.0}
+ARMS: dict[str, dict[str, Any]] = {
+    "VA-pi": {},
+    "fine-tuning": {"tune.policy_weight": 0.0},
+    "token credit": {"tune.credit": "token"},
+    "straight-through": {"tune.objective": "ste"},
+    "CCA": {"tune.objective": "cca"},
+    "AR-GRPO": {"tune.objective": "ar_grpo", **_FREE},
+    "tokenizer": {"tune.objective": "tokenizer", "tune.prior_weight": 0.0},
+}
+"""What can be done with a generator and a tokenizer, as what it changes in a recipe of VA-pi."""
+RATES = {"fine-tuning": 1.0, "token credit": 1.0, "straight-through": 1.0, "CCA": 1.0, "AR-GRPO": 1.0, "tokenizer": 1.0}
+"""At how many times VA-pi's learning rate each was best on the digits (experiment ``rates``)."""
+TUNED = {name: changes | ({"tune.lr": Times(RATES[name])} if name in RATES else {}) for name, changes in ARMS.items()}
 
 
 def _quality(*numbers: float) -> dict[str, float]:
@@ -95,9 +125,13 @@ GRIDS = {
         BOTH,
         (
             Point("base", {}, _quality(14.36, 86.55, 0.63, 0.69, 2.37, 252.16, 0.81, 0.59), "base"),
-            Point("tokenizer post-trained", None, _quality(14.26, 86.70, 0.63, 0.68, 2.72, 246.97, 0.80, 0.59)),
-            Point("tokenizer post-trained, longer", None, _quality(22.99, 72.49, 0.56, 0.68, 4.31, 221.57, 0.75, 0.58)),
-            Point("straight-through", {"tune.objective": "ste"}, _quality(11.46, 102.21, 0.68, 0.61, 4.17, 267.34, 0.83, 0.51)),
+            Point("tokenizer post-trained", TUNED["tokenizer"], _quality(14.26, 86.70, 0.63, 0.68, 2.72, 246.97, 0.80, 0.59)),
+            Point(
+                "tokenizer post-trained, longer",  # the paper: 10,000 steps instead of 100
+                TUNED["tokenizer"] | {"tune.steps": 1000},
+                _quality(22.99, 72.49, 0.56, 0.68, 4.31, 221.57, 0.75, 0.58),
+            ),
+            Point("straight-through", TUNED["straight-through"], _quality(11.46, 102.21, 0.68, 0.61, 4.17, 267.34, 0.83, 0.51)),
             Point("VA-pi", {}, _quality(7.65, 116.70, 0.71, 0.64, 2.28, 273.53, 0.83, 0.56)),
         ),
         settings={"evaluate.guided": 1.75},
@@ -108,7 +142,7 @@ GRIDS = {
         BOTH,
         (
             Point("base", {}, _quality(15.55, 79.16, 0.62, 0.69, 2.79, 286.88, 0.84, 0.54), "base"),
-            Point("AR-GRPO", None, dict(zip(BOTH[4:], (3.63, 293.07, 0.86, 0.48)))),
+            Point("AR-GRPO", TUNED["AR-GRPO"], dict(zip(BOTH[4:], (3.63, 293.07, 0.86, 0.48)))),
             Point("VA-pi", {}, _quality(9.23, 111.59, 0.71, 0.59, 2.94, 299.63, 0.84, 0.53)),
         ),
         full_size="llamagen-xl-c2i",
@@ -171,10 +205,42 @@ GRIDS = {
         full_size="llamagen-xl-t2i",
     ),
     "objectives": Grid(
-        "Other objectives in VA-pi's loop, at its learning rate (each may want one of its own: --tune.lr).",
+        "Other objectives in VA-pi's loop, each at a learning rate of its own (RATES).",
         OURS,
         QUALITY,
-        _each("tune.objective", ("va_pi", "ste", "cca"), "{}"),
+        (Point("base", side="base"), *(Point(name, changes) for name, changes in TUNED.items())),
+    ),
+    "rates": Grid(
+        "Learning rates of each objective, to choose by: --seeds 1000 --evaluate.reference data/digits/validation.parquet",
+        OURS,
+        QUALITY,
+        (
+            Point("base", side="base"),
+            *(
+                Point(f"{name}, x {factor:g}", changes | {"tune.lr": Times(factor)})
+                for name, changes in ARMS.items()
+                for factor in (0.3, 1.0, 3.0, 10.0)
+            ),
+        ),
+    ),
+    "updates": Grid(
+        "Optimizer steps made of one rollout.",
+        OURS,
+        QUALITY,
+        _each("tune.updates_per_rollout", (1, 2, 4), "{} a rollout"),
+    ),
+    "baseline": Grid(
+        "What a draw's reward is compared with.",
+        OURS,
+        QUALITY,
+        (
+            Point("base", side="base"),
+            Point("group, by its spread", {}),
+            *(
+                Point(f"leave one out, x {weight:g}", {"tune.baseline": "leave_one_out", "tune.policy_weight": weight})
+                for weight in (20.0, 40.0)  # digits' rewards scatter by 1/40 within a group
+            ),
+        ),
     ),
     "group-size": Grid("Draws from one prediction, G.", OURS, QUALITY, _each("tune.group_size", (2, 4, 8, 16, 32), "G {}")),
     "steps": Grid("Optimizer steps.", OURS, QUALITY, _each("tune.steps", (25, 50, 100, 200), "{} steps")),
@@ -221,7 +287,7 @@ GRIDS = {
         (
             Point("base", side="base"),
             Point("image", {"tune.credit": "image"}),
-            *(Point(f"token, radius {radius}", {"tune.credit": "token", "tune.credit_radius": radius}) for radius in (0, 1, 2)),
+            *(Point(f"token, radius {radius}", TUNED["token credit"] | {"tune.credit_radius": radius}) for radius in (0, 1, 2)),
         ),
     ),
 }
@@ -235,11 +301,12 @@ def grid(name: str) -> Grid:
 
 
 def changed(base: Config, changes: dict[str, Any]) -> Config:
-    """A configuration with some fields changed, checked. ``changes``: {"tune.lr": 1e-5, "tune.rewards.mse": 0.0}."""
+    """A configuration with some fields changed, checked. ``changes``: {"tune.lr": Times(3), "tune.rewards.mse": 0.0}."""
     values = config.plain(base)
     for dotted, value in changes.items():
         *path, last = dotted.split(".")
-        functools.reduce(operator.getitem, path, values)[last] = value
+        section = functools.reduce(operator.getitem, path, values)
+        section[last] = section[last] * float(value) if isinstance(value, Times) else value
     made: Config = config.build(Config, values)
     return made
 
@@ -255,8 +322,9 @@ def settings(made: Grid, base: Config, point: Point, seed: int) -> Config:
     only where the grid shows what comes of it. Raises ValueError that names the point."""
     assert point.changes is not None, point.name
     how: dict[str, Any] = {"tune.seed": seed, "evaluate.seeds": [seed]}
-    if not any(metric.startswith("best/") for metric in made.metrics):
-        how |= {"evaluate.temperatures": [base.evaluate.temperature], "evaluate.guidances": [base.evaluate.guidance]}
+    if not made.sweeps:
+        own = config.flat(base)
+        how |= {field: [own[plain]] for field, plain in SWEPT.items()}
     try:
         return changed(base, point.changes | how)
     except ValueError as error:
@@ -293,6 +361,8 @@ def require_free(made: Grid, fields: Sequence[str]) -> None:
     for name in fields:
         if name in SEEDS:
             raise ValueError(f"--{name} is what --seeds decides here; say --seeds 0,1,2")
+        if name in SWEPT and not made.sweeps:
+            raise ValueError(f"--{name} is swept where a table shows what comes of it (temperature does); say --{SWEPT[name]} or nothing")
         for other in made.varied:
             if f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
                 raise ValueError(f"--{name} is what this experiment varies; leave it out, or take another experiment")

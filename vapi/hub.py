@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import os
 import re
@@ -34,6 +33,10 @@ SECONDS = 30
 """To wait for the hub to say something."""
 BUSY = (429, 500, 502, 503, 504)
 """What the hub answers when it is worth asking again."""
+PARTIAL = 206
+"""What it answers when it gives the range that was asked for."""
+TRIES = 3
+"""How often a range is asked for, when connections break in the middle of it."""
 PIECE = 64 * 2**20
 """Bytes that are asked for at one go: so much is lost when a process is killed or a connection breaks."""
 ELSEWHERE = "where there is no network, fetch the files somewhere else and name the folder that holds them"
@@ -82,7 +85,7 @@ class Dataset:
 
     def files(self, folder: str, below: bool) -> list[File]:
         """All files of a folder in it, and with ``below`` of those below. Asked once for a commit."""
-        known = self._kept(self.commit) / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{below:d}.json"
+        known = self._kept(self.commit) / f"{data.short_digest(folder)}-{below:d}.json"
         if not known.is_file():
             with self._asked(folder or self.name):
                 from huggingface_hub import HfApi
@@ -99,7 +102,7 @@ class Dataset:
 
     def read(self, file: File, start: int, end: int) -> bytes:
         """The bytes from ``start`` to ``end``."""
-        kept = self._kept(hashlib.sha256(file.digest.encode()).hexdigest()[:32]) / f"{start}-{end}"
+        kept = self._kept(data.text_digest(file.digest)[:32]) / f"{start}-{end}"
         if not kept.is_file():
             with self._asked(file.path):
                 body = self._fetch(file, start, end)
@@ -109,15 +112,26 @@ class Dataset:
 
     def _fetch(self, file: File, start: int, end: int) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
 
         url = hf_hub_url(self.name, file.path, repo_type="dataset", revision=self.commit)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        answer = http_backoff("GET", url, headers=headers, timeout=SECONDS, retry_on_status_codes=BUSY)  # for half a minute
-        hf_raise_for_status(answer)
-        if len(answer.content) != end - start:
-            raise OSError(f"{len(answer.content):,} bytes came in place of {end - start:,}; does a proxy drop the header Range?")
-        return bytes(answer.content)
+        how: dict[str, Any] = {"headers": headers, "timeout": SECONDS, "retry_on_status_codes": BUSY}  # for half a minute
+        broken: Exception = OSError("it was not asked")
+        for _ in range(TRIES):
+            with http_stream_backoff("GET", url, **how) as answer:
+                hf_raise_for_status(answer)
+                if answer.status_code != PARTIAL and end - start < file.size:  # it may be gigabytes, and is not waited for
+                    raise OSError(f"a whole file came in place of {end - start:,} bytes of it; does a proxy drop the header Range?")
+                try:
+                    body = bytes(answer.read())
+                except Exception as error:  # the connection broke in the middle; each version of the library has errors of its own
+                    broken = error
+                    continue
+            if len(body) != end - start:
+                raise OSError(f"{len(body):,} bytes came in place of {end - start:,}")
+            return body
+        raise broken
 
     def _kept(self, name: str) -> Path:
         return data.state_dir("hub", self.name.replace("/", "--"), name)

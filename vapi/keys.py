@@ -27,7 +27,7 @@ def of(stage: str, settings: Config, made: Mapping[str, str], code: str) -> str:
     marks = {field: _listed(settings) if field == "subset.source" else mark(name) for field, name in named.items()}
     values = {name: config.plain(getattr(settings, name)) for name in sections}
     depends = [stage, values, marks, dict(made), code, importlib.metadata.version("torch")]
-    return _short(json.dumps(depends, sort_keys=True))
+    return data.short_digest(json.dumps(depends, sort_keys=True))
 
 
 def _listed(settings: Config) -> str:
@@ -45,7 +45,7 @@ def matches(path: Path) -> list[Path]:
 def mark(name: str) -> str:
     """What changes when a file, folder or pattern of files does: a file's sha256 (remembered), names, sizes and times in a folder."""
     marks = [data.known_digest(path) if path.is_file() else _stats(path) for path in matches(Path(name))]
-    return _short("\n".join(marks)) if marks else name
+    return data.short_digest("\n".join(marks)) if marks else name
 
 
 def _stats(folder: Path) -> str:
@@ -53,8 +53,4 @@ def _stats(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         stat = path.stat()
         lines.append(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}")
-    return _short("\n".join(lines))
-
-
-def _short(text: str) -> str:
-    return data.text_digest(text)[:16]
+    return data.short_digest("\n".join(lines))

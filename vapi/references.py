@@ -9,7 +9,6 @@ N images.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ class Subjects:
     @property
     def key(self) -> str:
         """Names them, for what is kept of their samples."""
-        digest = hashlib.sha256("\0".join(self.captions).encode()).hexdigest()[:16] if self.captions else ""
+        digest = data.short_digest("\0".join(self.captions)) if self.captions else ""
         return f"{self.how} {digest}".strip()
 
 

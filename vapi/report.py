@@ -70,9 +70,14 @@ COLUMNS = (
 
 def columns_of(results: Results) -> list[Column]:
     """The columns for which somebody has a number."""
-    names = report_prompts.names(results["prompts"]) if "prompts" in results else {}
+    names = judges(results)
     some = [column for column in COLUMNS if any(scores.get(column.key) is not None for scores in rows(results).values())]
     return [dataclasses.replace(column, title=names.get(column.key, column.title)) for column in some]
+
+
+def judges(results: Results) -> dict[str, str]:
+    """Titles of the columns whose name hangs on who judged, by key."""
+    return report_prompts.names(results["prompts"]) if "prompts" in results else {}
 
 
 def rows(results: Results) -> dict[str, Scores]:

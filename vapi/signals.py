@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+STOPPED = (os.EX_TEMPFAIL, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a process that ended because somebody asked it to."""
 
 
 @contextlib.contextmanager

@@ -329,13 +329,21 @@ def _chosen(names: Iterable[str], source: str, pattern: str, whole: bool) -> lis
         raise ValueError(f"{source} holds no {suffix} files" if whole else f"no file is called {source}")
     splits = sorted({match[1] for name in found if (match := SPLITS.search(name))})
     if whole and len(splits) > 1:
-        folder = "/".join([source.rstrip("/"), *found[0].split("/")[:-1]])
-        raise ValueError(
-            f"{source} holds shards of {' and '.join(splits)}; name those that are meant, "
-            f"as in subset.source '{folder}/*train*{suffix}' (or '{folder}/*{suffix}' for all)"
-        )
+        example = _one_split(found, "train" if "train" in splits else splits[0], source.rstrip("/"), suffix)
+        raise ValueError(f"{source} holds shards of {' and '.join(splits)}; name those that are meant, as in subset.source {example}")
     _require_all_parts(found, source, pattern)
     return found
+
+
+def _one_split(found: Sequence[str], split: str, source: str, suffix: str) -> str:
+    """How to name a split of a source's files: by the folder that is called so, or by a pattern of files in one folder."""
+    name, end = next((name, match.end()) for name in found if (match := SPLITS.search(name)) and match[1] == split)
+    folder = name.rpartition("/")[0]
+    if end <= len(folder):
+        return f"'{source}/{name[: name.index('/', end)]}'"
+    place = f"{source}/{folder}".rstrip("/")
+    together = all(other.rpartition("/")[0] == folder for other in found)
+    return f"'{place}/*{split}*{suffix}'" + (f" (or '{place}/*{suffix}' for all)" if together else "")
 
 
 def _all_of(files: Sequence[tuple[str, F]], entries: Callable[[str, F], Iterator[Entry]]) -> list[Entry]:

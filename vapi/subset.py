@@ -48,14 +48,14 @@ def subset(subset: SubsetConfig, out: Path, run: Run = NO_RUN) -> None:
         with sources.still_there(subset):
             source = sources.open_source(subset)
             commit = sources.commit(source)
-            digest = hashlib.sha256(listing.listing(source).encode()).hexdigest()
+            digest = data.text_digest(listing.listing(source))
             queues = _queues(source.entries(), subset)
         with (folder / "spool").open("w+b") as spool:
             picked = _Picker(source, subset, spool).pick(queues)
             data.write_subset(folder, picked.rows(spool), subset.images_per_shard)
         (folder / "spool").unlink()
         summary = _report(folder, picked.rejected, subset)
-        data.describe(folder, "subset", {"subset": subset}, {"source": digest, **commit}, time.perf_counter() - started)
+        data.describe(folder, "subset", {"subset": subset}, {"source": digest}, time.perf_counter() - started, **commit)
     run.dataset(Path(subset.source).name, data.file_digest(Path(out) / "manifest.parquet"), subset.source)
     for name, value in commit.items():
         run.tag(f"subset.{name}", value)

@@ -114,7 +114,7 @@ def _relative(names: Iterable[str]) -> list[str]:
 @contextlib.contextmanager
 def _held(origin: Origin, state: Path) -> Iterator[None]:
     """An origin is fetched from by one process at a time."""
-    with data.locked(state / "origins" / f"{_short(origin.uri)}.lock"):
+    with data.locked(state / "origins" / f"{data.short_digest(origin.uri)}.lock"):
         yield
 
 
@@ -156,11 +156,11 @@ def _cloned(origin: Origin, state: Path) -> tuple[Path, str]:
     from dvc.scm import CloneError, SCMError, clone, map_scm_exception
 
     def place(commit: str) -> Path:
-        return state / "repositories" / _short(f"{origin.uri}@{commit}")
+        return state / "repositories" / data.short_digest(f"{origin.uri}@{commit}")
 
     if COMMIT.fullmatch(origin.revision) and place(origin.revision).is_dir():
         return place(origin.revision), origin.revision
-    partial = state / "repositories" / f".{_short(origin.uri)}.partial"
+    partial = state / "repositories" / f".{data.short_digest(origin.uri)}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -192,7 +192,7 @@ def _commit(git: Any, revision: str) -> str:
 
 def _fetched(uri: str, names: list[str], state: Path) -> Path:
     """A folder with copies of the wanted files; one that changed at its origin is fetched again."""
-    folder = state / "fetched" / _short(uri)
+    folder = state / "fetched" / data.short_digest(uri)
     folder.mkdir(parents=True, exist_ok=True)
     with _opened(uri) as (system, base):
         for path in [path for name in names for path in _paths(system, f"{base}/", name)]:
@@ -246,10 +246,6 @@ def _fetch(system: Any, path: str, version: str, target: Path) -> None:
 
 
 # --- what is there -----------------------------------------------------------------------------
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def digests(settings: Config, sections: Iterable[str]) -> dict[str, str]:

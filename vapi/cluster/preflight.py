@@ -17,18 +17,17 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vapi import config, data, hub
+from vapi import config, data, hub, inputs
 from vapi.cluster import api, checks, form, origin, pages, step
 from vapi.cluster.api import Demand, Kubernetes
 from vapi.cluster.checks import Check, failed, ok, warning
 from vapi.cluster.config import CERTIFICATES, GPU_STEPS, ClusterConfig, require_label, require_pinned, require_tolerations
 from vapi.cluster.origin import Origin
 from vapi.config import STAGES, Config
-from vapi.keys import matches
 
 T = TypeVar("T")
 
@@ -153,20 +152,16 @@ def about_here(runs: Sequence[Config], source: Origin, place: step.Place) -> lis
 
     With a volume nothing is fetched but what it takes to know that it can be: the stages fetch what they read, once.
     """
-    # runs that name the same files are looked at once
-    named = {tuple(config.named_files(settings, config.FILES).items()): settings for settings in runs}
-    names = list(dict.fromkeys(name for files in named for _, name in files))
+    names = list(dict.fromkeys(name for settings in runs for name in config.named_files(settings, config.FILES).values()))
     try:
         there = origin.bytes_of(source, names, place.state) if place.volume else {}
         os.chdir(origin.root(source, [] if place.volume else names, place.state))
     except ValueError as error:
         return [failed("data_uri", str(error))]
-    found = [ok("data_uri", _described(source))]
-    for files, settings in named.items():
-        found += [*_files(settings, dict(files), there), *_readable(settings, there), *_networks(settings)]
+    found = [ok("data_uri", _described(source)), *_inputs(runs, there)]
     if place.volume:
         found += _room(place.volume, sum(map(bytes_needed, runs)) + sum(there.values()))
-    return list(dict.fromkeys([*found, mlflow(runs[0].track.uri or os.environ.get("MLFLOW_TRACKING_URI", ""))]))
+    return [*found, mlflow(runs[0].track.uri or os.environ.get("MLFLOW_TRACKING_URI", ""))]
 
 
 def _described(source: Origin) -> str:
@@ -175,59 +170,12 @@ def _described(source: Origin) -> str:
     return source.uri or "the image's own data"
 
 
-def _files(settings: Config, wanted: Mapping[str, str], there: Mapping[str, int]) -> Iterator[Check]:
-    for dotted, name in wanted.items():
+def _inputs(runs: Iterable[Config], there: Mapping[str, int]) -> Iterator[Check]:
+    """What the stages will read, looked at once however many runs do; of what is ``there`` to be fetched, that it is."""
+    looks = {named: look for settings in runs for named, look in inputs.looks(settings).items()}
+    for (dotted, name), look in looks.items():
         with _field(dotted.replace(".", "_", 1)) as (field, found):
-            if name in there:
-                found.append(ok(field, f"{name}, {there[name]:,} bytes, still to be fetched"))
-            elif dotted.startswith("model."):
-                from vapi.models import text, weights  # with torch
-
-                size = text.size(name) if dotted == "model.text_encoder" else weights.size(name)
-                found.append(ok(field, f"{name}, {size:,} bytes"))
-            elif dotted == "subset.source" and hub.is_address(name):
-                from vapi import sources  # with the weight of what reads images
-
-                found.append(ok(field, sources.HubParquet(settings.subset).described()))
-            elif here := matches(Path(name)):
-                found.append(ok(field, name + (f", {len(here)} files" if len(here) > 1 else "")))
-            else:
-                found.append(failed(field, f"{name} is not in {Path.cwd()}; put it there, or name what is"))
-        yield from found
-
-
-def _readable(settings: Config, there: Mapping[str, int]) -> Iterator[Check]:
-    """Whether what images are compared with are images: evaluation comes after hours on GPUs."""
-    for field in ("reference", "validation"):
-        path = Path(getattr(settings.evaluate, field))
-        if str(path) in there or not path.is_file():
-            continue
-        with _field(f"evaluate_{field}") as (_, found):
-            if path.suffix == ".npz":
-                from vapi.metrics import published
-
-                published.require(path)
-            else:
-                data.read_images(path, limit=1)
-        yield from found
-
-
-def _networks(settings: Config) -> Iterator[Check]:
-    """Published weights that a configuration calls by a word."""
-    if settings.tune.perceptual in config.PERCEPTUAL and "lpips" in settings.tune.rewards:
-        with _field("tune.perceptual") as (field, found):
-            from vapi import rewards
-
-            named = settings.tune.perceptual
-            found.append(ok(field, str(rewards.network_files(named, settings.tune.perceptual_weights)[named])))
-        yield from found
-    if settings.evaluate.extractor == "inception":
-        with _field("evaluate.extractor") as (field, found):
-            from vapi.metrics import features
-
-            path = features.inception_path(settings.evaluate.extractor_weights)
-            features.require_inception(path)
-            found.append(ok(field, str(path)))
+            found.append(ok(field, f"{name}, {there[name]:,} bytes, still to be fetched" if name in there else look()))
         yield from found
 
 

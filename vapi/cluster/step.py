@@ -160,7 +160,7 @@ def known(plan: Plan) -> dict[str, Any]:
     own: dict[str, str] = plan.get("tags", {})
     tags = {"kubeflow.run": run, "data.uri": plan["data"]["uri"], "data.revision": plan["data"]["revision"], **own}
     return {
-        "execution": data.text_digest(json.dumps([run, own], sort_keys=True))[:32] if own else run,
+        "execution": data.short_digest(json.dumps([run, own], sort_keys=True)) if own else run,
         "data": plan["data"]["digest"],
         "git": plan["code"]["commit"] or "none",
         "tags": {name: value for name, value in tags.items() if value},

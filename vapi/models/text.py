@@ -20,6 +20,7 @@ Shapes: B captions, L words of a caption, S positions of a condition, C channels
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -220,8 +221,8 @@ NOWHERE = "model.text_encoder {!r} is neither words, nor a folder that is here, 
 WEIGHTS = (("*.safetensors", "*.safetensors.index.json"), ("pytorch_model*.bin", "pytorch_model*.bin.index.json"))
 
 
-def _folder(name: str) -> Path:
-    """A local folder as it is, or what of ``org/name`` on the hub is needed (downloaded once, then from its cache)."""
+def _folder(name: str, local_files_only: bool = False) -> Path:
+    """A local folder as it is, or what of ``org/name`` on the hub is needed (downloaded once, then from its cache, or from there alone)."""
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -233,7 +234,7 @@ def _folder(name: str) -> Path:
         raise ValueError(f"{name} is no local folder; to take it from the hub: pip install huggingface_hub") from None
     try:
         for kind in WEIGHTS:
-            folder = Path(snapshot_download(name, allow_patterns=[*READABLE, *kind]))
+            folder = Path(snapshot_download(name, allow_patterns=[*READABLE, *kind], local_files_only=local_files_only))
             if any(folder.glob(kind[0])):
                 break
     except Exception as error:
@@ -247,6 +248,8 @@ def size(name: str) -> int:
         return sum(path.stat().st_size for path in _files(Path(name)))
     if name.count("/") != 1:
         raise ValueError(NOWHERE.format(name))
+    with contextlib.suppress(ValueError):  # it was fetched before
+        return sum(path.stat().st_size for path in _files(_folder(name, local_files_only=True)))
     try:
         from huggingface_hub import HfApi
 

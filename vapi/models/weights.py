@@ -52,15 +52,20 @@ def locate(name: str | Path) -> Path:
 def _fetched(name: str) -> Path:
     parts = _hub_parts(name)
     try:
-        from huggingface_hub import hf_hub_download, snapshot_download
+        return _take(parts)
     except ImportError:
         raise ValueError(NO_HUB.format(name)) from None
-    try:
-        if len(parts) == 2:
-            return Path(snapshot_download("/".join(parts), allow_patterns=[*WHOLE_MODEL]))
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except Exception as error:
         raise ValueError(f"{name} is no local file, and the hub did not give it: {error}") from error
+
+
+def _take(parts: list[str], local_files_only: bool = False) -> Path:
+    """A file or a whole model of the hub, in the hub's cache. Raises one of the hub's errors if it cannot be had."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if len(parts) == 2:
+        return Path(snapshot_download("/".join(parts), allow_patterns=[*WHOLE_MODEL], local_files_only=local_files_only))
+    return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), local_files_only=local_files_only))
 
 
 def _hub_parts(name: str | Path) -> list[str]:
@@ -75,21 +80,22 @@ def _hub_parts(name: str | Path) -> list[str]:
 
 
 def size(name: str | Path) -> int:
-    """Bytes of a local file or folder, or of one on the hub, which is not fetched for it. Raises ValueError if it cannot be reached."""
+    """Bytes of a local file or folder, or of one on the hub, which is not fetched for it, and not asked for what its cache holds whole.
+    Raises ValueError if it cannot be reached."""
     path = Path(name)
     if path.exists():
         return path.stat().st_size if path.is_file() else sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
-    organisation, repository, *rest = _hub_parts(name)
+    parts = _hub_parts(name)
+    repository, file = "/".join(parts[:2]), "/".join(parts[2:])
     try:
-        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+        from huggingface_hub import HfApi, errors, get_hf_file_metadata, hf_hub_url
 
-        if not rest:
-            files = HfApi().model_info(f"{organisation}/{repository}", files_metadata=True, timeout=10).siblings or []
-            return sum(file.size or 0 for file in files if any(fnmatch(file.rfilename, pattern) for pattern in WHOLE_MODEL))
-        cached = try_to_load_from_cache(f"{organisation}/{repository}", "/".join(rest))
-        if isinstance(cached, str):
-            return Path(cached).stat().st_size
-        return int(get_hf_file_metadata(hf_hub_url(f"{organisation}/{repository}", "/".join(rest)), timeout=10).size or 0)
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            return size(_take(parts, local_files_only=True))
+        if not file:
+            files = HfApi().model_info(repository, files_metadata=True, timeout=10).siblings or []
+            return sum(one.size or 0 for one in files if any(fnmatch(one.rfilename, pattern) for pattern in WHOLE_MODEL))
+        return int(get_hf_file_metadata(hf_hub_url(repository, file), timeout=10).size or 0)
     except ImportError:
         raise ValueError(NO_HUB.format(name)) from None
     except Exception as error:

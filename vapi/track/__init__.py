@@ -237,7 +237,7 @@ def _header(stage: str, config: Config, folders: Mapping[str, Path]) -> dict[str
 def _point_header(grid: str, number: int, name: str, config: Config, key: str) -> dict[str, Any]:
     """The parent has the grid's configuration as parameters, its points what they vary."""
     given = json.loads(os.environ.get(GIVEN, "{}"))
-    whole = hashlib.sha256(f"{grid}\0{given.get('execution') or execution(config)}".encode()).hexdigest()[:16]
+    whole = data.short_digest(f"{grid}\0{given.get('execution') or execution(config)}")
     return _common(config) | {
         "journal": hashlib.sha256(f"{whole}\0{name}\0{key}".encode()).hexdigest()[:32],
         "stage": f"point{number}",
@@ -267,8 +267,7 @@ def _common(config: Config) -> dict[str, Any]:
 def execution(config: Config) -> str:
     """What identifies one execution of the pipeline: the resolved configuration and the data."""
     values = {name: value for name, value in configs.plain(config).items() if name != "track"}
-    text = json.dumps([values, data_digest(config)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return data.short_digest(json.dumps([values, data_digest(config)], sort_keys=True))
 
 
 def data_digest(config: Config) -> str:
