@@ -23,6 +23,7 @@ from vapi import config
 from vapi.cluster import api, checks, preflight
 from vapi.cluster.checks import Check
 from vapi.cluster.config import ClusterConfig
+from vapi.config import Config
 
 ROOT = packages.HERE.parent
 
@@ -113,16 +114,30 @@ class Asked:
         self.path = _compiled(name)
         constants = packages.constants(self.path)
         self.pipeline = components.load_component_from_file(str(self.path))
-        self.recipe, self.trainjob = constants["recipe"], constants["trainjob"]
+        self.recipe, self.trainjob = constants.get("recipe"), constants.get("trainjob", False)
         self.cluster: ClusterConfig = config.build(ClusterConfig, constants["cluster"])
         self.volume = bool(constants["work_dir"])
         given = fields.checked(self.pipeline, fields.parse(arguments.p))
-        taken = worktree.values(ROOT, self.pipeline, self.recipe, arguments.dirty) if arguments.from_dvc else {}
+        taken = self._of_the_tree(arguments.dirty) if arguments.from_dvc else {}
         if "data_uri" in given:
             taken.pop("data_revision", None)
         both = {"overrides": {**taken.get("overrides", {}), **given.get("overrides", {})}}
         self.values = {**taken, **given, **(both if both["overrides"] else {})}
-        self.settings, _ = preflight.resolved(self.recipe, self.form, self.volume, self.trainjob)
+        self.runs = self._runs()
+
+    def _of_the_tree(self, dirty: bool) -> dict[str, Any]:
+        """The fields that params.yaml and git fill."""
+        if self.recipe is None:
+            raise ValueError("--from-dvc takes one configuration from params.yaml; an experiment has experiment_recipe and overrides")
+        return worktree.values(ROOT, self.pipeline, self.recipe, dirty)
+
+    def _runs(self) -> list[Config]:
+        """The configurations that the form asks for."""
+        if self.recipe is not None:
+            return [preflight.resolved(self.recipe, self.form, self.volume, self.trainjob)[0]]
+        from vapi.cluster import experiment  # with the weight of what makes a table
+
+        return experiment.resolved(self.form, self.volume).distinct
 
     @property
     def name(self) -> str:
@@ -144,24 +159,25 @@ def _compiled(name: str) -> Path:
         return Path(name)
     path = packages.COMPILED / f"{name}.yaml"
     if not path.is_file():
-        packages.recipe_of(name)
+        if name not in packages.published():
+            packages.recipe_of(name)
         raise ValueError(f"{path} is not here; make it: python -m pipelines compile {name}")
     return path
 
 
 def _checks(asked: Asked, arguments: argparse.Namespace) -> list[Check]:
     """Everything that can be seen from outside, for what the package holds."""
-    found = preflight.about_form(asked.settings)
+    found = preflight.about_form(asked.runs)
     found += kubeflow.check(kubeflow.Login(arguments.endpoint, arguments.namespace))
     found.append(registry.check(asked.form["cluster_image"], asked.cluster.image.pull_secret))
-    found.append(preflight.mlflow(asked.settings.track.uri, inside=False))
+    found.append(preflight.mlflow(asked.runs[0].track.uri, inside=False))
     if asked.name in packages.published() and asked.path.read_text() != packages.text(asked.name, packages.load_cluster()):
         found.append(checks.warning("package", f"{asked.path.name} is not what cluster.yaml and the code would make now; compile it anew"))
     try:
         kubernetes = api.named(arguments.context, arguments.namespace)
     except ValueError as error:
         return [*found, checks.warning("cluster", f"{error}; nodes, volume and secrets were not looked at")]
-    return found + preflight.about_cluster(kubernetes, asked.settings, asked.cluster, asked.form, asked.trainjob)
+    return found + preflight.about_cluster(kubernetes, asked.runs, asked.cluster, asked.form, asked.trainjob)
 
 
 # --- commands ----------------------------------------------------------------------------------

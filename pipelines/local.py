@@ -3,11 +3,15 @@
 The same file that a cluster gets, each box as a process of its own. What only a cluster has is passed over: volumes, GPUs,
 secrets, timeouts. A folder takes the volume's place where a package mounts one.
 
+kfp 2.17's local runner finds the items of a loop that is in a loop nowhere, and hands on what loops made as a list of lists, where
+a cluster makes one list; both are put right here.
+
 The run has a session of its own, and signals are handed to all of it: kfp leaves a box running when it is killed itself.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from kfp import components, local
+from kfp.local.orchestrator import enhanced_dag_orchestrator as dags
+from kfp.local.orchestrator.orchestrator_utils import OrchestratorUtils
 
 from pipelines import fields
 from vapi import data, signals
@@ -42,8 +48,29 @@ def run(package: Path, values: Mapping[str, Any], root: Path = ROOT) -> dict[str
     os.environ.setdefault("KFP_RUN_ID", str(uuid.uuid4()))
     os.environ.setdefault("VAPI_STATE", str(data.state_dir()))
     warnings.filterwarnings("ignore", module="kfp")  # about GPUs and limits, which are passed over; and its own spelling
+    dags._run_parallel_for_task = run_loop
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root.resolve()))
     return dict(pipeline(**arguments).outputs)
+
+
+def run_loop(*, task_name: str, task_spec: Any, io_store: Any, **rest: Any) -> bool:
+    """kfp's way to run a loop, given its items, which are among the task's inputs; what it made becomes one list."""
+    spec = type(task_spec)()
+    spec.CopyFrom(task_spec)  # (other threads run the same loop of another branch)
+    items = spec.parameter_iterator.items
+    wanted = type(spec.inputs)(parameters={items.input_parameter: spec.inputs.parameters[items.input_parameter]})
+    items.raw = json.dumps(OrchestratorUtils.make_task_arguments(wanted, io_store)[items.input_parameter])
+    failed = _run_loop(task_name=task_name, task_spec=spec, io_store=io_store, **rest)
+    made = io_store._task_output_data[task_name]
+    made |= {name: _flat(values) for name, values in made.items()}
+    return bool(failed)
+
+
+_run_loop = dags._run_parallel_for_task
+
+
+def _flat(values: list[Any]) -> list[Any]:
+    return [inner for value in values for inner in (_flat(value) if isinstance(value, list) else [value])]
 
 
 def here(pipeline: Any, root: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from kfp import compiler
 
-from pipelines import pipeline
+from pipelines import experiment, pipeline
 from vapi import config, recipes
 from vapi.cluster.config import ClusterConfig
 
@@ -40,7 +40,7 @@ def load_cluster(path: Path = CLUSTER) -> ClusterConfig:
 
 def published() -> list[str]:
     """Names of the packages in git."""
-    return [*PUBLISHED, *(pipeline.name_of(name, nodes=True) for name in PUBLISHED if recipes.RECIPES[name].gpu)]
+    return [*PUBLISHED, *experiment.PACKAGES, *(pipeline.name_of(name, nodes=True) for name in PUBLISHED if recipes.RECIPES[name].gpu)]
 
 
 def recipe_of(name: str) -> tuple[str, bool]:
@@ -50,14 +50,21 @@ def recipe_of(name: str) -> tuple[str, bool]:
     return recipe, recipe != name
 
 
+def built(name: str, cluster: ClusterConfig) -> Any:
+    """A package's pipeline. Raises ValueError if there is none of that name."""
+    if name in experiment.PACKAGES:
+        return experiment.build(name, cluster)
+    recipe, nodes = recipe_of(name)
+    return pipeline.build(recipe, cluster, nodes)
+
+
 def text(name: str, cluster: ClusterConfig) -> str:
     """A package's two documents."""
-    recipe, nodes = recipe_of(name)
-    built = pipeline.build(recipe, cluster, nodes)
+    flow = built(name, cluster)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("error")
         path = Path(folder) / "package.yaml"
-        compiler.Compiler().compile(built, str(path))
+        compiler.Compiler().compile(flow, str(path))
         # kfp's own head lists mappings in an order that is another in every process
         made = HEAD + re.sub(r"\A(#.*\n)+", "", path.read_text())
     strange = sorted(set(re.findall(r"[^\x00-\x7f]", made)))
@@ -67,11 +74,13 @@ def text(name: str, cluster: ClusterConfig) -> str:
 
 
 def constants(package: Path) -> dict[str, Any]:
-    """What a compiled file tells preflight beside the form: recipe, cluster, work_dir, trainjob."""
+    """What a compiled file tells its first box beside the form: cluster, work_dir, and of a recipe's package recipe and trainjob."""
     try:
         spec = next(iter(yaml.safe_load_all(package.read_text())))
-        given = spec["root"]["dag"]["tasks"]["preflight"]["inputs"]["parameters"]
-        return {name: given[name]["runtimeValue"]["constant"] for name in pipeline.GIVEN}
+        tasks = spec["root"]["dag"]["tasks"]
+        first, names = ("expand", ("cluster", "work_dir")) if "expand" in tasks else ("preflight", pipeline.GIVEN)
+        given = tasks[first]["inputs"]["parameters"]
+        return {name: given[name]["runtimeValue"]["constant"] for name in names}
     except (yaml.YAMLError, KeyError, TypeError, StopIteration) as error:
         raise ValueError(f"{package} is no package that python -m pipelines compile made") from error
 

@@ -8,8 +8,9 @@ registry is inside ``register``. The form's fields are those of preflight's sign
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kfp import dsl
@@ -59,10 +60,11 @@ def graph(form: Mapping[str, Any], recipe: str, cluster: ClusterConfig, nodes: b
         place(task, step, form, cluster, gpu=gpu, pod_gpus=not (nodes and step == "tune"))
 
 
-def fields(gpu: bool, nodes: bool) -> dict[str, type]:
-    """The form's fields and their types. Without a volume there are none about it, and for one node none about nodes."""
+def fields(gpu: bool, nodes: bool, first: Any = preflight) -> dict[str, type]:
+    """The form's fields and their types: inputs of the ``first`` box. Without a volume there are none about it, and for one node none
+    about nodes."""
     absent = {*GIVEN, *(() if gpu else ("cluster_volume",)), *(() if nodes else ("tune_nodes",))}
-    return {name: KINDS[spec.type] for name, spec in preflight.component_spec.inputs.items() if name not in absent}
+    return {name: KINDS[spec.type] for name, spec in first.component_spec.inputs.items() if name not in absent}
 
 
 def defaults(recipe: str, cluster: ClusterConfig, nodes: bool = False) -> dict[str, Any]:
@@ -80,22 +82,34 @@ def build(recipe: str, cluster: ClusterConfig, nodes: bool = False) -> Any:
     row = recipes.RECIPES[recipe]
     if nodes and not row.gpu:
         raise ValueError(f"the recipe {recipe} needs no GPU, and so no second node")
-    kinds, values = fields(row.gpu, nodes), defaults(recipe, cluster, nodes)
+    values = defaults(recipe, cluster, nodes)
+    flow = functools.partial(graph, recipe=recipe, cluster=cluster, nodes=nodes)
+    return made(name_of(recipe, nodes), f"{row.doc} Expect {row.expect}.", fields(row.gpu, nodes), values, cluster, flow)
+
+
+def made(
+    name: str,
+    doc: str,
+    kinds: Mapping[str, type],
+    values: Mapping[str, Any],
+    cluster: ClusterConfig,
+    graph: Callable[[dict[str, Any]], None],
+) -> Any:
+    """A pipeline ready to be compiled: the fields of its form are the arguments of a function, ``values`` their defaults."""
 
     def flow(*given: Any) -> None:
-        graph({**ABSENT, **dict(zip(values, given, strict=True))}, recipe, cluster, nodes)
+        graph({**ABSENT, **dict(zip(values, given, strict=True))})
 
-    flow.__name__ = name_of(recipe, nodes)
+    flow.__name__ = name
     flow.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=values[name], annotation=kind)
             for name, kind in kinds.items()
         ]
     )
-    lines = [f"    {name}: {forms.doc(name)}" for name in values]
-    flow.__doc__ = "\n".join([f"{row.doc} Expect {row.expect}.", "", "Args:", *lines])
+    flow.__doc__ = "\n".join([doc, "", "Args:", *(f"    {name}: {forms.doc(name)}" for name in values)])
     limit = dsl.PipelineConfig(active_deadline_seconds=cluster.limits.run)
-    return dsl.pipeline(name=name_of(recipe, nodes), description=f"{row.doc} Expect {row.expect}.", pipeline_config=limit)(flow)
+    return dsl.pipeline(name=name, description=doc, pipeline_config=limit)(flow)
 
 
 def name_of(recipe: str, nodes: bool = False) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 
 import docstring_parser
 
+from components.collect.component import collect
 from components.evaluate.component import evaluate
+from components.expand.component import expand
 from components.preflight.component import preflight
 from components.register.component import register
 from components.subset.component import subset
@@ -24,6 +26,8 @@ COMPONENTS: dict[str, Any] = {
     "trainjob": trainjob,
     "evaluate": evaluate,
     "register": register,
+    "expand": expand,
+    "collect": collect,
 }
 KINDS = {"String": "text", "Integer": "integer", "Float": "number", "Boolean": "true or false", "List": "list", "Dict": "mapping"}
 HEAD = "What goes in and comes out, from [component.py](component.py)'s signature (`python -m pipelines compile` writes this page)."

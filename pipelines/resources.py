@@ -19,11 +19,14 @@ RUN_ID = "KFP_RUN_ID"
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE")
 
 
-def place(task: PipelineTask, step: str, form: Mapping[str, Any], cluster: ClusterConfig, *, gpu: bool, pod_gpus: bool = True) -> None:
-    """Give a box its place. ``gpu``: the recipe wants the GPU node and a volume. ``pod_gpus`` False: others do the work."""
+def place(
+    task: PipelineTask, step: str, form: Mapping[str, Any], cluster: ClusterConfig, *, gpu: bool, pod_gpus: bool = True, title: str = ""
+) -> None:
+    """Give a box its place. ``gpu``: the recipe wants the GPU node and a volume. ``pod_gpus`` False: others do the work. ``title``: what
+    the box is called that is placed as a ``step`` is."""
     on_gpus = step in GPU_STEPS and pod_gpus
     size = cluster.gpu if gpu and on_gpus else cluster.cpu
-    task.set_display_name(step.capitalize())
+    task.set_display_name(title or step.capitalize())
     task.set_container_image(form["cluster_image"])
     task.set_cpu_request(size.cpu).set_cpu_limit(size.cpu)
     task.set_memory_request(size.memory).set_memory_limit(size.memory)
@@ -31,6 +34,7 @@ def place(task: PipelineTask, step: str, form: Mapping[str, Any], cluster: Clust
     kubernetes.empty_dir_mount(task, "scratch", "/tmp", size_limit=size.scratch)
     if on_gpus:
         task.set_accelerator_type(cluster.gpu.resource).set_accelerator_limit(form[f"{step}_gpus"])
+        task.register_pipeline_channels([form[f"{step}_gpus"]])  # which kfp 2.17 forgets: inside a loop nobody would know the number
         kubernetes.add_node_selector_json(task, form["cluster_node_selector"])
         kubernetes.add_toleration_json(task, form["cluster_tolerations"])
     if gpu:

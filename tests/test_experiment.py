@@ -79,7 +79,8 @@ NOT_RUN = {"table3": ["AR-GRPO"]}
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_point_can_be_run_on_digits_and_at_full_size(name: str) -> None:
     grid = GRIDS[name]
-    for recipe in (grid.recipe, FULL_SIZE.get(name, "llamagen-xxl-c2i")):
+    assert grid.full_size == FULL_SIZE.get(name, "llamagen-xxl-c2i")
+    for recipe in (grid.recipe, grid.full_size):
         base = grids.under(grid, recipes.recipe(recipe))
         for point in grid.points:
             if point.changes is not None:
@@ -328,7 +329,7 @@ def test_every_metric_of_a_table_of_digits_is_in_what_evaluate_writes(project: P
     monkeypatch.setitem(GRIDS, "all", Grid("All metrics.", "every table", metrics, points))
     made = Experiment("all", grids.changed(config.load(), {"evaluate.guided": 1.75}), [0])
     assert made.run(Here()) == 0
-    for row in made.rows():
+    for row in made.table.rows():
         assert row["ours"].keys() == set(metrics), row["name"]
 
 

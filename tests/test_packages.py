@@ -21,7 +21,7 @@ from kfp.dsl.base_component import BaseComponent
 from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from pipelines import commands, packages, pipeline, readmes, resources
+from pipelines import commands, experiment, packages, pipeline, readmes, resources
 from vapi import config, recipes
 from vapi.cluster import form
 from vapi.cluster.config import GPU_STEPS, STEPS, ClusterConfig, GpuConfig, ImageConfig, LimitsConfig, PodsConfig, VolumeConfig
@@ -29,6 +29,8 @@ from vapi.config import STAGES
 
 COMPONENTS = readmes.COMPONENTS
 NAMES = packages.published()
+RECIPES = [name for name in NAMES if name not in experiment.PACKAGES]
+PLACED_AS = {"trainjob": "tune", "expand": "preflight", "collect": "register"}
 
 
 @cache
@@ -45,6 +47,21 @@ def executors(name: str) -> dict[str, dict[str, Any]]:
         box.removeprefix("exec-"): {**one["container"], "kubernetes": of_kubernetes[box]}
         for box, one in spec["deploymentSpec"]["executors"].items()
     }
+
+
+def dags(name: str) -> dict[str, dict[str, Any]]:
+    """The graph, and the one inside each of its loops, by the loop's component."""
+    spec, _ = documents(name)
+    return {"root": spec["root"]["dag"], **{part: one["dag"] for part, one in spec["components"].items() if "dag" in one}}
+
+
+def boxes(name: str) -> dict[str, dict[str, Any]]:
+    """The boxes, those in loops too."""
+    return {box: task for dag in dags(name).values() for box, task in dag["tasks"].items() if "parameterIterator" not in task}
+
+
+def wants_gpus(name: str) -> bool:
+    return not name.startswith("digits") and name != "experiment-cpu"
 
 
 def fields(name: str) -> dict[str, dict[str, Any]]:
@@ -87,7 +104,7 @@ def test_every_field_has_a_default_and_a_description(name: str) -> None:
         assert declared["description"], field
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_form_shows_the_recipe(name: str) -> None:
     recipe, nodes = packages.recipe_of(name)
     shown = {field: declared["defaultValue"] for field, declared in fields(name).items()}
@@ -99,7 +116,7 @@ def test_the_form_shows_the_recipe(name: str) -> None:
     assert ("tune_nodes" in shown) == nodes
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_six_plain_boxes_in_a_row(name: str) -> None:
     tasks = documents(name)[0]["root"]["dag"]["tasks"]
     tune_box = "trainjob" if name.endswith("-trainjob") else "tune"
@@ -113,10 +130,10 @@ def test_six_plain_boxes_in_a_row(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_box_asks_for_what_cluster_yaml_says(name: str) -> None:
-    cluster, gpu = packages.load_cluster(), not name.startswith("digits")
+    cluster, gpu = packages.load_cluster(), wants_gpus(name)
     nodes = name.endswith("-trainjob")
     for box, one in executors(name).items():
-        step = "tune" if box == "trainjob" else box
+        step = PLACED_AS.get(box, box)
         on_gpus = step in GPU_STEPS and box != "trainjob"
         size = cluster.gpu if gpu and on_gpus else cluster.cpu
         asks, kubernetes = one["resources"], one["kubernetes"]
@@ -136,21 +153,54 @@ def test_each_box_asks_for_what_cluster_yaml_says(name: str) -> None:
         if on_gpus:
             assert asks["accelerator"]["resourceType"] == cluster.gpu.resource
             assert asks["accelerator"]["resourceCount"] == f"{{{{$.inputs.parameters['pipelinechannel--{step}_gpus']}}}}"
-            assert kubernetes["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"] == "cluster_node_selector"
-            assert kubernetes["tolerations"][0]["tolerationJson"]["componentInputParameter"] == "cluster_tolerations"
-        volumes = [(mount["mountPath"], mount["pvcNameParameter"]["componentInputParameter"]) for mount in kubernetes.get("pvcMount", [])]
+            assert _field(kubernetes["nodeSelector"]["nodeSelectorJson"]) == "cluster_node_selector"
+            assert _field(kubernetes["tolerations"][0]["tolerationJson"]) == "cluster_tolerations"
+        volumes = [(mount["mountPath"], _field(mount["pvcNameParameter"])) for mount in kubernetes.get("pvcMount", [])]
         assert volumes == ([(cluster.volume.path, "cluster_volume")] if gpu else [])
     limit = documents(name)[1]["platforms"]["kubernetes"]["pipelineConfig"]["activeDeadlineSeconds"]
     assert limit == cluster.limits.run
     assert nodes == ("trainjob" in executors(name))
 
 
+def _field(named: dict[str, Any]) -> str:
+    """The form's field; a loop's boxes know it by a longer name."""
+    return str(named["componentInputParameter"]).removeprefix("pipelinechannel--")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_lies_on_a_volume_or_is_of_the_moment_is_not_cached(name: str) -> None:
-    for box, task in documents(name)[0]["root"]["dag"]["tasks"].items():
-        assert bool(task["cachingOptions"].get("enableCache")) == (name.startswith("digits") and box not in ("preflight", "register")), box
+    for box, task in boxes(name).items():
+        step = PLACED_AS.get(box, box)
+        assert bool(task["cachingOptions"].get("enableCache")) == (not wants_gpus(name) and step not in ("preflight", "register")), box
         retries = task.get("retryPolicy", {}).get("maxRetryCount", 0)
-        assert retries == (0 if box == "preflight" else packages.load_cluster().limits.retries)
+        assert retries == (0 if step == "preflight" else packages.load_cluster().limits.retries)
+
+
+@pytest.mark.parametrize("name", experiment.PACKAGES)
+def test_an_experiment_loops_over_what_its_runs_share(name: str) -> None:
+    """Images, in it models, in it looks at a model; so many models at once as cluster.yaml says. The table is of all looks."""
+    within, found = "root", []
+    while loops := {task["componentRef"]["name"]: task for task in dags(name)[within]["tasks"].values() if "parameterIterator" in task}:
+        ((inner, task),) = loops.items()
+        found.append((task["taskInfo"]["name"], task["iteratorPolicy"]["parallelismLimit"], set(dags(name)[inner]["tasks"]) & set(STEPS)))
+        within = inner
+    parallel = packages.load_cluster().limits.parallel
+    assert found == [("images", 1, {"subset", "tokens"}), ("models", parallel, {"tune"}), ("evaluations", 1, {"evaluate"})]
+    first, last = (documents(name)[0]["root"]["dag"]["tasks"][box] for box in ("expand", "collect"))
+    assert "dependentTasks" not in first and last["dependentTasks"] == ["expand", "for-loop-1"]
+    collected = documents(name)[0]["components"]["comp-collect"]["inputDefinitions"]["artifacts"]["evaluations"]
+    assert collected["isArtifactList"] and last["inputs"]["artifacts"]["evaluations"]["taskOutputArtifact"]["producerTask"] == "for-loop-1"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_box_in_a_loop_asks_for_is_known_there(name: str) -> None:
+    """Numbers of GPUs among it, which kfp forgets to hand into a loop."""
+    for part, dag in dags(name).items():
+        spec = documents(name)[0]["root" if part == "root" else "components"]
+        known = (spec if part == "root" else spec[part])["inputDefinitions"]["parameters"]
+        for box, task in dag["tasks"].items():
+            for one in task.get("inputs", {}).get("parameters", {}).values():
+                assert one.get("componentInputParameter", next(iter(known))) in known, (box, one)
 
 
 def test_defaults_are_eight_a100_and_digits_needs_none() -> None:
@@ -178,7 +228,7 @@ def test_every_fact_of_cluster_yaml_gets_into_a_package(tmp_path: Path) -> None:
             GpuConfig(), resource="amd.com/gpu", per_node=4, node_selector={"a": "b"}, tolerations=[], cpu="33", memory="333Gi"
         ),
         volume=VolumeConfig("mine", "/mnt/mine"),
-        limits=dataclasses.replace(LimitsConfig(), run=77, retries=7, retry_seconds=70),
+        limits=dataclasses.replace(LimitsConfig(), run=77, retries=7, retry_seconds=70, parallel=5),
         pods=PodsConfig(
             labels={"kueue.x-k8s.io/queue-name": "gpu"}, annotations={"sidecar.istio.io/inject": "false"}, env={"NCCL_DEBUG": "INFO"},
             secrets={"login": {"user": "MLFLOW_TRACKING_USERNAME"}}, config_maps={"site": {"key": "SITE"}}, ca_bundle="certificates",
@@ -213,6 +263,7 @@ def test_every_fact_of_cluster_yaml_gets_into_a_package(tmp_path: Path) -> None:
     }
     assert optional.pop("exec-preflight") and not any(optional.values()), "preflight starts without a secret, in order to say so"
     assert platform["platforms"]["kubernetes"]["pipelineConfig"]["activeDeadlineSeconds"] == 77
+    assert "parallelismLimit: 5\n" in packages.text("experiment", cluster)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +290,7 @@ def test_every_fact_of_cluster_yaml_gets_into_a_package(tmp_path: Path) -> None:
         ("  secrets: {}", "  secrets: {login: {}}", "pods.secrets.login names no key"),
         ("  pull_policy: IfNotPresent", "  pull_policy: Sometimes", "image.pull_policy is 'Sometimes'; it must be one of"),
         ("tune: 86400", "tunes: 86400", "limits.timeouts names"),
+        ("  parallel: 2", "  parallel: 0", "limits.parallel is 0; give at least 1"),
         ("gpu:", "gpus:", "the config has no field 'gpus'; did you mean 'gpu'?"),
     ],
 )
@@ -315,8 +367,10 @@ def test_signature_dvc_and_form_agree() -> None:
         folders = [name for name, one in component.component_spec.inputs.items() if one.type.startswith("system.")]
         assert folders == [called.get(name, name) for name in spec.inputs]
         assert [name for name in component.component_spec.inputs if name not in folders] == ["plan", "work_dir"]
-    everything = pipeline.fields(gpu=True, nodes=True)
-    assert list(everything) == [name for name in COMPONENTS["preflight"].component_spec.inputs if name not in pipeline.GIVEN]
+    everything = pipeline.fields(gpu=True, nodes=True) | pipeline.fields(gpu=True, nodes=True, first=COMPONENTS["expand"])
+    assert list(pipeline.fields(gpu=True, nodes=True)) == [
+        name for name in COMPONENTS["preflight"].component_spec.inputs if name not in pipeline.GIVEN
+    ]
     for name, kind in everything.items():
         assert form.stands_for(name) or name in form.OTHERS
         if place := form.stands_for(name):

@@ -33,7 +33,7 @@ def ask(stub: stubs.Kubernetes, cluster: ClusterConfig | None = None, nodes: boo
     """What the cluster says to the package of the paper's run, with some fields changed; by field, the worst of each."""
     cluster = cluster or ClusterConfig()
     values = {**pipeline.ABSENT, **pipeline.defaults(PACKAGE, cluster, nodes), **changes}
-    found = preflight.about_cluster(api.named(), recipes.recipe(PACKAGE), cluster, values, nodes)
+    found = preflight.about_cluster(api.named(), [recipes.recipe(PACKAGE)], cluster, values, nodes)
     order = ("ok", "warning", "failed")
     return {one.field: one for one in sorted(found, key=lambda one: order.index(one.status))}
 
@@ -356,7 +356,7 @@ def test_mlflow_is_asked_whether_it_lets_us_in(
 
 
 def test_every_image_of_a_source_is_asked_about() -> None:
-    assert preflight.about_form(world.settings(recipes.recipe("digits"), subset_images=0))[1].status == "warning"
+    assert preflight.about_form([world.settings(recipes.recipe("digits"), subset_images=0)])[1].status == "warning"
 
 
 def test_no_mlflow_is_a_warning_and_a_database_is_fine() -> None:

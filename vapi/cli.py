@@ -356,10 +356,12 @@ def _experiment(words: list[str], _: Flags) -> int:
     positional, flags = parse(words)
     if len(positional) != 1:
         raise ValueError(f"vapi experiment takes one name, not {' '.join(positional) or 'none'}; vapi experiment shows them")
+    from vapi import grids
+
     (name,) = positional
     lists = _switch(flags, "list")
     out = Path(_one("out", flags.pop("out"))) if "out" in flags else None
-    seeds = _seeds(flags.pop("seeds", ["0"]))
+    seeds = grids.seeds(",".join(flags.pop("seeds", ["0"])).split(","), "--seeds")
     base = _experiment_base(name, {flag: value for flag, value in flags.items() if flag != "list"})
     from vapi.experiment import Experiment
 
@@ -368,12 +370,6 @@ def _experiment(words: list[str], _: Flags) -> int:
         print(made.plan())
         return 0
     return made.run()
-
-
-def _seeds(words: list[str]) -> list[int]:
-    seeds = [config.convert(word, int, "--seeds") for word in ",".join(words).split(",")]
-    config.require(len(set(seeds)) == len(seeds), f"--seeds are {', '.join(map(str, seeds))}; a seed counts once")
-    return seeds
 
 
 def _experiment_base(name: str, flags: Flags) -> Config:

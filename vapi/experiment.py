@@ -31,7 +31,7 @@ import pandas as pd
 
 from vapi import config, data, grids, inputs, keys, recipes, report, signals, track
 from vapi.config import ARTIFACTS, STAGES, Config
-from vapi.grids import Point
+from vapi.grids import Grid, Point
 from vapi.report import Column
 
 FOLDER = ARTIFACTS / "experiments"
@@ -55,7 +55,7 @@ class Step:
 
     @property
     def made(self) -> bool:
-        return (self.folder / "config.json").is_file()
+        return is_made(self.folder)
 
     def words(self) -> list[str]:
         """What to type after ``vapi``."""
@@ -69,14 +69,14 @@ class Experiment:
 
     def __init__(self, name: str, base: Config, seeds: Sequence[int], out: Path | None = None) -> None:
         self.name, self.grid, self.base, self.seeds = name, grids.grid(name), base, seeds
-        self.out = out or FOLDER / name
         self.points = [point for point in self.grid.points if point.changes is not None]
         self.queue: dict[Path, Step] = {}
         self.known: dict[str, Path] = {}  # results by stage and configuration, whose names take a look at every file
         self.failed: set[Path] = set()
-        runs = {(point.name, seed): grids.settings(self.grid, base, point, seed) for seed in seeds for point in self.points}
+        runs = grids.runs(self.grid, base, seeds)
         _require_inputs(runs)
-        self.ends = {(point, seed): self._plan(settings, f"{point}, seed {seed}") for (point, seed), settings in runs.items()}
+        ends = {(point, seed): self._plan(settings, grids.title(point, seed)) for (point, seed), settings in runs.items()}
+        self.table = Table(name, base, seeds, out or FOLDER / name, ends, self.failed)
 
     def _plan(self, settings: Config, title: str) -> Path:
         """Queue what a run takes, each stage once; the folder of its evaluation."""
@@ -115,9 +115,8 @@ class Experiment:
                 self.failed.add(step.folder)
                 code = ended
             if step.stage == LAST:
-                rows = self.write()
-                self._track(rows, tracked)
-        print(f"{self.markdown(self.write())}\n{self.out / 'table.md'}")
+                self.table.track(self.table.write(), tracked)
+        print(f"{self.table.markdown(self.table.write())}\n{self.table.out / 'table.md'}")
         return code
 
     def _make(self, step: Step, launch: Launch, title: str) -> int:
@@ -136,7 +135,7 @@ class Experiment:
         """The rows with what they change, and how far each is."""
         width = max(len(point.name) for point in self.grid.points)
         lines = []
-        for row in self.rows():
+        for row in self.table.rows():
             changes = ", ".join(f"{name} {value}" for name, value in (row["changes"] or {}).items())
             lines.append(f"  {row['name']:{width}}  {row['state']}" + (f"; {changes}" if changes else ""))
         return "\n".join([f"{self.grid.doc} {self.grid.source[0].upper()}{self.grid.source[1:]}.", *lines, self.outlook()])
@@ -155,7 +154,25 @@ class Experiment:
             words += f", about {minutes} minute{'s' * (minutes > 1)} if they take as long as those that are finished"
         return words
 
-    # --- results -------------------------------------------------------------------------------
+
+# --- results -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """What there is by now of a grid with a configuration and seeds. ``ends``: the folder of each point's and seed's evaluation,
+    made or not; ``failed``: those of them that will not be."""
+
+    name: str
+    base: Config
+    seeds: Sequence[int]
+    out: Path
+    ends: Mapping[tuple[str, int], Path]
+    failed: set[Path]
+
+    @property
+    def grid(self) -> Grid:
+        return grids.grid(self.name)
 
     def rows(self) -> list[Scores]:
         """What is known of each row: the paper's numbers, ours by metric, and which runs they come from."""
@@ -167,7 +184,7 @@ class Experiment:
         if point.changes is None:
             return row | {"state": "not run here"}
         ends = [self.ends[point.name, seed] for seed in self.seeds]
-        made = [end for end in ends if self.queue[end].made]
+        made = [end for end in ends if is_made(end)]
         found = [data.read_json(end / "metrics.json") for end in made]
         for results in found:
             row["judges"] |= report.judges(results)
@@ -229,7 +246,7 @@ class Experiment:
         some = ", ".join(f"{name} {theirs}" for name, (_, theirs) in changes.items() if not name.startswith(("register.", "track.")))
         return f"recipe {closest}" + (f" with {some}" if some else "")
 
-    def _track(self, rows: Iterable[Scores], tracked: set[str]) -> None:
+    def track(self, rows: Iterable[Scores], tracked: set[str]) -> None:
         """Log the rows that are complete: in MLflow's compare view they line up, each with the fields that the grid varies."""
         for n, (point, row) in enumerate(zip(self.grid.points, rows, strict=True)):
             if row["state"] != "done" or point.name in tracked:
@@ -243,6 +260,11 @@ class Experiment:
                     numbers |= {metric: ours["mean"]} | ({f"{metric}_std": ours["std"]} if ours["std"] is not None else {})
                 run.metrics(numbers, step=0)  # a step, because what has none is the parent's too
                 run.tag("source", f"{PAPER}, {self.grid.source}" if point.paper else grids.OURS)
+
+
+def is_made(folder: Path) -> bool:
+    """Whether a stage has finished its result."""
+    return (folder / "config.json").is_file()
 
 
 def _require_inputs(runs: Mapping[tuple[str, int], Config]) -> None:

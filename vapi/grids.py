@@ -44,6 +44,7 @@ class Grid:
     metrics: tuple[str, ...]
     points: tuple[Point, ...]
     recipe: str = "digits"
+    full_size: str = "llamagen-xxl-c2i"  # the recipe of the paper's own run
     settings: dict[str, Any] = field(default_factory=dict)  # what it takes of a recipe that leaves these fields at their defaults
 
     @property
@@ -144,6 +145,7 @@ GRIDS = {
             Point("AR-GRPO", TUNED["AR-GRPO"], dict(zip(BOTH[4:], (3.63, 293.07, 0.86, 0.48)))),
             Point("VA-pi", {}, _quality(9.23, 111.59, 0.71, 0.59, 2.94, 299.63, 0.84, 0.53)),
         ),
+        full_size="llamagen-xl-c2i",
         settings={"evaluate.guided": 2.0},
     ),
     "table3": Grid(
@@ -156,6 +158,7 @@ GRIDS = {
             Point("VA-pi", {}, _geneval(0.050, 0.606, 0.040, 0.238, 0.769, 0.328, 0.339)),
         ),
         recipe="digits-t2i",
+        full_size="llamagen-xl-t2i",
     ),
     "table3-janus": Grid(
         "GenEval of Janus-Pro 1B.",
@@ -166,6 +169,7 @@ GRIDS = {
             Point("VA-pi", {}, _geneval(0.600, 0.912, 0.585, 0.540, 0.988, 0.835, 0.744)),
         ),
         recipe="digits-janus",
+        full_size="janus-pro-1b",
     ),
     "table4": Grid(
         "The parts of the reward, and the prior.",
@@ -198,6 +202,7 @@ GRIDS = {
             Point("xi 0.95", {"tune.context_noise": 0.95}, _geneval(0.043, 0.652, 0.040, 0.181, 0.728, 0.328, 0.329)),
         ),
         recipe="digits-t2i",
+        full_size="llamagen-xl-t2i",
     ),
     "objectives": Grid(
         "Other objectives in VA-pi's loop, each at a learning rate of its own (RATES).",
@@ -326,11 +331,29 @@ def settings(made: Grid, base: Config, point: Point, seed: int) -> Config:
         raise ValueError(f"{point.name}: {error}") from error
 
 
+def runs(made: Grid, base: Config, seeds: Sequence[int]) -> dict[tuple[str, int], Config]:
+    """What each point that can be run is run with, by its name and the seed; a whole table of one seed before the next seed's."""
+    return {(point.name, seed): settings(made, base, point, seed) for seed in seeds for point in made.points if point.changes is not None}
+
+
+def title(point: str, seed: int) -> str:
+    """What the run of a point with a seed is called."""
+    return f"{point}, seed {seed}"
+
+
 def tunings(made: Grid) -> int:
     """How many models its recipe tunes for each seed."""
     base = under(made, recipes.recipe(made.recipe))
-    runs = [config.plain(settings(made, base, point, 0)) for point in made.points if point.changes is not None]
-    return len({json.dumps([run[section] for section in config.sections_so_far("tune")]) for run in runs})
+    values = map(config.plain, runs(made, base, [0]).values())
+    return len({json.dumps([run[section] for section in config.sections_so_far("tune")]) for run in values})
+
+
+def seeds(words: Iterable[Any], field: str) -> list[int]:
+    """Seeds from words or numbers. Raises ValueError that names the ``field`` they come from."""
+    found = [config.convert(word, int, field) for word in words]
+    config.require(bool(found), f"{field} names no seed; 0 is one")
+    config.require(len(set(found)) == len(found), f"{field} are {', '.join(map(str, found))}; a seed counts once")
+    return found
 
 
 def require_free(made: Grid, fields: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ def evaluate(
     from vapi.cluster import pages, step
 
     made = step.run("evaluate", plan, work_dir, evaluation.path, tune=model.path)
+    evaluation.metadata.update(plan.get("tags", {}))  # by which an experiment's last step knows whose it is
     step.write(pages.evaluation(made, model.path), report.path)
     for name, value in pages.evaluation_metrics(made).items():
         metrics.log_metric(name, value)

@@ -182,6 +182,8 @@ class LimitsConfig:
     """Seconds that a step may take once its pod runs."""
     run: int = 259200
     """Seconds that a whole run may take, waiting for nodes included."""
+    parallel: int = 2
+    """Models of an experiment that are tuned and evaluated at once; the others wait their turn."""
     retries: int = 2
     """Attempts after the first, for a node that was taken away or a network that failed; a step continues where it stopped."""
     retry_seconds: int = 60
@@ -191,6 +193,7 @@ class LimitsConfig:
         require(sorted(self.timeouts) == sorted(STEPS), f"limits.timeouts names {', '.join(self.timeouts)}; it needs {', '.join(STEPS)}")
         for name in ("run", "retry_seconds"):
             require(getattr(self, name) >= 1, f"limits.{name} is {getattr(self, name)}; give at least 1 second")
+        require(self.parallel >= 1, f"limits.parallel is {self.parallel}; give at least 1")
         require(all(seconds >= 1 for seconds in self.timeouts.values()), "limits.timeouts must all be at least 1 second")
         require(self.retries >= 0, f"limits.retries is {self.retries}; give a number of attempts, or 0 for none")
 

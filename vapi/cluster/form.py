@@ -30,6 +30,11 @@ class Field:
 
 
 OTHERS = {
+    "experiment_name": Field("The experiment, as vapi experiment lists them.", lambda cluster, gpu: "table4"),
+    "experiment_recipe": Field(
+        "The recipe that its points change; empty: that of the paper's run, or without a volume the embedded one.", lambda cluster, gpu: ""
+    ),
+    "experiment_seeds": Field("Seeds: tuning and samples of each point once with each.", lambda cluster, gpu: [0]),
     "data_uri": Field(
         "Where the names data/... lead: empty, the image; a mounted folder; a URI; a DVC repository (with data_revision).",
         lambda cluster, gpu: cluster.volume.path if gpu else "",
@@ -91,7 +96,7 @@ def resolve(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
     for name, value in values.items():
         if place := stands_for(name):
             made[place[0]][place[1]] = value
-    for dotted, value in _flat(values.get("overrides") or {}).items():
+    for dotted, value in flat(values.get("overrides") or {}).items():
         section, _, knob = dotted.partition(".")
         if f"{section}_{knob}" in values:
             raise ValueError(f"overrides names {dotted}, which has a field of its own on the form: {section}_{knob}")
@@ -104,7 +109,7 @@ def resolve(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> Config:
         raise ValueError(_worded(str(error), values)) from None
 
 
-def _flat(overrides: Any) -> dict[str, Any]:
+def flat(overrides: Any) -> dict[str, Any]:
     """``{tune: {temperature: 0.9}}`` and ``{tune.temperature: 0.9}`` alike, as the second."""
     if not isinstance(overrides, Mapping):
         raise ValueError(f"overrides is {overrides!r}; write {{tune.temperature: 0.9}}")

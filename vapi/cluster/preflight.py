@@ -17,9 +17,9 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vapi import config, data, hub, inputs
 from vapi.cluster import api, checks, form, origin, pages, step
@@ -28,6 +28,8 @@ from vapi.cluster.checks import Check, failed, ok, warning
 from vapi.cluster.config import CERTIFICATES, GPU_STEPS, ClusterConfig, require_label, require_pinned, require_tolerations
 from vapi.cluster.origin import Origin
 from vapi.config import STAGES, Config
+
+T = TypeVar("T")
 
 MLFLOW_SECONDS = 5
 
@@ -46,28 +48,51 @@ def preflight(
 
     Raises SystemExit(2) after printing every check if one of them failed.
     """
-    facts = config.build(ClusterConfig, dict(cluster))
+
+    def asked() -> tuple[Config, Sequence[Config], Origin]:
+        settings, source = resolved(recipe, form, bool(work_dir), trainjob)
+        return settings, [settings], source
+
     with step.in_words(), step.workplace(work_dir) as place:
-        try:
-            settings, source = resolved(recipe, form, bool(work_dir), trainjob)
-            source = origin.resolve(source, place.state)
-            found = about_form(settings) + about_here(settings, source, place)
-        except ValueError as error:
-            found = [failed("form", str(error))]
-        else:
-            found += _about_pod(settings, facts, form, trainjob)
-        rows = [[row.field, row.status, row.found] for row in found]
-        config.write_text(Path(report), pages.markdown_table("Preflight", ("field", "", "found"), rows))
-        print(checks.table(found), flush=True)
-        if wrong := checks.verdict(found):
-            raise ValueError(wrong)
+        settings, source = looked_at(asked, place, cluster, form, trainjob, report)
         return plans(settings, source, place)
 
 
-def _about_pod(settings: Config, facts: ClusterConfig, values: Mapping[str, Any], trainjob: bool) -> list[Check]:
+def looked_at(
+    ask: Callable[[], tuple[T, Sequence[Config], Origin]],
+    place: step.Place,
+    cluster: Mapping[str, Any],
+    form: Mapping[str, Any],
+    trainjob: bool,
+    report: str,
+) -> tuple[T, Origin]:
+    """Look at everything that a filled form needs, and write it as Markdown to ``report``. ``ask`` says what it asks for, in whatever
+    form, with the configurations that will run and where their data come from. Leaves the process in the folder that the data's names
+    are relative to; returns what ``ask`` said, and the source with a commit in place of a name that may move.
+
+    Raises ValueError with all that failed, after printing every check.
+    """
+    facts = config.build(ClusterConfig, dict(cluster))
+    try:
+        asked, runs, source = ask()
+        source = origin.resolve(source, place.state)
+        found = about_form(runs) + about_here(runs, source, place)
+    except ValueError as error:
+        found = [failed("form", str(error))]
+    else:
+        found += _about_pod(runs, facts, form, trainjob)
+    rows = [[row.field, row.status, row.found] for row in found]
+    config.write_text(Path(report), pages.markdown_table("Preflight", ("field", "", "found"), rows))
+    print(checks.table(found), flush=True)
+    if wrong := checks.verdict(found):
+        raise ValueError(wrong)
+    return asked, source
+
+
+def _about_pod(runs: Sequence[Config], facts: ClusterConfig, values: Mapping[str, Any], trainjob: bool) -> list[Check]:
     """What the cluster around this pod says, and what it gave to the pod."""
     if kubernetes := api.here():
-        return [*_variables(facts), *about_cluster(kubernetes, settings, facts, values, trainjob)]
+        return [*_variables(facts), *about_cluster(kubernetes, runs, facts, values, trainjob)]
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         words = "this pod has no token for Kubernetes (automountServiceAccountToken): nodes, volume and secrets were not looked at"
         return [*_variables(facts), warning("cluster", words)]
@@ -105,14 +130,15 @@ def resolved(recipe: Mapping[str, Any], values: Mapping[str, Any], volume: bool,
     return settings, Origin(values["data_uri"], values["data_revision"])
 
 
-def about_form(settings: Config) -> list[Check]:
+def about_form(runs: Sequence[Config]) -> list[Check]:
     """What the form asks for, and what of it may not be meant or not be there."""
     from vapi import rewards  # with torch
 
-    found = [ok("form", f"a configuration of {len(config.flat(settings))} fields")]
-    if settings.subset.images == 0:
+    several = f"{len(runs)} configurations" if len(runs) > 1 else "a configuration"
+    found = [ok("form", f"{several} of {len(config.flat(runs[0]))} fields")]
+    if any(settings.subset.images == 0 for settings in runs):
         found.append(warning("subset_images", "0 takes every image of the source; the room they need is not in the estimate"))
-    for name in settings.tune.rewards:
+    for name in dict.fromkeys(name for settings in runs for name in settings.tune.rewards):
         if name not in rewards.REWARDS:
             found.append(failed("tune_rewards", f"no reward is called {name!r}; {config.nearest(name, rewards.REWARDS)}"))
     return found
@@ -121,21 +147,21 @@ def about_form(settings: Config) -> list[Check]:
 # --- what the pod itself can see ---------------------------------------------------------------
 
 
-def about_here(settings: Config, source: Origin, place: step.Place) -> list[Check]:
+def about_here(runs: Sequence[Config], source: Origin, place: step.Place) -> list[Check]:
     """Data and weights, the mounted volume, MLflow. Leaves the process in the folder that the data's names are relative to.
 
     With a volume nothing is fetched but what it takes to know that it can be: the stages fetch what they read, once.
     """
-    wanted = config.named_files(settings, config.FILES)
+    names = list(dict.fromkeys(name for settings in runs for name in config.named_files(settings, config.FILES).values()))
     try:
-        there = origin.bytes_of(source, wanted.values(), place.state) if place.volume else {}
-        os.chdir(origin.root(source, [] if place.volume else wanted.values(), place.state))
+        there = origin.bytes_of(source, names, place.state) if place.volume else {}
+        os.chdir(origin.root(source, [] if place.volume else names, place.state))
     except ValueError as error:
         return [failed("data_uri", str(error))]
-    found = [ok("data_uri", _described(source)), *_inputs(settings, there)]
+    found = [ok("data_uri", _described(source)), *_inputs(runs, there)]
     if place.volume:
-        found += _room(place.volume, bytes_needed(settings) + sum(there.values()))
-    return [*found, mlflow(settings.track.uri or os.environ.get("MLFLOW_TRACKING_URI", ""))]
+        found += _room(place.volume, sum(map(bytes_needed, runs)) + sum(there.values()))
+    return [*found, mlflow(runs[0].track.uri or os.environ.get("MLFLOW_TRACKING_URI", ""))]
 
 
 def _described(source: Origin) -> str:
@@ -144,9 +170,10 @@ def _described(source: Origin) -> str:
     return source.uri or "the image's own data"
 
 
-def _inputs(settings: Config, there: Mapping[str, int]) -> Iterator[Check]:
-    """What the stages will read; of what is ``there`` to be fetched, that it is."""
-    for (dotted, name), look in inputs.looks(settings).items():
+def _inputs(runs: Iterable[Config], there: Mapping[str, int]) -> Iterator[Check]:
+    """What the stages will read, looked at once however many runs do; of what is ``there`` to be fetched, that it is."""
+    looks = {named: look for settings in runs for named, look in inputs.looks(settings).items()}
+    for (dotted, name), look in looks.items():
         with _field(dotted.replace(".", "_", 1)) as (field, found):
             found.append(ok(field, f"{name}, {there[name]:,} bytes, still to be fetched" if name in there else look()))
         yield from found
@@ -230,7 +257,7 @@ def _login() -> dict[str, str]:
 
 
 def about_cluster(
-    kubernetes: Kubernetes, settings: Config, cluster: ClusterConfig, values: Mapping[str, Any], trainjob: bool = False
+    kubernetes: Kubernetes, runs: Sequence[Config], cluster: ClusterConfig, values: Mapping[str, Any], trainjob: bool = False
 ) -> list[Check]:
     """Nodes, quota, volume, secrets, config maps, service account, and the trainer where a TrainJob is made."""
     wants, pods = demands(cluster, values, trainjob), cluster.pods
@@ -242,7 +269,8 @@ def about_cluster(
         lambda: api.config_maps(kubernetes, maps),
     ]
     if values["cluster_volume"]:
-        asked.append(lambda: api.volume(kubernetes, values["cluster_volume"], bytes_needed(settings), several_pods=trainjob))
+        needed = sum(map(bytes_needed, runs))
+        asked.append(lambda: api.volume(kubernetes, values["cluster_volume"], needed, several_pods=trainjob))
     if cluster.image.pull_secret:
         asked.append(lambda: api.pull_secret(kubernetes, cluster.image.pull_secret))
     if pods.service_account:

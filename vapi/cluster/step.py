@@ -35,7 +35,8 @@ from vapi.config import STAGES, Config
 Plan = dict[str, Any]
 """What preflight resolved for a stage, as plain values: ``config`` (the sections that its result follows from), ``data`` (uri,
 revision, digest), ``files`` (sha256 of the files that the sections name, without a volume) and ``code`` (version, commit, source).
-It is the step's whole input beside artifacts, so Kubeflow's cache sees what changes the result, and nothing else."""
+It is the step's whole input beside artifacts, so Kubeflow's cache sees what changes the result, and nothing else. In an experiment
+there are also ``tags``, which say whose run it is."""
 
 DESCRIPTOR = "descriptor.json"
 SMALL = 4 << 20
@@ -147,18 +148,19 @@ class Command:
 
 
 def _make(stage: str, settings: Config, plan: Plan, folders: Mapping[str, Path], out: Path, launch: Callable[[Command], int]) -> None:
-    code = launch(Command(stage, {**folders, "out": out}, settings, {"VAPI_RUN": json.dumps(_known(plan))}))
+    code = launch(Command(stage, {**folders, "out": out}, settings, {"VAPI_RUN": json.dumps(known(plan))}))
     if code:
         print(f"vapi {stage} ended with code {code}; its words are above", file=sys.stderr, flush=True)
         raise SystemExit(code)
 
 
-def _known(plan: Plan) -> dict[str, Any]:
-    """What the tracker cannot see from inside a pod."""
+def known(plan: Plan) -> dict[str, Any]:
+    """What the tracker cannot see from inside a pod. The runs of an experiment are executions of their own."""
     run = os.environ.get("KFP_RUN_ID", "")  # from the pod's label, since a parameter would be part of the cache's key
-    tags = {"kubeflow.run": run, "data.uri": plan["data"]["uri"], "data.revision": plan["data"]["revision"]}
+    own: dict[str, str] = plan.get("tags", {})
+    tags = {"kubeflow.run": run, "data.uri": plan["data"]["uri"], "data.revision": plan["data"]["revision"], **own}
     return {
-        "execution": run,
+        "execution": data.short_digest(json.dumps([run, own], sort_keys=True)) if own else run,
         "data": plan["data"]["digest"],
         "git": plan["code"]["commit"] or "none",
         "tags": {name: value for name, value in tags.items() if value},

@@ -236,7 +236,8 @@ def _header(stage: str, config: Config, folders: Mapping[str, Path]) -> dict[str
 
 def _point_header(grid: str, number: int, name: str, config: Config, key: str) -> dict[str, Any]:
     """The parent has the grid's configuration as parameters, its points what they vary."""
-    whole = data.short_digest(f"{grid}\0{execution(config)}")
+    given = json.loads(os.environ.get(GIVEN, "{}"))
+    whole = data.short_digest(f"{grid}\0{given.get('execution') or execution(config)}")
     return _common(config) | {
         "journal": hashlib.sha256(f"{whole}\0{name}\0{key}".encode()).hexdigest()[:32],
         "stage": f"point{number}",
@@ -249,8 +250,9 @@ def _point_header(grid: str, number: int, name: str, config: Config, key: str) -
         "tags": {
             "mlflow.source.name": f"vapi experiment {grid}",
             "mlflow.source.type": "LOCAL",
-            "data": data_digest(config),
-            "git": _git(),
+            "data": given.get("data") or data_digest(config),
+            "git": given.get("git") or _git(),
+            **given.get("tags", {}),
         },
         "upstream": [],
     }
