@@ -77,7 +77,7 @@ def test_pictures_come_back_from_the_sheets_to_the_pixel(project: Path) -> None:
     run = compare.read("a", project / "a")
     plain = run.samples("plain")
     assert plain["base"].shape == plain["tuned"].shape == (10, 16, 16, 3)
-    again = report.banded_sheet({"one": plain["base"], "two": plain["tuned"]}, data.SHEET_COLUMNS)
+    again = report.banded_sheet([("one", plain["base"]), ("two", plain["tuned"])], data.SHEET_COLUMNS)
     path = project / "a" / "evaluate" / "sheet-before-after.png"
     title = slice(report.TITLE_HEIGHT, report.TITLE_HEIGHT + images.sheet_height(10, 10, 16))
     assert np.array_equal(np.asarray(again)[title], np.asarray(images.decode(path.read_bytes()))[title])
@@ -255,6 +255,15 @@ def test_one_run_alone(project: Path) -> None:
     page = compare_page.page(runs(project / "a"))
     assert "report of 1 run<" in page and "What was set differently" not in page and "By class" in page
     assert compare_page.page([compare.of(project / "a/evaluate", project / "a/tune")]).count("<section") == page.count("<section")
+
+
+def test_a_page_that_cannot_be_made_undoes_no_evaluation(project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for stage in ("tune", "evaluate"):
+        shutil.copytree(project / "a" / stage, tmp_path / stage)
+    (tmp_path / "evaluate/sheet-best.png").write_bytes((project / "a/evaluate/sheet-anchors.png").read_bytes()[:99])
+    whole, smaller = compare_page.evaluated(project / "a/evaluate", project / "a/tune"), compare_page.evaluated(tmp_path / "evaluate", tmp_path / "tune")
+    assert "report of 1 run<" in whole and smaller == (tmp_path / "evaluate/report.html").read_text()
+    assert "the evaluation is whole" in caplog.text
 
 
 def test_everything_is_escaped(project: Path, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_guidance_is_an_axis_when_it_alone_was_swept() -> None:
 
 def test_bands_lie_one_below_the_other() -> None:
     pixels = np.zeros((20, 32, 32, 3), dtype=np.uint8)
-    picture = report.banded_sheet({"base": pixels, "tuned": pixels}, 10)
+    picture = report.banded_sheet([("one", pixels), ("one", pixels)], 10)
     assert picture.width == 10 * (96 + 2) + 2 and picture.height == 2 * (2 * 98 + 2 + 30)
 
 

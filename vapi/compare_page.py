@@ -9,8 +9,10 @@ started from) is shown once. Small scripts sort tables and enlarge pictures; bot
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from vapi import compare, config, markup, report, report_prompts
 from vapi.compare import Run
 from vapi.config import STAGES
 from vapi.markup import Cell, Dot, Line, Point, Shot, card, esc, lanes
+
+log = logging.getLogger("vapi.report")
 
 Scores = Mapping[str, Any]
 
@@ -49,6 +53,16 @@ def page(runs: Sequence[Run]) -> str:
     parts = [_header(runs), f'<nav aria-label="On this page">{links}</nav>']
     parts += [f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, title, body in shown]
     return markup.document(_title(runs), [*parts, markup.DIALOG], markup.SCRIPT)
+
+
+def evaluated(evaluate: Path, tune: Path) -> str:
+    """The page of a run whose evaluation has just ended. Where it cannot be made, a warning and the smaller page that the stage wrote:
+    hours of measuring are not lost for a picture."""
+    try:
+        return page([compare.of(evaluate, tune)])
+    except Exception as error:
+        log.warning("the page of %s was not made (%s: %s); the evaluation is whole", evaluate, type(error).__name__, error, exc_info=True)
+        return (evaluate / "report.html").read_text()
 
 
 # --- the head ----------------------------------------------------------------------------------
@@ -292,8 +306,7 @@ def _spread(runs: Sequence[Run], key: str, name: str) -> str:
     for one in _rows(runs):
         value, spread = one.value[key], one.value.get(f"{key}_std")
         words = f"{value:.4g}" + (f" ± {spread:.2g}" if spread else "")
-        dot = Dot(value, words, one.kind, one.before, value - spread if spread else None, value + spread if spread else None)
-        rows.append((one.title, [dot]))
+        rows.append((one.title, [Dot(value, words, one.kind, one.before, spread or 0.0)]))
     return lanes(name, rows)
 
 
@@ -375,7 +388,7 @@ def _tasks(runs: Sequence[Run], detector: str) -> str:
         scores = [_task(one.value, task) for one in seen]
         dots = [_task_dot(one, *score) for one, score in zip(seen, scores, strict=True)]
         lane_rows.append((report_prompts.TITLES[task], dots))
-        cells = [Cell(f"<span>{value:.3f}</span><i>S.E. {error:.3f}</i>", value) for value, error in scores]
+        cells = [Cell(f"<span>{value:.3f}</span>" + ("" if error is None else f"<i>S.E. {error:.3f}</i>"), value) for value, error in scores]
         for found in judged:
             row = found["difference"]["tuned"][task]
             text = f"<span>{row['difference']:+.3f}</span><i>{row['low']:+.3f} to {row['high']:+.3f}</i>".replace("-", "−")
@@ -391,14 +404,15 @@ def _tasks(runs: Sequence[Run], detector: str) -> str:
     )
 
 
-def _task(found: Scores, task: str) -> tuple[float, float]:
+def _task(found: Scores, task: str) -> tuple[float, float | None]:
+    """A score and its standard error; None where a task has one prompt, of which no spread is known."""
     if task == "overall":
         return found["overall"], found["standard_error"]
     return found["tasks"][task]["score"], found["tasks"][task]["standard_error"]
 
 
-def _task_dot(one: Seen, value: float, error: float) -> Dot:
-    return Dot(value, f"{one.title} {value:.3f} ± {error:.3f}", one.kind, one.before, value - error, value + error)
+def _task_dot(one: Seen, value: float, error: float | None) -> Dot:
+    return Dot(value, f"{one.title} {value:.3f}" + (f" ± {error:.3f}" if error else ""), one.kind, one.before, error or 0.0)
 
 
 def _keys(seen: Iterable[Seen]) -> str:

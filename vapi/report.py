@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,13 +255,13 @@ def _pointers(folder: Path) -> str:
 TITLE_HEIGHT = 30
 
 
-def banded_sheet(bands: Mapping[str, np.ndarray], columns: int) -> Image.Image:
-    """Bands of images, uint8 (N, H, W, 3), one below the other, each under its title."""
-    parts = {title: images.sheet(band, columns, images.tile_scale(band.shape[1])) for title, band in bands.items()}
-    width = max(part.width for part in parts.values())
-    canvas = Image.new("RGB", (width, sum(part.height + TITLE_HEIGHT for part in parts.values())), "white")
+def banded_sheet(bands: Iterable[tuple[str, np.ndarray]], columns: int) -> Image.Image:
+    """Bands of images, uint8 (N, H, W, 3), one below the other, each under its title; titles may be equal."""
+    parts = [(title, images.sheet(band, columns, images.tile_scale(band.shape[1]))) for title, band in bands]
+    width = max(part.width for _, part in parts)
+    canvas = Image.new("RGB", (width, sum(part.height + TITLE_HEIGHT for _, part in parts)), "white")
     draw, font, y = ImageDraw.Draw(canvas), ImageFont.load_default(size=17), 0
-    for title, part in parts.items():
+    for title, part in parts:
         draw.text((4, y + 5), title, fill="#222222", font=font)
         canvas.paste(part, (0, y + TITLE_HEIGHT))
         y += part.height + TITLE_HEIGHT
