@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import browser
 import numpy as np
@@ -17,6 +18,7 @@ from test_report import Outline
 from vapi import cli, compare, compare_page, data, images, markup, recipes, report, track
 from vapi.compare import Run
 from vapi.config import STAGES
+from vapi.run import Run as Reported
 
 STEPS = 4
 
@@ -258,12 +260,20 @@ def test_one_run_alone(project: Path) -> None:
 
 
 def test_a_page_that_cannot_be_made_undoes_no_evaluation(project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Kept(Reported):
+        pages: ClassVar[list[str]] = []
+
+        def artifact(self, path: Path | str, folder: str = "") -> None:
+            self.pages += [Path(path).read_text()] if Path(path).suffix == ".html" else []
+
+    folders = {"tune": tmp_path / "tune", "out": tmp_path / "evaluate"}
     for stage in ("tune", "evaluate"):
         shutil.copytree(project / "a" / stage, tmp_path / stage)
-    (tmp_path / "evaluate/sheet-best.png").write_bytes((project / "a/evaluate/sheet-anchors.png").read_bytes()[:99])
-    whole, smaller = compare_page.evaluated(project / "a/evaluate", project / "a/tune"), compare_page.evaluated(tmp_path / "evaluate", tmp_path / "tune")
-    assert "report of 1 run<" in whole and smaller == (tmp_path / "evaluate/report.html").read_text()
-    assert "the evaluation is whole" in caplog.text
+    cli._keep("evaluate", folders, Kept())
+    (tmp_path / "evaluate/sheet-best.png").write_bytes(b"torn")
+    cli._keep("evaluate", folders, Kept())
+    assert "report of 1 run<" in Kept.pages[0] and Kept.pages[1] == (tmp_path / "evaluate/report.html").read_text()
+    assert "was not made" in caplog.text and "the evaluation is whole" in caplog.text
 
 
 def test_everything_is_escaped(project: Path, tmp_path: Path) -> None:

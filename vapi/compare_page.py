@@ -388,7 +388,7 @@ def _tasks(runs: Sequence[Run], detector: str) -> str:
         scores = [_task(one.value, task) for one in seen]
         dots = [_task_dot(one, *score) for one, score in zip(seen, scores, strict=True)]
         lane_rows.append((report_prompts.TITLES[task], dots))
-        cells = [Cell(f"<span>{value:.3f}</span>" + ("" if error is None else f"<i>S.E. {error:.3f}</i>"), value) for value, error in scores]
+        cells = [_task_cell(*score) for score in scores]
         for found in judged:
             row = found["difference"]["tuned"][task]
             text = f"<span>{row['difference']:+.3f}</span><i>{row['low']:+.3f} to {row['high']:+.3f}</i>".replace("-", "−")
@@ -409,6 +409,10 @@ def _task(found: Scores, task: str) -> tuple[float, float | None]:
     if task == "overall":
         return found["overall"], found["standard_error"]
     return found["tasks"][task]["score"], found["tasks"][task]["standard_error"]
+
+
+def _task_cell(value: float, error: float | None) -> Cell:
+    return Cell(f"<span>{value:.3f}</span>" + ("" if error is None else f"<i>S.E. {error:.3f}</i>"), value)
 
 
 def _task_dot(one: Seen, value: float, error: float | None) -> Dot:
