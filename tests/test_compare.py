@@ -33,6 +33,12 @@ def make(root: Path, name: str, **changes: object) -> Path:
     return out
 
 
+def register(folder: Path) -> None:
+    """The gates of such a run; tracking is off, so nothing is registered."""
+    inputs = {name: folder / name for name in STAGES["register"].inputs}
+    cli.run_stage("register", world.settings(recipes.recipe("digits")), {**inputs, "out": folder / "register"})
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of one protocol in a project of their own."""
@@ -174,6 +180,22 @@ def test_folders_that_do_not_belong_together_are_no_run(project: Path, tmp_path:
     (tmp_path / "a/tokens/summary.json").write_text("{}")
     run = compare.read("a", tmp_path / "a")
     assert set(run.folders) == {"subset", "tune", "evaluate"} and "its tokens are not shown" in run.notices[0]
+
+
+def test_gates_that_judged_another_evaluation_are_no_part_of_a_run(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(project / "a", tmp_path / "a")
+    register(tmp_path / "a")
+    run = compare.read("a", tmp_path / "a")
+    assert "register" in run.folders and not run.notices
+    shutil.rmtree(tmp_path / "a/tune")
+    shutil.copytree(project / "b/tune", tmp_path / "a/tune")
+    assert set(compare.read("a", tmp_path / "a").folders) == {"evaluate", "register"}, "tuned anew; the gates are the evaluation's"
+    shutil.rmtree(tmp_path / "a/evaluate")
+    assert "register" not in compare.read("a", tmp_path / "a").folders
+    shutil.copytree(project / "b/evaluate", tmp_path / "a/evaluate")  # evaluated anew, and not judged yet
+    run = compare.read("a", tmp_path / "a")
+    assert set(run.folders) == {"subset", "tokens", "tune", "evaluate"} and "its gates are not shown" in run.notices[0]
+    assert not compare.of(tmp_path / "a/evaluate", tmp_path / "a/tune").notices, "gates come after the evaluation"
 
 
 def test_runs_of_different_protocols_never_share_a_table(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ KEPT: dict[str, tuple[str, ...]] = {
     "register": ("registration.json",),
 }
 """What a page reads of each stage's folder, beside config.json and provenance.json."""
-HEAVY = {"tune": "model.safetensors", "tokens": "codes.npy", "subset": "manifest.parquet"}
+HEAVY = {"tune": "model.safetensors", "tokens": "codes.npy", "subset": "manifest.parquet", "evaluate": "report.html"}
 """What a copy that was made for the page alone does not hold; a whole folder can be held against its digest."""
 MOST = 6
 """Runs on a page, each with a colour of its own."""
@@ -198,8 +198,9 @@ def read(place: str, folder: Path, name: str = "A") -> Run:
 
 
 def of(evaluate: Path, tune: Path) -> Run:
-    """The run of one evaluation, and what lies beside the tuned weights."""
-    return _with_notices(Run("A", "", {**_beside(tune), "tune": tune, "evaluate": evaluate}))
+    """The run of one evaluation that has just ended, and what lies beside the tuned weights; no gates, which come later."""
+    before = {stage: folder for stage, folder in _beside(tune).items() if stage != "register"}
+    return _without_strangers(Run("A", "", {**before, "tune": tune, "evaluate": evaluate}), "evaluate")
 
 
 def _stages_in(folder: Path) -> dict[str, Path]:
@@ -235,14 +236,25 @@ def _without_strangers(run: Run, named: str) -> Run:
         if named == "tune":
             folders = {stage: folder for stage, folder in folders.items() if stage not in ("evaluate", "register")}
         else:
-            folders = {"evaluate": folders["evaluate"]}
+            folders = {stage: folder for stage, folder in folders.items() if stage in ("evaluate", "register")}
             notices.append("its tuning is not shown: the evaluation is of other weights than those that lie beside it; run: vapi evaluate")
     for stage in ("subset", "tokens"):
         wanted = run.made.get("tune", {}).get("inputs", {}).get(stage)
         if wanted and stage in folders and (folders[stage] / HEAVY[stage]).is_file() and data.known_digest(folders[stage]) != wanted:
             notices.append(f"its {stage} are not shown: those that lie beside it are not those it was tuned on; run: vapi tune")
             del folders[stage]
+    if "register" in folders and not _judged(folders):
+        notices.append("its gates are not shown: they judged another evaluation than lies beside them; run: vapi register")
+        del folders["register"]
     return _with_notices(Run(run.name, run.place, folders, notices))
+
+
+def _judged(folders: Mapping[str, Path]) -> bool:
+    """Whether the gates are of the evaluation beside them. A copy that was made for the page alone is taken at its word."""
+    if "evaluate" not in folders:
+        return False
+    whole = (folders["evaluate"] / HEAVY["evaluate"]).is_file()
+    return not whole or report.has_judged(folders["register"], folders["evaluate"])
 
 
 def _with_notices(run: Run) -> Run:

@@ -199,7 +199,7 @@ def table(artifacts: Path = ARTIFACTS) -> str:
     artifacts = Path(artifacts)
     results = data.read_json(artifacts / "evaluate" / "metrics.json")
     asked = [report_prompts.grid(results["prompts"]), ""] if "prompts" in results else []
-    gates = [_gates(artifacts / "register"), ""] if _judged(artifacts) else []
+    gates = [_gates(artifacts / "register"), ""] if has_judged(artifacts / "register", artifacts / "evaluate") else []
     parts = [verdict(results), " ".join(caveats(results)), "", grid(results), "", *asked, *gates, _seconds(artifacts), ""]
     parts.append(_pointers(artifacts / ("register" if gates else "evaluate")))
     return "\n".join(parts)
@@ -224,17 +224,17 @@ def _seconds(artifacts: Path) -> str:
     return f"seconds   {'   '.join(words)}   all {sum(spent.values()):.1f}"
 
 
-def _judged(artifacts: Path) -> bool:
-    """Whether the gates have seen this very evaluation."""
-    made = artifacts / "register" / "config.json"
-    return made.is_file() and data.read_json(made)["inputs"]["evaluate"] == data.file_digest(artifacts / "evaluate")
+def has_judged(register: Path, evaluate: Path) -> bool:
+    """Whether the gates in one folder have seen the very evaluation in another."""
+    made = register / "config.json"
+    return made.is_file() and data.read_json(made)["inputs"].get("evaluate") == data.file_digest(evaluate)
 
 
 def _gates(register: Path) -> str:
     """What the gates said, a line for each alias, with those that are shut."""
-    judged = data.read_json(register / "registration.json")
-    shut = {alias: [gate["metric"] for gate in against["gates"] if not gate["passed"]] for alias, against in judged["against"].items()}
-    return "\n".join(gate_title(judged, alias) + (f" ({', '.join(names)})" if names else "") for alias, names in shut.items())
+    found = data.read_json(register / "registration.json")
+    shut = {alias: [gate["metric"] for gate in against["gates"] if not gate["passed"]] for alias, against in found["against"].items()}
+    return "\n".join(gate_title(found, alias) + (f" ({', '.join(names)})" if names else "") for alias, names in shut.items())
 
 
 def _pointers(folder: Path) -> str:
