@@ -198,6 +198,40 @@ def test_gates_that_judged_another_evaluation_are_no_part_of_a_run(project: Path
     assert not compare.of(tmp_path / "a/evaluate", tmp_path / "a/tune").notices, "gates come after the evaluation"
 
 
+def changed(folder: Path, stage: str, **fields: object) -> None:
+    """Another config.json of a stage; a field that is None is one that it never had."""
+    made = data.read_json(folder / stage / "config.json")
+    section = made["sections"][stage] | fields
+    made["sections"][stage] = {name: value for name, value in section.items() if value is not None}
+    data.write_json(folder / stage / "config.json", made)
+
+
+def test_what_was_not_written_down_is_no_difference(project: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(project / name, tmp_path / name)
+    changed(
+        tmp_path / "b", "tune", rewards={"mse": 1.0, "lpips": 10.0, "other": 0.0}, perceptual_weights=None, perceptual="moved.safetensors"
+    )
+    changed(tmp_path / "b", "evaluate", clip=None, dinov2="dinov2")
+    a, b = runs(tmp_path / "a", tmp_path / "b")
+    assert compare.warnings([a, b]) == [], "a weight of 0, the same network elsewhere, and a field of a later version"
+    page = compare_page.page([a, b])
+    (table,) = [table for table in re.findall(r"<table.*?</table>", page, re.DOTALL) if ">Configuration<" in table]
+    rows = {
+        text_of(head).partition(" ")[0]: text_of(cells) for head, cells in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', table)
+    }
+    assert rows["evaluate.dinov2"] == "not set dinov2" and rows["tune.rewards.other"] == "not set 0.0"
+    assert "evaluate.clip" not in rows and "tune.perceptual_weights" not in rows
+    assert "Not recorded by every run, which may be of another version: tune.perceptual_weights, evaluate.clip." in text_of(page)
+
+    made = data.read_json(tmp_path / "b/tune/config.json")
+    made["inputs"]["perceptual"] = "0" * 64
+    data.write_json(tmp_path / "b/tune/config.json", made)
+    changed(tmp_path / "b", "tune", rewards={"mse": 2.0, "lpips": 10.0})
+    (words,) = compare.warnings(runs(tmp_path / "a", tmp_path / "b"))
+    assert words.startswith("Rewards are put together differently (tune.rewards.mse, tune.perceptual):")
+
+
 def test_runs_of_different_protocols_never_share_a_table(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     shutil.copytree(project / "b", other)

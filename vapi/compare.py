@@ -38,6 +38,8 @@ KEPT: dict[str, tuple[str, ...]] = {
 """What a page reads of each stage's folder, beside config.json and provenance.json."""
 HEAVY = {"tune": "model.safetensors", "tokens": "codes.npy", "subset": "manifest.parquet", "evaluate": "report.html"}
 """What a copy that was made for the page alone does not hold; a whole folder can be held against its digest."""
+NETWORKS = ("perceptual", "vgg", "alex", "lpips")
+"""Inputs of the stage tune that its reward lpips reads (``rewards.network_files``)."""
 MOST = 6
 """Runs on a page, each with a colour of its own."""
 SIDES = {"plain": "sheet-before-after.png", "best": "sheet-best.png"}
@@ -120,6 +122,12 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """All fields of the configuration that its stages wrote down, by dotted name; later stages have the last word."""
         return {name: value for stage in STAGES if stage in self.made for name, value in flat(self.made[stage].get("sections", {})).items()}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each part of the reward counts; nothing where that was not written down."""
+        start = "tune.rewards."
+        return {name.removeprefix(start): value for name, value in self.settings.items() if name.startswith(start)}
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -316,11 +324,21 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         fields = ", ".join(differing([group[0].protocol for group in groups]))
         names = " and ".join(", ".join(run.name for run in group) for group in groups)
         found.append(f"{names} were measured by different protocols ({fields}): their numbers do not compare, and have their own tables.")
-    parts = ("tune.rewards", "tune.perceptual")
-    weighed = differing([{name: value for name, value in run.settings.items() if name.startswith(parts)} for run in runs])
+    weighed = _weighed_differently([run for run in runs if run.weights])
     if weighed:
         found.append(f"Rewards are put together differently ({', '.join(weighed)}): compare a curve with its own beginning.")
     return found
+
+
+def _weighed_differently(runs: Sequence[Run]) -> list[str]:
+    """The fields in which runs that say what they rewarded differ: weights that count, and the network behind lpips, by its digest where
+    all have one."""
+    fields = [*differing([{f"tune.rewards.{part}": weight for part, weight in run.weights.items() if weight} for run in runs])]
+    seeing = [run for run in runs if run.weights.get("lpips")]
+    digests = [[run.made["tune"]["inputs"].get(name) for name in NETWORKS] for run in seeing]
+    names = [run.settings.get("tune.perceptual") for run in seeing]
+    known: list[Any] = digests if all(map(any, digests)) else [name for name in names if name]
+    return [*fields, *(["tune.perceptual"] if any(one != known[0] for one in known) else [])]
 
 
 # --- what MLflow keeps -------------------------------------------------------------------------

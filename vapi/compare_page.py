@@ -595,21 +595,36 @@ def _configuration(runs: Sequence[Run]) -> str:
         return ""
     known = [run.settings for run in runs]
     shared = set.intersection(*({name.partition(".")[0] for name in settings} for settings in known))
-    known = [{name: value for name, value in settings.items() if name.partition(".")[0] in shared} for settings in known]
-    found = compare.differing(known)
-    if not found:
-        return "<p>Nothing, as far as it was written down.</p>"
+    names = [name for name in dict.fromkeys(name for settings in known for name in settings) if name.partition(".")[0] in shared]
+    found = {name: [_setting(settings, name) for settings in known] for name in names}
+    told = {name: [value for value in values if value is not None] for name, values in found.items()}
+    differ = {name: values for name, values in found.items() if any(value != told[name][0] for value in told[name])}
+    untold = [name for name, values in found.items() if name not in differ and None in values]
     docs = _docs()
     rows = {
-        f"{esc(name)}<i class='doc'>{esc(docs.get('.'.join(name.split('.')[:2]), ''))}</i>": [
-            Cell(f"<i>{MISSING}</i>") if value is None else Cell(esc(config.scalar(value)), value if _is_number(value) else None)
-            for value in values
-        ]
-        for name, values in found.items()
+        f"{esc(name)}<i class='doc'>{esc(docs.get('.'.join(name.split('.')[:2]), ''))}</i>": [_setting_cell(value) for value in values]
+        for name, values in differ.items()
     }
-    same = len({name for settings in known for name in settings}) - len(rows)
-    note = f"{same} other fields are the same, of the sections that all runs have come to ({', '.join(sorted(shared))})."
-    return f'{_columns("Configuration", runs, rows, "field", "words")}<p class="small">{note}</p>'
+    body = _columns("Configuration", runs, rows, "field", "words") if rows else "<p>Nothing, as far as it was written down.</p>"
+    note = f"{len(found) - len(differ) - len(untold)} other fields are the same, of the sections that all runs have come to "
+    note += f"({', '.join(sorted(shared))})."
+    note += f" Not recorded by every run, which may be of another version: {', '.join(untold)}." if untold else ""
+    return f'{body}<p class="small">{esc(note)}</p>'
+
+
+def _setting(settings: Mapping[str, Any], name: str) -> Any:
+    """What a run has for a field, or for an entry of a field that holds several: empty where it was left so, None where the run does not
+    say, because its version did not have the field."""
+    if name in settings:
+        return "" if settings[name] in ("", [], {}) else settings[name]
+    field = ".".join(name.split(".")[:2])
+    return "" if any(f"{other}.".startswith(f"{field}.") for other in settings) else None
+
+
+def _setting_cell(value: Any) -> Cell:
+    if value is None:
+        return Cell(f"<i>{MISSING}</i>")
+    return Cell(esc(config.scalar(value)), value if _is_number(value) else None) if value != "" else Cell("<i>not set</i>")
 
 
 def _is_number(value: Any) -> bool:
