@@ -13,6 +13,7 @@ import browser
 import numpy as np
 import pytest
 import world
+from PIL import Image
 from test_report import Outline
 
 from vapi import cli, compare, compare_page, data, images, markup, recipes, report, track
@@ -307,6 +308,26 @@ def test_what_runs_share_is_shown_once(page: str) -> None:
     (table,) = [table for table in re.findall(r"<table.*?</table>", page, re.DOTALL) if "Metrics of every model" in table]
     heads = re.findall(r'<th scope="row">(.*?)</th>', table)
     assert heads.count("base") == 1 and sum(head.endswith("</b>tuned") for head in heads) == 2 and heads[-1] == "real images"
+
+
+def test_draws_share_a_card_if_they_are_of_the_same_pixels_and_rewarded_alike(project: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(project / name, tmp_path / name)
+    a, b = runs(tmp_path / "a", tmp_path / "b")
+    assert a.looks[0].draws_like(b.looks[0]) and not a.looks[1].draws_like(b.looks[1]) and len(compare.by_images([a, b])) == 1
+    changed(tmp_path / "b", "tune", rewards={"mse": 2.0, "lpips": 10.0})
+    page = compare_page.page(runs(tmp_path / "a", tmp_path / "b"))
+    tip = page.partition('id="heldout-A-0"')[2].partition("</div>")[0]
+    assert "<br>A base, step 0: reward" in tip and "+ 1 × mse" in tip and "<br>B base, step 0: reward" in tip and "+ 2 × mse" in tip
+
+    for path in (tmp_path / "b/tune/sheets").glob("*.png"):
+        sheet = np.array(images.decode(path.read_bytes()))
+        sheet[2:8, 2:8] = 255 - sheet[2:8, 2:8]  # another crop of the first real image
+        path.write_bytes(images.png_bytes(Image.fromarray(sheet)))
+    a, b = runs(tmp_path / "a", tmp_path / "b")
+    assert a.looks[0].keys == b.looks[0].keys and len(compare.by_images([a, b])) == 2
+    page = compare_page.page([a, b])
+    assert 'id="heldout-A-0"' in page and 'id="heldout-B-0"' in page and "Images of A</h3>" in page and "Images of B</h3>" in page
 
 
 def test_one_run_alone(project: Path) -> None:

@@ -11,6 +11,7 @@ Numbers of two protocols are never set side by side: ``by_protocol`` sorts runs 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,12 +48,23 @@ SIDES = {"plain": "sheet-before-after.png", "best": "sheet-best.png"}
 
 @dataclass(frozen=True)
 class Looked:
-    """What one sheet of the stage tune shows: pictures uint8 (B, H, W, 3) by row, and the rewards of its draws by part."""
+    """What one sheet of the stage tune shows: pictures uint8 (B, H, W, 3) by row, rewards of its draws by part, and what a part counts."""
 
     step: int
     keys: Sequence[str]
     rewards: Mapping[str, Sequence[float]]
+    weights: Mapping[str, float]
     pictures: Mapping[str, np.ndarray]
+
+    @property
+    def subject(self) -> str:
+        """Digest of what was to be redrawn: the images as they were prepared, and what the tokenizer keeps of them."""
+        return hashlib.sha256(b"".join(self.pictures[row].tobytes() for row in ("real", "reconstruction"))).hexdigest()
+
+    def draws_like(self, other: Looked) -> bool:
+        """Whether another one drew the same pictures and was rewarded alike for them."""
+        alike = self.rewards == other.rewards and self.weights == other.weights
+        return alike and np.array_equal(self.pictures["draw"], other.pictures["draw"])
 
 
 @dataclass(frozen=True)
@@ -169,7 +181,7 @@ class Run:
         side, count = self.made["tune"]["sections"]["model"]["image_size"], len(found["keys"])
         rows = images.cut(_open(path.with_suffix(".png")), len(data.SHEET_ROWS) * count, count, side, captions=True)
         pictures = {row: rows[n * count : (n + 1) * count] for n, row in enumerate(data.SHEET_ROWS)}
-        return Looked(found["step"], found["keys"], found["rewards"], pictures)
+        return Looked(found["step"], found["keys"], found["rewards"], self.weights, pictures)
 
 
 def _open(path: Path) -> np.ndarray:
@@ -298,8 +310,8 @@ def by_subjects(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def by_images(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs that hold out the same images, together."""
-    return _alike([run for run in runs if run.looks], lambda run: json.dumps(run.looks[0].keys))
+    """The runs that hold out the same images, to the pixel, and whose tokenizer makes the same of them, together."""
+    return _alike([run for run in runs if run.looks], lambda run: json.dumps([run.looks[0].keys, run.looks[0].subject]))
 
 
 def _alike(items: Sequence[T], key: Callable[[T], str]) -> list[list[T]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def page(runs: Sequence[Run]) -> str:
         ("heldout", "Held-out images, redrawn", _heldout(runs, how)),
         ("numbers", "The numbers", _each(runs, _numbers)),
         ("sampling", "Temperature and guidance", _each(runs, _sweeps)),
-        ("prompts", "What was asked for, and what came", _each(runs, lambda group: _prompts(group, how))),
+        ("prompts", "What was asked for, and what came", _each(runs, partial(_prompts, how=how))),
         ("classes", "By class", _each(runs, _classes)),
         ("curves", "While tuning", _curves(runs)),
         ("tokens", "Tokens in use", _tokens(runs)),
@@ -116,11 +117,15 @@ def _letter(run: Run) -> str:
 
 def _each(runs: Sequence[Run], section: Callable[[Sequence[Run]], str]) -> str:
     """A section for each group of runs that share a protocol, so that no number stands beside one that it does not compare with."""
-    groups = compare.by_protocol(runs)
+    return _apart("Protocol", compare.by_protocol(runs), section)
+
+
+def _apart(what: str, groups: Sequence[Sequence[Run]], section: Callable[[Sequence[Run]], str]) -> str:
+    """A section for each group of runs, under their letters where there are several."""
     bodies = [section(group) for group in groups]
     if len(groups) == 1:
         return bodies[0]
-    titles = [f"Protocol of {', '.join(run.name for run in group)}" for group in groups]
+    titles = [f"{what} of {', '.join(run.name for run in group)}" for group in groups]
     return "".join(f"<h3>{esc(title)}</h3>{body}" for title, body in zip(titles, bodies) if body)
 
 
@@ -195,7 +200,7 @@ def _seeds(runs: Sequence[Run], how: tuple[int, int]) -> str:
     groups = compare.by_subjects(runs)
     if not groups:
         return ""
-    plain, best = ("".join(_grid(group, setting, how) for group in groups) for setting in compare.SIDES)
+    plain, best = (_apart("Samples", groups, partial(_grid, setting=setting, how=how)) for setting in compare.SIDES)
     note = (
         "The same random numbers and subjects side by side, nothing selected. Press a picture to enlarge it. These are drawn freely: there "
     )
@@ -222,7 +227,7 @@ def _class_of(run: Run, number: int) -> str:
 
 
 def _heldout(runs: Sequence[Run], how: tuple[int, int]) -> str:
-    grids = "".join(_redrawn(group, how) for group in compare.by_images(runs))
+    grids = _apart("Images", compare.by_images(runs), partial(_redrawn, how=how))
     if not grids:
         return ""
     note = "Images that were kept out of tuning, drawn anew code by code, each from the true codes before it, with the same random numbers "
@@ -233,7 +238,7 @@ def _heldout(runs: Sequence[Run], how: tuple[int, int]) -> str:
 def _redrawn(runs: Sequence[Run], how: tuple[int, int]) -> str:
     first = runs[0].looks[0]
     when = {"base": 0, "tuned": 1}
-    seen = _both(runs, lambda run, model: run.looks[when[model]], lambda a, b: np.array_equal(a.pictures["draw"], b.pictures["draw"]))
+    seen = _both(runs, lambda run, model: run.looks[when[model]], compare.Looked.draws_like)
     cards = []
     for i, key in enumerate(first.keys):
         shots = [Shot(first.pictures["real"][i], "real"), Shot(first.pictures["reconstruction"][i], "tokenizer's")]
@@ -246,10 +251,8 @@ def _redrawn(runs: Sequence[Run], how: tuple[int, int]) -> str:
 def _reward(one: Seen, image: int) -> str:
     """The reward of a draw as the sum that it is."""
     values = {name: of[image] for name, of in one.value.rewards.items()}
-    weights = one.runs[0].settings
-    parts = " + ".join(
-        f"{weights[f'tune.rewards.{name}']:g} × {name} {_short(value)}" for name, value in values.items() if name != "reward"
-    )
+    weights = one.value.weights
+    parts = " + ".join(f"{weights[name]:g} × {name} {_short(value)}" for name, value in values.items() if name != "reward")
     return f"reward {_short(values['reward'])} = {esc(parts)}"
 
 
