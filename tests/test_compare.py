@@ -124,7 +124,7 @@ def test_a_folder_without_a_run(project: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_name_that_is_no_folder_where_there_is_no_mlflow(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "a", "nowhere")
-    assert code == 2 and "nowhere is no folder here, and MLflow at sqlite:///" in err and "it is not there" in err
+    assert code == 2 and "nowhere is no folder here, and cannot be looked up" in err and "mlflow.db is not here: nothing was tracked" in err
     assert not (project / "mlflow.db").exists(), "looking for a run makes no database"
 
 
@@ -416,13 +416,18 @@ def test_a_run_comes_back_out_of_mlflow(
     assert {"report.html", "record"} <= {file.path for file in client.list_artifacts(found["evaluate"].info.run_id)}
 
     parent = found["pipeline"].info.run_id
-    code, _, err = call(capsys, parent, "one", "--out", "page.html", "--log")
-    assert code == 0, err
+    evaluated = found["evaluate"].info.run_id
+    for name in (parent, evaluated):
+        code, _, err = call(capsys, name, "one", "--out", "report.html", "--log")
+        assert code == 0, err
     here, there = compare.read("one", out), compare.read(parent, track.fetch(parent, uri, tmp_path / "fetched"))
     assert here.results == there.results and here.curves == there.curves and here.classes == there.classes
     assert here.made == there.made and np.array_equal(here.samples("best")["tuned"], there.samples("best")["tuned"])
     assert here.looks[1].rewards == there.looks[1].rewards
-    assert "page.html" in {file.path for file in client.list_artifacts(parent)}
+    for name in (parent, evaluated):
+        assert [file.path for file in client.list_artifacts(name, "comparisons")] == ["comparisons/report.html"]
+    own = client.download_artifacts(evaluated, "report.html", str(tmp_path))
+    assert "report of 1 run<" in Path(own).read_text(), "the page that the stage left is its own still"
 
     code, _, err = call(capsys, "0" * 32)
     assert code == 2 and f"neither a folder here nor a run's id in MLflow at {uri}" in err and parent in err

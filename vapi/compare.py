@@ -214,7 +214,9 @@ def read(place: str, folder: Path, name: str = "A") -> Run:
             f"{folder} holds no run: neither it nor a folder in it ({stages}) is what a stage of vapi wrote; "
             "give a folder like artifacts, or a run's id in MLflow"
         )
-    return _without_strangers(Run(name, place, folders), _stage_of(folder))
+    fetched = folder / data.NOTICES
+    notices = data.read_json(fetched) if fetched.is_file() else ()
+    return _without_strangers(Run(name, place, folders, notices), _stage_of(folder))
 
 
 def of(evaluate: Path, tune: Path) -> Run:
@@ -249,7 +251,7 @@ def _stage_of(folder: Path) -> str:
 def _without_strangers(run: Run, named: str) -> Run:
     """The same without folders that others of it were not made from: artifacts/tune made anew, and not evaluated yet. ``named`` is the
     stage whose folder the user named, which is what he wants to see; empty for a whole run."""
-    folders, notices = dict(run.folders), []
+    folders, notices = dict(run.folders), list(run.notices)
     weights = folders.get("tune", Path()) / HEAVY["tune"]
     measured = run.results.get("weights", {}).get("tuned")
     if measured and weights.is_file() and data.known_digest(weights) != measured:
