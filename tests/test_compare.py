@@ -330,6 +330,17 @@ def test_draws_share_a_card_if_they_are_of_the_same_pixels_and_rewarded_alike(pr
     assert 'id="heldout-A-0"' in page and 'id="heldout-B-0"' in page and "Images of A</h3>" in page and "Images of B</h3>" in page
 
 
+def test_the_terms_of_every_objective_are_drawn(project: Path, tmp_path: Path) -> None:
+    settings = world.settings(recipes.recipe("digits"), tune_steps=2, tune_objective="cca")
+    inputs = {name: project / "a" / name for name in STAGES["tune"].inputs}
+    cli.run_stage("tune", settings, {**inputs, "out": tmp_path / "cca/tune"})
+    (run,) = runs(tmp_path / "cca")
+    text = text_of(compare_page.page([run]))
+    assert {"tune/ratio", "tune/ratio_other", "tune/told_apart"} <= run.curves[-1].keys()
+    for title in ("log-ratio to the base, own class", "log-ratio to the base, another class", "share likelier under its own class"):
+        assert title in text and title in report.curve_charts(run.curves)
+
+
 def test_one_run_alone(project: Path) -> None:
     page = compare_page.page(runs(project / "a"))
     assert "report of 1 run<" in page and "What was set differently" not in page and "By class" in page

@@ -480,13 +480,7 @@ def _head(runs: Sequence[Run], run: Run, title: str) -> str:
 
 # --- while tuning ------------------------------------------------------------------------------
 
-CURVES = {
-    "reward": "reward",
-    "ce": "cross-entropy, nats per code",
-    "entropy": "entropy, nats per code",
-    "kl": "KL from the base, nats per code",
-    "perplexity": "codes in use (perplexity)",
-}
+CURVES = report.CURVES | {"kl": "KL from the base, nats per code", "perplexity": "codes in use (perplexity)"}
 
 
 def _curves(runs: Sequence[Run]) -> str:

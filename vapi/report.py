@@ -338,13 +338,21 @@ def exposure_chart(results: Results, width: int = 520) -> str:
     return "".join(parts) + f'<p class="legend">{legend}</p>'
 
 
-CURVES = (("reward", "reward"), ("ce", "cross-entropy, nats per code"), ("entropy", "entropy, nats per code"))
+CURVES = {
+    "reward": "reward",
+    "ce": "cross-entropy, nats per code",
+    "entropy": "entropy, nats per code",
+    "ratio": "log-ratio to the base, own class",
+    "ratio_other": "log-ratio to the base, another class",
+    "told_apart": "share likelier under its own class",
+}
+"""Terms of metrics.jsonl that are drawn, and their titles; the last three are objective cca's."""
 
 
 def curve_charts(curves: Sequence[Scores]) -> str:
-    """Reward, cross-entropy and entropy while tuning: the batches, and the held-out images."""
+    """The terms of ``CURVES`` while tuning: the batches, and the held-out images."""
     figures = []
-    for key, title in CURVES:
+    for key, title in CURVES.items():
         lines = []
         for prefix, name, kind in (("tune", "batches", "faint"), ("holdout", "held-out images", "tuned")):
             points = [(row["step"], row[f"{prefix}/{key}"]) for row in curves if f"{prefix}/{key}" in row]
