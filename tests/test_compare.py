@@ -233,6 +233,26 @@ def test_what_was_not_written_down_is_no_difference(project: Path, tmp_path: Pat
     assert words.startswith("Rewards are put together differently (tune.rewards.mse, tune.perceptual):")
 
 
+def test_gates_are_shown_with_their_numbers_and_the_verdict(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(project / "a", tmp_path / "a")
+    register(tmp_path / "a")
+    page = compare_page.page(runs(tmp_path / "a", project / "b"))
+    gates = page.partition('<section id="gates">')[2].partition("</section>")[0]
+    judged = data.read_json(tmp_path / "a/register/registration.json")
+    for alias, against in judged["against"].items():
+        assert report.gate_title(judged, alias) in text_of(gates)
+        for gate in against["gates"]:
+            numbers = " ".join(report.gate_numbers(gate)).replace("-", "−")
+            assert f"{gate['metric']} {numbers} {'yes' if gate['passed'] else 'no'}" in text_of(gates)
+    assert "Not registered." in gates and gates.count("<table") == len(judged["against"]) and '<a href="#gates">' in page
+
+    made = {"version": "3", "aliases": ["challenger", "champion"], "note": "by another <protocol>"}
+    data.write_json(tmp_path / "a/register/registration.json", judged | made)
+    page = compare_page.page(runs(tmp_path / "a"))
+    assert f"Registered as version 3 of {judged['name']}, challenger and champion. by another &lt;protocol&gt;" in page
+    assert 'id="gates"' not in compare_page.page(runs(project / "b")), "nobody judged it"
+
+
 def test_runs_of_different_protocols_never_share_a_table(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     shutil.copytree(project / "b", other)

@@ -108,6 +108,11 @@ class Run:
         return self._json("tune", "summary.json")
 
     @cached_property
+    def registration(self) -> dict[str, Any]:
+        """What the gates said, and which version was made; empty before the stage register."""
+        return self._json("register", "registration.json")
+
+    @cached_property
     def tokens(self) -> dict[str, Any]:
         """What the stage tokens says of the codes of real images."""
         return self._json("tokens", "summary.json")

@@ -39,6 +39,7 @@ def page(runs: Sequence[Run]) -> str:
         ("seeds", "The same seeds, before and after", _seeds(runs, how)),
         ("heldout", "Held-out images, redrawn", _heldout(runs, how)),
         ("numbers", "The numbers", _each(runs, _numbers)),
+        ("gates", "Gates", _gates(runs)),
         ("sampling", "Temperature and guidance", _each(runs, _sweeps)),
         ("prompts", "What was asked for, and what came", _each(runs, partial(_prompts, how=how))),
         ("classes", "By class", _each(runs, _classes)),
@@ -332,6 +333,32 @@ def _plane(runs: Sequence[Run]) -> str:
             points.append(Point(one.title, *place, one.kind, one.before, "_" in one.model, off, path))
     keys = {point.title: f"{point.kind} {'ring' if point.hollow else 'disc'}" for point in points if not point.small}
     return markup.plane(points, "recall", "precision") + markup.legend([*keys.items(), ("small: at their best", "none")])
+
+
+# --- gates -------------------------------------------------------------------------------------
+
+
+def _gates(runs: Sequence[Run]) -> str:
+    """What the stage register decided about each run that it saw, gate by gate."""
+    return "".join(_judged(run, run.registration, len(runs) > 1) for run in runs if run.registration)
+
+
+def _judged(run: Run, judged: Scores, lettered: bool) -> str:
+    letter = _letter(run) if lettered else ""
+    version = f"version {judged['version']} of {judged['name']}, {' and '.join(judged['aliases'])}" if "version" in judged else ""
+    parts = [f"<p>{letter}{esc(f'Registered as {version}.' if version else 'Not registered.')} {esc(judged['note'])}</p>"]
+    for alias, against in judged["against"].items():
+        title = report.gate_title(judged, alias)
+        name = f"Gates of {run.name}, {alias}"
+        rows = [(esc(gate["metric"]), _gate_cells(gate)) for gate in against["gates"]]
+        parts.append(f"<h3>{letter}{esc(title)}</h3>{markup.table(name, ['metric', *report.GATE.values(), 'passed'], rows)}")
+    return "".join(parts)
+
+
+def _gate_cells(gate: Scores) -> list[Cell]:
+    numbers = zip(report.gate_numbers(gate), (gate[name] for name in report.GATE), strict=True)
+    cells = [Cell(esc(words.replace("-", "−")), value) for words, value in numbers]
+    return [*cells, Cell("yes", 1) if gate["passed"] else Cell("<b>no</b>", 0)]
 
 
 # --- sweeps ------------------------------------------------------------------------------------
