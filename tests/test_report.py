@@ -247,6 +247,21 @@ def test_curves_that_are_missing(tmp_path: Path) -> None:
         report.read_curves(tmp_path / "metrics.jsonl")
 
 
+def test_a_last_line_that_a_killed_run_tore_is_left_out_and_no_other(tmp_path: Path) -> None:
+    path, lines = tmp_path / "metrics.jsonl", [json.dumps(row) for row in CURVES]
+    for end in ("\n", ""):
+        path.write_text("\n".join(lines) + end)
+        assert report.read_curves(path) == CURVES
+    for torn in (1, len(lines[-1]) // 2, len(lines[-1]) - 1):
+        path.write_text("\n".join([*lines[:-1], lines[-1][:torn]]))
+        assert report.read_curves(path) == CURVES[:-1]
+    path.write_text("\n".join([lines[0][:9], *lines[1:]]) + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged .* vapi tune"):
+        report.read_curves(path)
+    path.write_text("")
+    assert report.read_curves(path) == []
+
+
 def test_charts_of_any_numbers() -> None:
     """Two networks that see no difference give distances of 1e-13; a diverged one gives thousands."""
     for values in ([3e-13, 4e-13], [0.0, 0.0], [1e-13, 4000.0], [-2.0, 5.0]):

@@ -5,6 +5,7 @@ The page (``markup.py``) has no scripts. It holds no date and no timing, so the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -364,10 +365,18 @@ def curve_charts(curves: Sequence[Scores]) -> str:
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl of the stage tune, a dictionary per step."""
+    """metrics.jsonl of the stage tune, a dictionary per step. A last line that was not written to its end, by a run that was killed or
+    still goes on, is left out."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is not here; it comes with the tuned weights: vapi tune")
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    *whole, last = Path(path).read_bytes().split(b"\n")
+    try:
+        rows = [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again, or run the stage again: vapi tune") from None
+    with contextlib.suppress(ValueError):  # empty, where the line before it ended
+        rows.append(json.loads(last))
+    return rows
 
 
 # --- the page ----------------------------------------------------------------------------------
