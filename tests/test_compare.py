@@ -315,7 +315,7 @@ def test_the_page_says_what_the_runs_have_kept(page: str, project: Path) -> None
     assert text.count("KL from the base") == 1, "of the run that has one"
     for digest in (a.results["weights"]["tuned"], b.results["weights"]["tuned"], a.made["subset"]["inputs"]["source"]):
         assert f'<code title="{digest}">' in page
-    assert "GPU utilisation not recorded not recorded" in text and "0 (no GPU)" in text and "device cpu cpu" in text
+    assert "GPU utilisation" not in text and "0 (no GPU)" in text and "device cpu cpu" in text
     assert "real images: perplexity" in text and f"{a.tokens['perplexity']:,.0f}" in text
     assert f"reward {_short(a.looks[0].rewards['reward'][0])} = 10 × lpips" in text
 
@@ -328,6 +328,24 @@ def test_what_runs_share_is_shown_once(page: str) -> None:
     (table,) = [table for table in re.findall(r"<table.*?</table>", page, re.DOTALL) if "Metrics of every model" in table]
     heads = re.findall(r'<th scope="row">(.*?)</th>', table)
     assert heads.count("base") == 1 and sum(head.endswith("</b>tuned") for head in heads) == 2 and heads[-1] == "real images"
+
+
+def test_cost_is_of_what_was_recorded_whole(project: Path, tmp_path: Path) -> None:
+    def cost(**provenance: dict[str, object]) -> str:
+        for stage, told in provenance.items():
+            (tmp_path / "a" / stage).mkdir(parents=True, exist_ok=True)
+            shutil.copy(project / "a" / stage / "config.json", tmp_path / "a" / stage)
+            data.write_json(tmp_path / "a" / stage / "provenance.json", told)
+        return text_of(compare_page._cost(runs(tmp_path / "a")))
+
+    tuned = {"seconds": 100.0, "processes": 2, "device": "a GPU", "seconds_in_own_steps": 40.0, "seconds_per_step": 9.0}
+    half = cost(tune=tuned)
+    assert "share of tune's time that steps took 40%" in half and "GPU-seconds, tune and evaluate not recorded" in half
+    whole = cost(evaluate={"seconds": 50.0, "processes": 1, "device": "a GPU"})
+    assert "GPU-seconds, tune and evaluate 250" in whole
+    assert "GPU-seconds, tune and evaluate not recorded" in cost(evaluate={"seconds": 50.0}), "of an older version"
+    older = {name: value for name, value in tuned.items() if name != "seconds_in_own_steps"} | {"seconds_in_steps": 90.0}
+    assert "steps took not recorded" in cost(tune=older), "nobody knows how many of them an earlier process spent"
 
 
 def test_draws_share_a_card_if_they_are_of_the_same_pixels_and_rewarded_alike(project: Path, tmp_path: Path) -> None:

@@ -590,12 +590,12 @@ def _cost(runs: Sequence[Run]) -> str:
         return images / seconds if seconds and images else None
 
     def of_steps(run: Run) -> float | None:
-        steps, whole = told("tune", "seconds_in_steps")(run), told("tune", "seconds")(run)
-        return steps / whole if steps and whole and steps <= whole else None  # a continued run's steps are more than its last process
+        steps, whole = told("tune", "seconds_in_own_steps")(run), told("tune", "seconds")(run)
+        return steps / whole if steps is not None and whole else None
 
     def card_seconds(run: Run) -> float | None:
-        spent = [run.told[stage] for stage in ("tune", "evaluate") if stage in run.told]
-        if not (spent and all("device" in one for one in spent)):
+        spent = [run.told.get(stage, {}) for stage in ("tune", "evaluate")]
+        if not all("device" in one for one in spent):
             return None
         return sum(one["seconds"] * one["processes"] for one in spent if one["device"] != "cpu")
 
@@ -609,7 +609,6 @@ def _cost(runs: Sequence[Run]) -> str:
         **{f"{stage}: seconds": (told(stage, "seconds"), lambda v: f"{v:,.1f}") for stage in stages},
     }
     rows = {title: [_missing(get(run), show) for run in runs] for title, (get, show) in sources.items()}
-    rows["GPU utilisation"] = [Cell(f"<i>{MISSING}</i>") for _ in runs]
     note = "Seconds are those of the process that ended the stage; what was cached or resumed from before is not in them."
     return f'{_columns("Cost", runs, rows, "measure")}<p class="small">{note}</p>'
 
