@@ -295,6 +295,12 @@ def test_the_page_is_whole_and_small(page: str) -> None:
     assert set(named) <= set(ids) and {str(link)[1:] for link in links} <= set(ids) and len(links) == 11
 
 
+def test_only_pictures_that_are_shown_share_the_budget(project: Path, page: str) -> None:
+    a, b = runs(project / "a", project / "b")
+    assert len(list(compare_page._pictures([a, b]))) == page.count("<img ")
+    assert len(list(compare_page._pictures([a]))) == compare_page.page([a]).count("<img ")
+
+
 def test_a_page_of_photographs_stays_small() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (120, 384, 384, 3), dtype=np.uint8)  # nothing is harder to encode
     how = markup.encoding(list(noise), compare_page.BUDGET)

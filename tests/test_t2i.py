@@ -147,6 +147,8 @@ def test_a_task_with_one_prompt_has_no_spread_and_equal_prompts_have_pictures_of
     page = compare_page.page([run])
     assert "one object</th>" in page and f"<span>{judged['overall']:.3f}</span></td>" in page, "no spread, and none is shown"
     assert page.count('aria-describedby="prompt-A-') == 3
+    within = 2 * 3 * (run.answers["base"].shape[1] - 1)  # a strip holds all pictures of a prompt
+    assert len(list(compare_page._pictures([run]))) == page.count("<img ") + within
 
 
 def test_an_evaluation_again_draws_nothing_and_says_the_same(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

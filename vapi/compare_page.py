@@ -189,12 +189,41 @@ def _both(runs: Sequence[Run], get: Callable[[Run, str], Any], same: Callable[[A
 
 
 def _pictures(runs: Sequence[Run]) -> Iterable[np.ndarray]:
-    """All pictures that the page may show, to find out how small they must be."""
-    for run in runs:
-        for sets in (run.samples("plain"), run.samples("best")):
-            yield from (one for pictures in sets.values() for one in pictures)
-        yield from (one for pictures in run.answers.values() for band in pictures for one in band)
-        yield from (one for look in run.looks for pictures in look.pictures.values() for one in pictures)
+    """All pictures that the page shows, to find out how small they must be."""
+    for group in compare.by_subjects(runs):
+        for setting in compare.SIDES:
+            yield from (one for seen in _sampled(group, setting) for one in seen.value)
+    for group in compare.by_images(runs):
+        sets = [*_originals(group), *(seen.value.pictures["draw"] for seen in _drawn(group))]
+        yield from (one for pictures in sets for one in pictures)
+    for group in compare.by_protocol(runs):
+        yield from (one for seen in _answered(group) for strip in seen.value for one in strip)
+
+
+def _sampled(runs: Sequence[Run], setting: str) -> list[Seen]:
+    """Samples of some seeds, uint8 (N, H, W, 3), as many as all have."""
+    sheets = [run.samples(setting) for run in runs]
+    count = min((len(pictures) for sheet in sheets for pictures in sheet.values()), default=0)
+    by_run = {run.name: sheet for run, sheet in zip(runs, sheets, strict=True) if sheet}
+    drawn = [run for run in runs if run.name in by_run]
+    return _both(drawn, lambda run, model: by_run[run.name][model][:count], np.array_equal)
+
+
+def _originals(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out images and the tokenizer's reconstructions of them, uint8 (B, H, W, 3): the same in all of these runs."""
+    pictures = runs[0].looks[0].pictures
+    return pictures["real"], pictures["reconstruction"]
+
+
+def _drawn(runs: Sequence[Run]) -> list[Seen]:
+    """What is drawn of the held-out images before tuning and after."""
+    when = {"base": 0, "tuned": 1}
+    return _both(runs, lambda run, model: run.looks[when[model]], compare.Looked.draws_like)
+
+
+def _answered(runs: Sequence[Run]) -> list[Seen]:
+    """Pictures for prompts, uint8 (K, I, H, W, 3)."""
+    return _both([run for run in runs if run.answers], lambda run, model: run.answers[model], np.array_equal)
 
 
 def _seeds(runs: Sequence[Run], how: tuple[int, int]) -> str:
@@ -211,13 +240,14 @@ def _seeds(runs: Sequence[Run], how: tuple[int, int]) -> str:
 
 
 def _grid(runs: Sequence[Run], setting: str, how: tuple[int, int]) -> str:
-    drawn = [run for run in runs if run.samples(setting)]
-    seen = _both(drawn, lambda run, model: run.samples(setting)[model], np.array_equal)
-    cards = []
-    for n in range(min((len(one.value) for one in seen), default=0)):
+    seen = _sampled(runs, setting)
+    if not seen:
+        return ""
+    first, cards = seen[0].runs[0], []
+    seed = first.made["evaluate"]["sections"]["evaluate"]["seeds"][0]
+    for n in range(len(seen[0].value)):
         shots = [Shot(one.value[n], one.title, one.kind) for one in seen]
-        seed = drawn[0].made["evaluate"]["sections"]["evaluate"]["seeds"][0]
-        cards.append(card(shots, f"seed {seed}, image {n}{_class_of(drawn[0], n)}", "", f"{setting}-{drawn[0].name}-{n}", how))
+        cards.append(card(shots, f"seed {seed}, image {n}{_class_of(first, n)}", "", f"{setting}-{first.name}-{n}", how))
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -237,12 +267,10 @@ def _heldout(runs: Sequence[Run], how: tuple[int, int]) -> str:
 
 
 def _redrawn(runs: Sequence[Run], how: tuple[int, int]) -> str:
-    first = runs[0].looks[0]
-    when = {"base": 0, "tuned": 1}
-    seen = _both(runs, lambda run, model: run.looks[when[model]], compare.Looked.draws_like)
-    cards = []
-    for i, key in enumerate(first.keys):
-        shots = [Shot(first.pictures["real"][i], "real"), Shot(first.pictures["reconstruction"][i], "tokenizer's")]
+    real, reconstruction = _originals(runs)
+    seen, cards = _drawn(runs), []
+    for i, key in enumerate(runs[0].looks[0].keys):
+        shots = [Shot(real[i], "real"), Shot(reconstruction[i], "tokenizer's")]
         shots += [Shot(one.value.pictures["draw"][i], one.title, one.kind) for one in seen]
         rows = [f"{esc(one.title)}, step {one.value.step}: {_reward(one, i)}" for one in seen]
         cards.append(card(shots, key, "".join(f"<br>{row}" for row in rows), f"heldout-{runs[0].name}-{i}", how))
@@ -454,16 +482,15 @@ def _keys(seen: Iterable[Seen]) -> str:
 
 
 def _answers(runs: Sequence[Run], how: tuple[int, int]) -> str:
-    drawn = [run for run in runs if run.answers]
-    if not drawn:
+    seen = _answered(runs)
+    if not seen:
         return ""
-    seen = _both(drawn, lambda run, model: run.answers[model], np.array_equal)
-    cards = []
-    for n, asked in enumerate(drawn[0].prompts):
+    first, cards = seen[0].runs[0], []
+    for n, asked in enumerate(first.prompts):
         shots = [Shot(np.concatenate(list(one.value[n]), axis=1), one.title, one.kind) for one in seen]
         shares = [f"{esc(one.title)}: {float(one.runs[0].prompts[n][f'{one.model}/geneval']):.0%} right" for one in seen]
         tip = "".join(f"<br>{words}" for words in shares)
-        cards.append(card(shots, asked["prompt"], tip, f"prompt-{drawn[0].name}-{n}", (len(drawn[0].answers["base"][n]) * how[0], how[1])))
+        cards.append(card(shots, asked["prompt"], tip, f"prompt-{first.name}-{n}", (len(seen[0].value[n]) * how[0], how[1])))
     note = "The first prompts of each task, nothing selected; the same random numbers everywhere. Shares: the first judge's, of all seeds."
     return f'<h3>Some prompts</h3><div class="cards asked">{"".join(cards)}</div><p class="small">{note}</p>'
 
