@@ -140,6 +140,11 @@ def test_a_damaged_file_is_named(project: Path, tmp_path: Path) -> None:
     (tmp_path / "a/evaluate/metrics.json").write_text('{"protocol"')
     with pytest.raises(ValueError, match=r"metrics.json is damaged .* vapi evaluate"):
         compare.read("a", tmp_path / "a")
+    evaluate = tmp_path / "a/evaluate"
+    shutil.copy(project / "a/evaluate/metrics.json", evaluate)
+    shutil.copy(tmp_path / "a/tune/sheets/step-000000.png", evaluate / "sheet-best.png")
+    with pytest.raises(ValueError, match=r"sheet-best.png cannot be cut up \(a sheet of .* vapi evaluate"):
+        compare.read("a", tmp_path / "a").samples("best")
 
 
 def test_a_sheet_of_another_shape_is_refused() -> None:

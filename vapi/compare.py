@@ -160,7 +160,7 @@ class Run:
             return {}
         asked = self.made["evaluate"]["sections"]
         side, count = asked["evaluate"]["resize"] or asked["model"]["image_size"], asked["evaluate"]["sheet_images"]
-        return dict(zip(("base", "tuned"), report.unbanded(_open(path), [count] * 2, data.SHEET_COLUMNS, side), strict=True))
+        return dict(zip(("base", "tuned"), _bands(path, [count] * 2, data.SHEET_COLUMNS, side), strict=True))
 
     @cached_property
     def answers(self) -> dict[str, np.ndarray]:
@@ -170,7 +170,7 @@ class Run:
             return {}
         asked = self.made["evaluate"]["sections"]
         each = asked["evaluate"]["images_per_prompt"]
-        bands = report.unbanded(_open(path), [2 * each] * len(self.prompts), 2 * each, asked["model"]["image_size"])
+        bands = _bands(path, [2 * each] * len(self.prompts), 2 * each, asked["model"]["image_size"])
         return {name: np.stack([band[n * each : (n + 1) * each] for band in bands]) for n, name in enumerate(("base", "tuned"))}
 
     @cached_property
@@ -187,6 +187,14 @@ class Run:
         rows = images.cut(_open(path.with_suffix(".png")), len(data.SHEET_ROWS) * count, count, side, captions=True)
         pictures = {row: rows[n * count : (n + 1) * count] for n, row in enumerate(data.SHEET_ROWS)}
         return Looked(found["step"], found["keys"], found["rewards"], self.weights, pictures)
+
+
+def _bands(path: Path, counts: Sequence[int], columns: int, side: int) -> list[np.ndarray]:
+    """``report.unbanded`` of a sheet of the stage evaluate."""
+    try:
+        return report.unbanded(_open(path), counts, columns, side)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be cut up ({error}); run the stage again: vapi evaluate") from None
 
 
 def _open(path: Path) -> np.ndarray:
