@@ -1,7 +1,8 @@
 """Runs beside each other as one HTML page (``vapi report``): what a reader asks, in that order.
 
-Is it better, can I see it, in which numbers, where did it come from, what did it cost, what was set differently. The page is made of
-what runs have kept (``compare.py``) and says so where they have kept nothing; no number is computed that a stage has not measured.
+Is it better, can I see it, in which numbers, did it pass, what did it cost, what was set differently, where did it come from. The page
+is made of what runs have kept (``compare.py``) and says so where they have kept nothing; no number is computed that a stage has not
+measured.
 
 A run has a letter and a colour. Hollow is before tuning, filled is after. What is the same in several runs (the base that they all
 started from) is shown once. Small scripts sort tables and enlarge pictures; both work from the keyboard.
@@ -368,19 +369,22 @@ def _plane(runs: Sequence[Run]) -> str:
 
 def _gates(runs: Sequence[Run]) -> str:
     """What the stage register decided about each run that it saw, gate by gate."""
-    return "".join(_judged(run, run.registration, len(runs) > 1) for run in runs if run.registration)
+    parts = "".join(_judged(run, _letter(run) if len(runs) > 1 else "") for run in runs if run.registration)
+    note = "Limit: where a gate shuts. Margin: how far inside of it the tuned model is; below 0 the gate is shut."
+    return f"{parts}<p class='small'>{note}</p>" if parts else ""
 
 
-def _judged(run: Run, judged: Scores, lettered: bool) -> str:
-    letter = _letter(run) if lettered else ""
-    version = f"version {judged['version']} of {judged['name']}, {' and '.join(judged['aliases'])}" if "version" in judged else ""
-    parts = [f"<p>{letter}{esc(f'Registered as {version}.' if version else 'Not registered.')} {esc(judged['note'])}</p>"]
+def _judged(run: Run, letter: str) -> str:
+    judged, tables = run.registration, []
     for alias, against in judged["against"].items():
-        title = report.gate_title(judged, alias)
-        name = f"Gates of {run.name}, {alias}"
         rows = [(esc(gate["metric"]), _gate_cells(gate)) for gate in against["gates"]]
-        parts.append(f"<h3>{letter}{esc(title)}</h3>{markup.table(name, ['metric', *report.GATE.values(), 'passed'], rows)}")
-    return "".join(parts)
+        table = markup.table(f"Gates of {run.name}, {alias}", ["metric", *report.GATE.values(), "passed"], rows)
+        tables.append(f"<h3>{letter}{esc(report.gate_title(judged, alias))}</h3>{table}")
+    made = (
+        f"Registered as version {judged['version']} of {judged['name']}, {' and '.join(judged['aliases'])}." if "version" in judged else ""
+    )
+    said = f"<p>{letter}{esc(made or 'Not registered.')} {esc(judged['note'])}</p>"
+    return said + "".join(tables)
 
 
 def _gate_cells(gate: Scores) -> list[Cell]:
