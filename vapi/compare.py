@@ -39,8 +39,12 @@ KEPT: dict[str, tuple[str, ...]] = {
 """What a page reads of each stage's folder, beside config.json and provenance.json."""
 HEAVY = {"tune": "model.safetensors", "tokens": "codes.npy", "subset": "manifest.parquet", "evaluate": "report.html"}
 """What a copy that was made for the page alone does not hold; a whole folder can be held against its digest."""
-NETWORKS = ("perceptual", "vgg", "alex", "lpips")
-"""Inputs of the stage tune that its reward lpips reads (``rewards.network_files``)."""
+NETWORKS = {
+    "lpips": ("tune.perceptual", ("perceptual", "vgg", "alex", "lpips")),
+    "class": ("tune.classifier", ("classifier",)),
+    "clip": ("tune.clip_model", ("clip",)),
+}
+"""The networks behind rewards: the field that names each, and what the inputs of the stage tune call its files."""
 MOST = 6
 """Runs on a page, each with a colour of its own."""
 SIDES = {"plain": "sheet-before-after.png", "best": "sheet-best.png"}
@@ -358,14 +362,19 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 
 
 def _weighed_differently(runs: Sequence[Run]) -> list[str]:
-    """The fields in which runs that say what they rewarded differ: weights that count, and the network behind lpips, by its digest where
-    all have one."""
+    """The fields in which runs that say what they rewarded differ: weights that count, and the networks behind them."""
     fields = [*differing([{f"tune.rewards.{part}": weight for part, weight in run.weights.items() if weight} for run in runs])]
-    seeing = [run for run in runs if run.weights.get("lpips")]
-    digests = [[run.made["tune"]["inputs"].get(name) for name in NETWORKS] for run in seeing]
-    names = [run.settings.get("tune.perceptual") for run in seeing]
+    for part, (field, files) in NETWORKS.items():
+        fields += [field] if _differ_in([run for run in runs if run.weights.get(part)], field, files) else []
+    return fields
+
+
+def _differ_in(runs: Sequence[Run], field: str, files: Sequence[str]) -> bool:
+    """Whether a network is not the same in all runs: by the digests of its files where all have them, else by its name."""
+    digests = [[run.made["tune"]["inputs"].get(name) for name in files] for run in runs]
+    names = [run.settings.get(field) for run in runs]
     known: list[Any] = digests if all(map(any, digests)) else [name for name in names if name]
-    return [*fields, *(["tune.perceptual"] if any(one != known[0] for one in known) else [])]
+    return any(one != known[0] for one in known)
 
 
 # --- what MLflow keeps -------------------------------------------------------------------------
