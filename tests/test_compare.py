@@ -7,16 +7,19 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import browser
 import numpy as np
 import pytest
 import world
+from PIL import Image
 from test_report import Outline
 
 from vapi import cli, compare, compare_page, data, images, markup, recipes, report, track
 from vapi.compare import Run
 from vapi.config import STAGES
+from vapi.run import Run as Reported
 
 STEPS = 4
 
@@ -29,6 +32,12 @@ def make(root: Path, name: str, **changes: object) -> Path:
         inputs = {made: out / made for made in STAGES[stage].inputs}
         cli.run_stage(stage, settings, {**inputs, "out": out / stage})
     return out
+
+
+def register(folder: Path) -> None:
+    """The gates of such a run; tracking is off, so nothing is registered."""
+    inputs = {name: folder / name for name in STAGES["register"].inputs}
+    cli.run_stage("register", world.settings(recipes.recipe("digits")), {**inputs, "out": folder / "register"})
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +86,7 @@ def test_pictures_come_back_from_the_sheets_to_the_pixel(project: Path) -> None:
     run = compare.read("a", project / "a")
     plain = run.samples("plain")
     assert plain["base"].shape == plain["tuned"].shape == (10, 16, 16, 3)
-    again = report.banded_sheet({"one": plain["base"], "two": plain["tuned"]}, data.SHEET_COLUMNS)
+    again = report.banded_sheet([("one", plain["base"]), ("two", plain["tuned"])], data.SHEET_COLUMNS)
     path = project / "a" / "evaluate" / "sheet-before-after.png"
     title = slice(report.TITLE_HEIGHT, report.TITLE_HEIGHT + images.sheet_height(10, 10, 16))
     assert np.array_equal(np.asarray(again)[title], np.asarray(images.decode(path.read_bytes()))[title])
@@ -115,7 +124,7 @@ def test_a_folder_without_a_run(project: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_name_that_is_no_folder_where_there_is_no_mlflow(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "a", "nowhere")
-    assert code == 2 and "nowhere is no folder here, and MLflow at sqlite:///" in err and "it is not there" in err
+    assert code == 2 and "nowhere is no folder here, and cannot be looked up" in err and "mlflow.db is not here: nothing was tracked" in err
     assert not (project / "mlflow.db").exists(), "looking for a run makes no database"
 
 
@@ -131,6 +140,11 @@ def test_a_damaged_file_is_named(project: Path, tmp_path: Path) -> None:
     (tmp_path / "a/evaluate/metrics.json").write_text('{"protocol"')
     with pytest.raises(ValueError, match=r"metrics.json is damaged .* vapi evaluate"):
         compare.read("a", tmp_path / "a")
+    evaluate = tmp_path / "a/evaluate"
+    shutil.copy(project / "a/evaluate/metrics.json", evaluate)
+    shutil.copy(tmp_path / "a/tune/sheets/step-000000.png", evaluate / "sheet-best.png")
+    with pytest.raises(ValueError, match=r"sheet-best.png cannot be cut up \(a sheet of .* vapi evaluate"):
+        compare.read("a", tmp_path / "a").samples("best")
 
 
 def test_a_sheet_of_another_shape_is_refused() -> None:
@@ -172,6 +186,76 @@ def test_folders_that_do_not_belong_together_are_no_run(project: Path, tmp_path:
     (tmp_path / "a/tokens/summary.json").write_text("{}")
     run = compare.read("a", tmp_path / "a")
     assert set(run.folders) == {"subset", "tune", "evaluate"} and "its tokens are not shown" in run.notices[0]
+
+
+def test_gates_that_judged_another_evaluation_are_no_part_of_a_run(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(project / "a", tmp_path / "a")
+    register(tmp_path / "a")
+    run = compare.read("a", tmp_path / "a")
+    assert "register" in run.folders and not run.notices
+    shutil.rmtree(tmp_path / "a/tune")
+    shutil.copytree(project / "b/tune", tmp_path / "a/tune")
+    assert set(compare.read("a", tmp_path / "a").folders) == {"evaluate", "register"}, "tuned anew; the gates are the evaluation's"
+    shutil.rmtree(tmp_path / "a/evaluate")
+    assert "register" not in compare.read("a", tmp_path / "a").folders
+    shutil.copytree(project / "b/evaluate", tmp_path / "a/evaluate")  # evaluated anew, and not judged yet
+    run = compare.read("a", tmp_path / "a")
+    assert set(run.folders) == {"subset", "tokens", "tune", "evaluate"} and "its gates are not shown" in run.notices[0]
+    assert not compare.of(tmp_path / "a/evaluate", tmp_path / "a/tune").notices, "gates come after the evaluation"
+
+
+def changed(folder: Path, stage: str, **fields: object) -> None:
+    """Another config.json of a stage; a field that is None is one that it never had."""
+    made = data.read_json(folder / stage / "config.json")
+    section = made["sections"][stage] | fields
+    made["sections"][stage] = {name: value for name, value in section.items() if value is not None}
+    data.write_json(folder / stage / "config.json", made)
+
+
+def test_what_was_not_written_down_is_no_difference(project: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(project / name, tmp_path / name)
+    changed(
+        tmp_path / "b", "tune", rewards={"mse": 1.0, "lpips": 10.0, "other": 0.0}, perceptual_weights=None, perceptual="moved.safetensors"
+    )
+    changed(tmp_path / "b", "evaluate", clip=None, dinov2="dinov2")
+    a, b = runs(tmp_path / "a", tmp_path / "b")
+    assert compare.warnings([a, b]) == [], "a weight of 0, the same network elsewhere, and a field of a later version"
+    page = compare_page.page([a, b])
+    (table,) = [table for table in re.findall(r"<table.*?</table>", page, re.DOTALL) if ">Configuration<" in table]
+    rows = {
+        text_of(head).partition(" ")[0]: text_of(cells) for head, cells in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', table)
+    }
+    assert rows["evaluate.dinov2"] == "not set dinov2" and rows["tune.rewards.other"] == "not set 0.0"
+    assert "evaluate.clip" not in rows and "tune.perceptual_weights" not in rows
+    assert "Not recorded by every run, which may be of another version: tune.perceptual_weights, evaluate.clip." in text_of(page)
+
+    made = data.read_json(tmp_path / "b/tune/config.json")
+    made["inputs"]["perceptual"] = "0" * 64
+    data.write_json(tmp_path / "b/tune/config.json", made)
+    changed(tmp_path / "b", "tune", rewards={"mse": 2.0, "lpips": 10.0})
+    (words,) = compare.warnings(runs(tmp_path / "a", tmp_path / "b"))
+    assert words.startswith("Rewards are put together differently (tune.rewards.mse, tune.perceptual):")
+
+
+def test_gates_are_shown_with_their_numbers_and_the_verdict(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(project / "a", tmp_path / "a")
+    register(tmp_path / "a")
+    page = compare_page.page(runs(tmp_path / "a", project / "b"))
+    gates = page.partition('<section id="gates">')[2].partition("</section>")[0]
+    judged = data.read_json(tmp_path / "a/register/registration.json")
+    for alias, against in judged["against"].items():
+        assert report.gate_title(judged, alias) in text_of(gates)
+        for gate in against["gates"]:
+            numbers = " ".join(report.gate_numbers(gate)).replace("-", "−")
+            assert f"{gate['metric']} {numbers} {'yes' if gate['passed'] else 'no'}" in text_of(gates)
+    assert "Not registered." in gates and gates.count("<table") == len(judged["against"]) and '<a href="#gates">' in page
+
+    made = {"version": "3", "aliases": ["challenger", "champion"], "note": "by another <protocol>"}
+    data.write_json(tmp_path / "a/register/registration.json", judged | made)
+    page = compare_page.page(runs(tmp_path / "a"))
+    assert f"Registered as version 3 of {judged['name']}, challenger and champion. by another &lt;protocol&gt;" in page
+    assert 'id="gates"' not in compare_page.page(runs(project / "b")), "nobody judged it"
 
 
 def test_runs_of_different_protocols_never_share_a_table(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,6 +300,12 @@ def test_the_page_is_whole_and_small(page: str) -> None:
     assert set(named) <= set(ids) and {str(link)[1:] for link in links} <= set(ids) and len(links) == 11
 
 
+def test_only_pictures_that_are_shown_share_the_budget(project: Path, page: str) -> None:
+    a, b = runs(project / "a", project / "b")
+    assert len(list(compare_page._pictures([a, b]))) == page.count("<img ")
+    assert len(list(compare_page._pictures([a]))) == compare_page.page([a]).count("<img ")
+
+
 def test_a_page_of_photographs_stays_small() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (120, 384, 384, 3), dtype=np.uint8)  # nothing is harder to encode
     how = markup.encoding(list(noise), compare_page.BUDGET)
@@ -236,7 +326,7 @@ def test_the_page_says_what_the_runs_have_kept(page: str, project: Path) -> None
     assert text.count("KL from the base") == 1, "of the run that has one"
     for digest in (a.results["weights"]["tuned"], b.results["weights"]["tuned"], a.made["subset"]["inputs"]["source"]):
         assert f'<code title="{digest}">' in page
-    assert "GPU utilisation not recorded not recorded" in text and "0 (no GPU)" in text and "device cpu cpu" in text
+    assert "GPU utilisation" not in text and "0 (no GPU)" in text and "device cpu cpu" in text
     assert "real images: perplexity" in text and f"{a.tokens['perplexity']:,.0f}" in text
     assert f"reward {_short(a.looks[0].rewards['reward'][0])} = 10 × lpips" in text
 
@@ -251,10 +341,76 @@ def test_what_runs_share_is_shown_once(page: str) -> None:
     assert heads.count("base") == 1 and sum(head.endswith("</b>tuned") for head in heads) == 2 and heads[-1] == "real images"
 
 
+def test_cost_is_of_what_was_recorded_whole(project: Path, tmp_path: Path) -> None:
+    def cost(**provenance: dict[str, object]) -> str:
+        for stage, told in provenance.items():
+            (tmp_path / "a" / stage).mkdir(parents=True, exist_ok=True)
+            shutil.copy(project / "a" / stage / "config.json", tmp_path / "a" / stage)
+            data.write_json(tmp_path / "a" / stage / "provenance.json", told)
+        return text_of(compare_page._cost(runs(tmp_path / "a")))
+
+    tuned = {"seconds": 100.0, "processes": 2, "device": "a GPU", "seconds_in_own_steps": 40.0, "seconds_per_step": 9.0}
+    half = cost(tune=tuned)
+    assert "share of tune's time that steps took 40%" in half and "GPU-seconds, tune and evaluate not recorded" in half
+    whole = cost(evaluate={"seconds": 50.0, "processes": 1, "device": "a GPU"})
+    assert "GPU-seconds, tune and evaluate 250" in whole
+    assert "GPU-seconds, tune and evaluate not recorded" in cost(evaluate={"seconds": 50.0}), "of an older version"
+    older = {name: value for name, value in tuned.items() if name != "seconds_in_own_steps"} | {"seconds_in_steps": 90.0}
+    assert "steps took not recorded" in cost(tune=older), "nobody knows how many of them an earlier process spent"
+
+
+def test_draws_share_a_card_if_they_are_of_the_same_pixels_and_rewarded_alike(project: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(project / name, tmp_path / name)
+    a, b = runs(tmp_path / "a", tmp_path / "b")
+    assert a.looks[0].draws_like(b.looks[0]) and not a.looks[1].draws_like(b.looks[1]) and len(compare.by_images([a, b])) == 1
+    changed(tmp_path / "b", "tune", rewards={"mse": 2.0, "lpips": 10.0})
+    page = compare_page.page(runs(tmp_path / "a", tmp_path / "b"))
+    tip = page.partition('id="heldout-A-0"')[2].partition("</div>")[0]
+    assert "<br>A base, step 0: reward" in tip and "+ 1 × mse" in tip and "<br>B base, step 0: reward" in tip and "+ 2 × mse" in tip
+
+    for path in (tmp_path / "b/tune/sheets").glob("*.png"):
+        sheet = np.array(images.decode(path.read_bytes()))
+        sheet[2:8, 2:8] = 255 - sheet[2:8, 2:8]  # another crop of the first real image
+        path.write_bytes(images.png_bytes(Image.fromarray(sheet)))
+    a, b = runs(tmp_path / "a", tmp_path / "b")
+    assert a.looks[0].keys == b.looks[0].keys and len(compare.by_images([a, b])) == 2
+    page = compare_page.page([a, b])
+    assert 'id="heldout-A-0"' in page and 'id="heldout-B-0"' in page and "Images of A</h3>" in page and "Images of B</h3>" in page
+
+
+def test_the_terms_of_every_objective_are_drawn(project: Path, tmp_path: Path) -> None:
+    settings = world.settings(recipes.recipe("digits"), tune_steps=2, tune_objective="cca")
+    inputs = {name: project / "a" / name for name in STAGES["tune"].inputs}
+    cli.run_stage("tune", settings, {**inputs, "out": tmp_path / "cca/tune"})
+    (run,) = runs(tmp_path / "cca")
+    text = text_of(compare_page.page([run]))
+    assert {"tune/ratio", "tune/ratio_other", "tune/told_apart"} <= run.curves[-1].keys()
+    for title in ("log-ratio to the base, own class", "log-ratio to the base, another class", "share likelier under its own class"):
+        assert title in text and title in report.curve_charts(run.curves)
+
+
 def test_one_run_alone(project: Path) -> None:
     page = compare_page.page(runs(project / "a"))
     assert "report of 1 run<" in page and "What was set differently" not in page and "By class" in page
     assert compare_page.page([compare.of(project / "a/evaluate", project / "a/tune")]).count("<section") == page.count("<section")
+
+
+def test_a_page_that_cannot_be_made_undoes_no_evaluation(project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Kept(Reported):
+        pages: ClassVar[list[str]] = []
+
+        def artifact(self, path: Path | str, folder: str = "") -> None:
+            self.pages += [Path(path).read_text()] if Path(path).suffix == ".html" else []
+
+    folders = {"tune": tmp_path / "tune", "out": tmp_path / "evaluate"}
+    for stage in ("tune", "evaluate"):
+        shutil.copytree(project / "a" / stage, tmp_path / stage)
+    cli._keep("evaluate", folders, Kept())
+    (tmp_path / "evaluate/sheet-best.png").write_bytes(b"torn")
+    cli._keep("evaluate", folders, Kept())
+    assert "report of 1 run<" in Kept.pages[0] and Kept.pages[1] == (tmp_path / "evaluate/report.html").read_text()
+    assert "was not made" in caplog.text and "the evaluation is whole" in caplog.text
 
 
 def test_everything_is_escaped(project: Path, tmp_path: Path) -> None:
@@ -320,13 +476,18 @@ def test_a_run_comes_back_out_of_mlflow(
     assert {"report.html", "record"} <= {file.path for file in client.list_artifacts(found["evaluate"].info.run_id)}
 
     parent = found["pipeline"].info.run_id
-    code, _, err = call(capsys, parent, "one", "--out", "page.html", "--log")
-    assert code == 0, err
+    evaluated = found["evaluate"].info.run_id
+    for name in (parent, evaluated):
+        code, _, err = call(capsys, name, "one", "--out", "report.html", "--log")
+        assert code == 0, err
     here, there = compare.read("one", out), compare.read(parent, track.fetch(parent, uri, tmp_path / "fetched"))
     assert here.results == there.results and here.curves == there.curves and here.classes == there.classes
     assert here.made == there.made and np.array_equal(here.samples("best")["tuned"], there.samples("best")["tuned"])
     assert here.looks[1].rewards == there.looks[1].rewards
-    assert "page.html" in {file.path for file in client.list_artifacts(parent)}
+    for name in (parent, evaluated):
+        assert [file.path for file in client.list_artifacts(name, "comparisons")] == ["comparisons/report.html"]
+    own = client.download_artifacts(evaluated, "report.html", str(tmp_path))
+    assert "report of 1 run<" in Path(own).read_text(), "the page that the stage left is its own still"
 
     code, _, err = call(capsys, "0" * 32)
     assert code == 2 and f"neither a folder here nor a run's id in MLflow at {uri}" in err and parent in err

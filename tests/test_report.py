@@ -238,13 +238,28 @@ def test_guidance_is_an_axis_when_it_alone_was_swept() -> None:
 
 def test_bands_lie_one_below_the_other() -> None:
     pixels = np.zeros((20, 32, 32, 3), dtype=np.uint8)
-    picture = report.banded_sheet({"base": pixels, "tuned": pixels}, 10)
+    picture = report.banded_sheet([("one", pixels), ("one", pixels)], 10)
     assert picture.width == 10 * (96 + 2) + 2 and picture.height == 2 * (2 * 98 + 2 + 30)
 
 
 def test_curves_that_are_missing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="comes with the tuned weights"):
         report.read_curves(tmp_path / "metrics.jsonl")
+
+
+def test_a_last_line_that_a_killed_run_tore_is_left_out_and_no_other(tmp_path: Path) -> None:
+    path, lines = tmp_path / "metrics.jsonl", [json.dumps(row) for row in CURVES]
+    for end in ("\n", ""):
+        path.write_text("\n".join(lines) + end)
+        assert report.read_curves(path) == CURVES
+    for torn in (1, len(lines[-1]) // 2, len(lines[-1]) - 1):
+        path.write_text("\n".join([*lines[:-1], lines[-1][:torn]]))
+        assert report.read_curves(path) == CURVES[:-1]
+    path.write_text("\n".join([lines[0][:9], *lines[1:]]) + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged .* vapi tune"):
+        report.read_curves(path)
+    path.write_text("")
+    assert report.read_curves(path) == []
 
 
 def test_charts_of_any_numbers() -> None:

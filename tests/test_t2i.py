@@ -136,6 +136,22 @@ def test_runs_beside_each_other_by_task_and_prompt(project: Path) -> None:
     assert "Pictures on which both judges say the same" in page and len(page) < 3_000_000
 
 
+def test_a_task_with_one_prompt_has_no_spread_and_equal_prompts_have_pictures_of_their_own(project: Path) -> None:
+    lines = (project / "data/scenes/test.jsonl").read_text().splitlines()
+    one, alone = lines[0], next(line for line in lines if '"counting"' in line)
+    Path("few.jsonl").write_text("\n".join([one, one, alone]))
+    found = evaluated("few/evaluate", prompts="few.jsonl")
+    judged = found["prompts"]["detectors"]["geneval"]["tuned"]
+    assert judged["standard_error"] is None and judged["tasks"]["counting"]["standard_error"] is None
+    run = compare.of(Path("few/evaluate"), Path("artifacts/tune"))
+    assert [row["prompt"] for row in run.prompts].count(json.loads(one)["prompt"]) == 2 and run.answers["base"].shape[0] == 3
+    page = compare_page.page([run])
+    assert "one object</th>" in page and f"<span>{judged['overall']:.3f}</span></td>" in page, "no spread, and none is shown"
+    assert page.count('aria-describedby="prompt-A-') == 3
+    within = 2 * 3 * (run.answers["base"].shape[1] - 1)  # a strip holds all pictures of a prompt
+    assert len(list(compare_page._pictures([run]))) == page.count("<img ") + within
+
+
 def test_an_evaluation_again_draws_nothing_and_says_the_same(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*given: object, **how: object) -> None:
         raise AssertionError("a picture was judged again")

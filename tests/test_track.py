@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -17,8 +18,9 @@ import pytest
 from conftest import SenderThread
 from PIL import Image
 
-from vapi import config, data, track
+from vapi import compare, config, data, track
 from vapi.config import Config
+from vapi.track import sender
 
 REPO = Path(__file__).parent.parent
 NOWHERE = "http://127.0.0.1:9"  # nobody listens on the discard port
@@ -133,6 +135,29 @@ def test_stages_of_one_configuration_meet_and_others_do_not(project: Path) -> No
     assert "vapi.from.subset" not in first.data.tags
 
 
+def test_what_was_deleted_of_a_run_is_said_when_it_is_fetched(project: Path, tmp_path: Path) -> None:
+    output = project / "artifacts" / "subset" / "config.json"
+    with track.start("subset", settings()):
+        output.parent.mkdir(parents=True)
+        output.write_text("{}")
+    with track.start("tune", settings(lr=3e-6)) as run:
+        run.metrics({"tune/ce": 4.0}, 1)
+    found, mlflow, uri = runs(project), client(project), f"sqlite:///{project / 'mlflow.db'}"
+    first, second = (run.info.run_id for run in found["pipeline"])
+    assert set(compare.read("whole", track.fetch(second, uri, tmp_path / "whole")).folders) == {"subset", "tune"}
+    mlflow.delete_run(found["subset"][0].info.run_id)
+    mlflow.set_tag(second, "vapi.from.tokens", "f" * 32)  # one that is purged
+    run = compare.read("rest", track.fetch(second, uri, tmp_path / "rest"))
+    assert set(run.folders) == {"tune"}
+    for stage in ("subset", "tokens"):
+        assert any(f"its stage {stage} is not shown" in notice and "deleted in MLflow" in notice for notice in run.notices)
+    mlflow.delete_run(second)
+    run = compare.read("child", track.fetch(found["tune"][0].info.run_id, uri, tmp_path / "child"))
+    assert set(run.folders) == {"tune"} and f"the run above it, {second}, was deleted" in run.notices[0]
+    with pytest.raises(ValueError, match=f"{second} is neither a folder here nor a run's id(.|\n)*{first}"):
+        track.fetch(second, uri, tmp_path / "nothing")
+
+
 def test_execution_follows_configuration_and_data_alone(project: Path) -> None:
     before = track.execution(settings())
     assert track.execution(settings(uri="http://elsewhere", experiment="other")) == before
@@ -216,6 +241,24 @@ with track.start("tune", Config()) as run:
         if step == 40:
             os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_a_server_that_cannot_say_what_a_run_is_ends_the_question_with_its_words(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in sender._HASTY:
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for uri, words in ((NOWHERE, "Connection refused"), (f"http://127.0.0.1:{silent.getsockname()[1]}", "timed out")):
+            with pytest.raises(
+                ValueError, match=f"^here is no folder here, and cannot be looked up .*{words}.* start it, or point track.uri"
+            ):
+                track.fetch("here", uri, clone / "fetched")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with contextlib.closing(server.socket):
+        for ask in (track.fetch, track.attach):
+            with pytest.raises(ValueError, match=r"^MLflow at http://127.* says: .*failed with error code"):
+                ask("f" * 32, f"http://127.0.0.1:{server.server_port}", clone / "page.html")
+        server.shutdown()
 
 
 def test_a_killed_run_is_reported_and_the_same_command_goes_on_in_it(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

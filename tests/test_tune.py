@@ -118,7 +118,7 @@ def test_output(of_any: dict[str, Any], tmp_path: Path) -> None:
     assert summary["holdout"]["first"]["step"] == 0 and summary["holdout"]["last"]["step"] == 4 and summary["images_seen"] == 24
     assert data.read_json(out / "config.json")["sections"]["tune"]["group_size"] == 4
     told = data.read_json(out / "provenance.json")
-    assert told["seconds_per_step"] > 0 and told["seconds_in_steps"] > 2 * told["seconds_per_step"] and told["device"] == "cpu"
+    assert told["seconds_per_step"] > 0 and told["seconds_in_own_steps"] > 2 * told["seconds_per_step"] and told["device"] == "cpu"
     for step in (0, 4):
         drawn = data.read_json(out / f"sheets/step-{step:06d}.json")
         assert drawn["step"] == step and len(drawn["keys"]) == len(drawn["rewards"]["mse"]) == 4
@@ -537,6 +537,8 @@ def test_disk_full_at_the_very_end_loses_no_step(inputs: dict[str, Any], tmp_pat
     assert calls and not (tmp_path / "out").exists()
     stage.tune(**inputs, tune=config(checkpoint_every=1000), out=tmp_path / "out")
     assert "continuing after step 4 of 4" in capsys.readouterr().err
+    told = data.read_json(tmp_path / "out/provenance.json")
+    assert told["seconds_in_own_steps"] == 0 < told["seconds_per_step"], "its steps were another process's"
     stage.tune(**inputs, tune=config(checkpoint_every=1000), out=tmp_path / "undisturbed")
     assert same(tmp_path / "out", tmp_path / "undisturbed")
 

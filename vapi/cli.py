@@ -216,7 +216,7 @@ def _keep(stage: str, folders: dict[str, Path], run: Any) -> None:
     if stage == "evaluate":
         with tempfile.TemporaryDirectory() as folder:
             page = Path(folder) / "report.html"
-            page.write_text(compare_page.page([compare.of(folders["out"], folders["tune"])]))
+            page.write_text(compare_page.evaluated(folders["out"], folders["tune"]))
             run.artifact(page)
 
 

@@ -11,6 +11,7 @@ Numbers of two protocols are never set side by side: ``by_protocol`` sorts runs 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,14 @@ KEPT: dict[str, tuple[str, ...]] = {
     "register": ("registration.json",),
 }
 """What a page reads of each stage's folder, beside config.json and provenance.json."""
-HEAVY = {"tune": "model.safetensors", "tokens": "codes.npy", "subset": "manifest.parquet"}
+HEAVY = {"tune": "model.safetensors", "tokens": "codes.npy", "subset": "manifest.parquet", "evaluate": "report.html"}
 """What a copy that was made for the page alone does not hold; a whole folder can be held against its digest."""
+NETWORKS = {
+    "lpips": ("tune.perceptual", ("perceptual", "vgg", "alex", "lpips")),
+    "class": ("tune.classifier", ("classifier",)),
+    "clip": ("tune.clip_model", ("clip",)),
+}
+"""The networks behind rewards: the field that names each, and what the inputs of the stage tune call its files."""
 MOST = 6
 """Runs on a page, each with a colour of its own."""
 SIDES = {"plain": "sheet-before-after.png", "best": "sheet-best.png"}
@@ -45,12 +52,23 @@ SIDES = {"plain": "sheet-before-after.png", "best": "sheet-best.png"}
 
 @dataclass(frozen=True)
 class Looked:
-    """What one sheet of the stage tune shows: pictures uint8 (B, H, W, 3) by row, and the rewards of its draws by part."""
+    """What one sheet of the stage tune shows: pictures uint8 (B, H, W, 3) by row, rewards of its draws by part, and what a part counts."""
 
     step: int
     keys: Sequence[str]
     rewards: Mapping[str, Sequence[float]]
+    weights: Mapping[str, float]
     pictures: Mapping[str, np.ndarray]
+
+    @property
+    def subject(self) -> str:
+        """Digest of what was to be redrawn: the images as they were prepared, and what the tokenizer keeps of them."""
+        return hashlib.sha256(b"".join(self.pictures[row].tobytes() for row in ("real", "reconstruction"))).hexdigest()
+
+    def draws_like(self, other: Looked) -> bool:
+        """Whether another one drew the same pictures and was rewarded alike for them."""
+        alike = self.rewards == other.rewards and self.weights == other.weights
+        return alike and np.array_equal(self.pictures["draw"], other.pictures["draw"])
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,11 @@ class Run:
         return self._json("tune", "summary.json")
 
     @cached_property
+    def registration(self) -> dict[str, Any]:
+        """What the gates said, and which version was made; empty before the stage register."""
+        return self._json("register", "registration.json")
+
+    @cached_property
     def tokens(self) -> dict[str, Any]:
         """What the stage tokens says of the codes of real images."""
         return self._json("tokens", "summary.json")
@@ -122,6 +145,12 @@ class Run:
         return {name: value for stage in STAGES if stage in self.made for name, value in flat(self.made[stage].get("sections", {})).items()}
 
     @property
+    def weights(self) -> dict[str, float]:
+        """What each part of the reward counts; nothing where that was not written down."""
+        start = "tune.rewards."
+        return {name.removeprefix(start): value for name, value in self.settings.items() if name.startswith(start)}
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """What its numbers may be compared by."""
         return flat(self.results["protocol"]) if self.results else {}
@@ -135,7 +164,7 @@ class Run:
             return {}
         asked = self.made["evaluate"]["sections"]
         side, count = asked["evaluate"]["resize"] or asked["model"]["image_size"], asked["evaluate"]["sheet_images"]
-        return dict(zip(("base", "tuned"), report.unbanded(_open(path), [count] * 2, data.SHEET_COLUMNS, side), strict=True))
+        return dict(zip(("base", "tuned"), _bands(path, [count] * 2, data.SHEET_COLUMNS, side), strict=True))
 
     @cached_property
     def answers(self) -> dict[str, np.ndarray]:
@@ -145,7 +174,7 @@ class Run:
             return {}
         asked = self.made["evaluate"]["sections"]
         each = asked["evaluate"]["images_per_prompt"]
-        bands = report.unbanded(_open(path), [2 * each] * len(self.prompts), 2 * each, asked["model"]["image_size"])
+        bands = _bands(path, [2 * each] * len(self.prompts), 2 * each, asked["model"]["image_size"])
         return {name: np.stack([band[n * each : (n + 1) * each] for band in bands]) for n, name in enumerate(("base", "tuned"))}
 
     @cached_property
@@ -161,7 +190,15 @@ class Run:
         side, count = self.made["tune"]["sections"]["model"]["image_size"], len(found["keys"])
         rows = images.cut(_open(path.with_suffix(".png")), len(data.SHEET_ROWS) * count, count, side, captions=True)
         pictures = {row: rows[n * count : (n + 1) * count] for n, row in enumerate(data.SHEET_ROWS)}
-        return Looked(found["step"], found["keys"], found["rewards"], pictures)
+        return Looked(found["step"], found["keys"], found["rewards"], self.weights, pictures)
+
+
+def _bands(path: Path, counts: Sequence[int], columns: int, side: int) -> list[np.ndarray]:
+    """``report.unbanded`` of a sheet of the stage evaluate."""
+    try:
+        return report.unbanded(_open(path), counts, columns, side)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be cut up ({error}); run the stage again: vapi evaluate") from None
 
 
 def _open(path: Path) -> np.ndarray:
@@ -194,12 +231,15 @@ def read(place: str, folder: Path, name: str = "A") -> Run:
             f"{folder} holds no run: neither it nor a folder in it ({stages}) is what a stage of vapi wrote; "
             "give a folder like artifacts, or a run's id in MLflow"
         )
-    return _without_strangers(Run(name, place, folders), _stage_of(folder))
+    fetched = folder / data.NOTICES
+    notices = data.read_json(fetched) if fetched.is_file() else ()
+    return _without_strangers(Run(name, place, folders, notices), _stage_of(folder))
 
 
 def of(evaluate: Path, tune: Path) -> Run:
-    """The run of one evaluation, and what lies beside the tuned weights."""
-    return _with_notices(Run("A", "", {**_beside(tune), "tune": tune, "evaluate": evaluate}))
+    """The run of one evaluation that has just ended, and what lies beside the tuned weights; no gates, which come later."""
+    before = {stage: folder for stage, folder in _beside(tune).items() if stage != "register"}
+    return _without_strangers(Run("A", "", {**before, "tune": tune, "evaluate": evaluate}), "evaluate")
 
 
 def _stages_in(folder: Path) -> dict[str, Path]:
@@ -228,21 +268,32 @@ def _stage_of(folder: Path) -> str:
 def _without_strangers(run: Run, named: str) -> Run:
     """The same without folders that others of it were not made from: artifacts/tune made anew, and not evaluated yet. ``named`` is the
     stage whose folder the user named, which is what he wants to see; empty for a whole run."""
-    folders, notices = dict(run.folders), []
+    folders, notices = dict(run.folders), list(run.notices)
     weights = folders.get("tune", Path()) / HEAVY["tune"]
     measured = run.results.get("weights", {}).get("tuned")
     if measured and weights.is_file() and data.known_digest(weights) != measured:
         if named == "tune":
             folders = {stage: folder for stage, folder in folders.items() if stage not in ("evaluate", "register")}
         else:
-            folders = {"evaluate": folders["evaluate"]}
+            folders = {stage: folder for stage, folder in folders.items() if stage in ("evaluate", "register")}
             notices.append("its tuning is not shown: the evaluation is of other weights than those that lie beside it; run: vapi evaluate")
     for stage in ("subset", "tokens"):
         wanted = run.made.get("tune", {}).get("inputs", {}).get(stage)
         if wanted and stage in folders and (folders[stage] / HEAVY[stage]).is_file() and data.known_digest(folders[stage]) != wanted:
             notices.append(f"its {stage} are not shown: those that lie beside it are not those it was tuned on; run: vapi tune")
             del folders[stage]
+    if "register" in folders and not _judged(folders):
+        notices.append("its gates are not shown: they judged another evaluation than lies beside them; run: vapi register")
+        del folders["register"]
     return _with_notices(Run(run.name, run.place, folders, notices))
+
+
+def _judged(folders: Mapping[str, Path]) -> bool:
+    """Whether the gates are of the evaluation beside them. A copy that was made for the page alone is taken at its word."""
+    if "evaluate" not in folders:
+        return False
+    whole = (folders["evaluate"] / HEAVY["evaluate"]).is_file()
+    return not whole or report.has_judged(folders["register"], folders["evaluate"])
 
 
 def _with_notices(run: Run) -> Run:
@@ -278,8 +329,8 @@ def by_subjects(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def by_images(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs that hold out the same images, together."""
-    return _alike([run for run in runs if run.looks], lambda run: json.dumps(run.looks[0].keys))
+    """The runs that hold out the same images, to the pixel, and whose tokenizer makes the same of them, together."""
+    return _alike([run for run in runs if run.looks], lambda run: json.dumps([run.looks[0].keys, run.looks[0].subject]))
 
 
 def _alike(items: Sequence[T], key: Callable[[T], str]) -> list[list[T]]:
@@ -304,11 +355,26 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         fields = ", ".join(differing([group[0].protocol for group in groups]))
         names = " and ".join(", ".join(run.name for run in group) for group in groups)
         found.append(f"{names} were measured by different protocols ({fields}): their numbers do not compare, and have their own tables.")
-    parts = ("tune.rewards", "tune.perceptual")
-    weighed = differing([{name: value for name, value in run.settings.items() if name.startswith(parts)} for run in runs])
+    weighed = _weighed_differently([run for run in runs if run.weights])
     if weighed:
         found.append(f"Rewards are put together differently ({', '.join(weighed)}): compare a curve with its own beginning.")
     return found
+
+
+def _weighed_differently(runs: Sequence[Run]) -> list[str]:
+    """The fields in which runs that say what they rewarded differ: weights that count, and the networks behind them."""
+    fields = [*differing([{f"tune.rewards.{part}": weight for part, weight in run.weights.items() if weight} for run in runs])]
+    for part, (field, files) in NETWORKS.items():
+        fields += [field] if _differ_in([run for run in runs if run.weights.get(part)], field, files) else []
+    return fields
+
+
+def _differ_in(runs: Sequence[Run], field: str, files: Sequence[str]) -> bool:
+    """Whether a network is not the same in all runs: by the digests of its files where all have them, else by its name."""
+    digests = [[run.made["tune"]["inputs"].get(name) for name in files] for run in runs]
+    names = [run.settings.get(field) for run in runs]
+    known: list[Any] = digests if all(map(any, digests)) else [name for name in names if name]
+    return any(one != known[0] for one in known)
 
 
 # --- what MLflow keeps -------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Runs beside each other as one HTML page (``vapi report``): what a reader asks, in that order.
 
-Is it better, can I see it, in which numbers, where did it come from, what did it cost, what was set differently. The page is made of
-what runs have kept (``compare.py``) and says so where they have kept nothing; no number is computed that a stage has not measured.
+Is it better, can I see it, in which numbers, did it pass, what did it cost, what was set differently, where did it come from. The page
+is made of what runs have kept (``compare.py``) and says so where they have kept nothing; no number is computed that a stage has not
+measured.
 
 A run has a letter and a colour. Hollow is before tuning, filled is after. What is the same in several runs (the base that they all
 started from) is shown once. Small scripts sort tables and enlarge pictures; both work from the keyboard.
@@ -9,8 +10,11 @@ started from) is shown once. Small scripts sort tables and enlarge pictures; bot
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,8 @@ from vapi import compare, config, markup, report, report_prompts
 from vapi.compare import Run
 from vapi.config import STAGES
 from vapi.markup import Cell, Dot, Line, Point, Shot, card, esc, lanes
+
+log = logging.getLogger("vapi.report")
 
 Scores = Mapping[str, Any]
 
@@ -34,8 +40,9 @@ def page(runs: Sequence[Run]) -> str:
         ("seeds", "The same seeds, before and after", _seeds(runs, how)),
         ("heldout", "Held-out images, redrawn", _heldout(runs, how)),
         ("numbers", "The numbers", _each(runs, _numbers)),
+        ("gates", "Gates", _gates(runs)),
         ("sampling", "Temperature and guidance", _each(runs, _sweeps)),
-        ("prompts", "What was asked for, and what came", _each(runs, lambda group: _prompts(group, how))),
+        ("prompts", "What was asked for, and what came", _each(runs, partial(_prompts, how=how))),
         ("classes", "By class", _each(runs, _classes)),
         ("curves", "While tuning", _curves(runs)),
         ("tokens", "Tokens in use", _tokens(runs)),
@@ -49,6 +56,16 @@ def page(runs: Sequence[Run]) -> str:
     parts = [_header(runs), f'<nav aria-label="On this page">{links}</nav>']
     parts += [f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, title, body in shown]
     return markup.document(_title(runs), [*parts, markup.DIALOG], markup.SCRIPT)
+
+
+def evaluated(evaluate: Path, tune: Path) -> str:
+    """The page of a run whose evaluation has just ended. Where it cannot be made, a warning and the smaller page that the stage wrote:
+    hours of measuring are not lost for a picture."""
+    try:
+        return page([compare.of(evaluate, tune)])
+    except Exception as error:
+        log.warning("the page of %s was not made (%s: %s); the evaluation is whole", evaluate, type(error).__name__, error, exc_info=True)
+        return (evaluate / "report.html").read_text()
 
 
 # --- the head ----------------------------------------------------------------------------------
@@ -102,11 +119,15 @@ def _letter(run: Run) -> str:
 
 def _each(runs: Sequence[Run], section: Callable[[Sequence[Run]], str]) -> str:
     """A section for each group of runs that share a protocol, so that no number stands beside one that it does not compare with."""
-    groups = compare.by_protocol(runs)
+    return _apart("Protocol", compare.by_protocol(runs), section)
+
+
+def _apart(what: str, groups: Sequence[Sequence[Run]], section: Callable[[Sequence[Run]], str]) -> str:
+    """A section for each group of runs, under their letters where there are several."""
     bodies = [section(group) for group in groups]
     if len(groups) == 1:
         return bodies[0]
-    titles = [f"Protocol of {', '.join(run.name for run in group)}" for group in groups]
+    titles = [f"{what} of {', '.join(run.name for run in group)}" for group in groups]
     return "".join(f"<h3>{esc(title)}</h3>{body}" for title, body in zip(titles, bodies) if body)
 
 
@@ -169,19 +190,48 @@ def _both(runs: Sequence[Run], get: Callable[[Run, str], Any], same: Callable[[A
 
 
 def _pictures(runs: Sequence[Run]) -> Iterable[np.ndarray]:
-    """All pictures that the page may show, to find out how small they must be."""
-    for run in runs:
-        for sets in (run.samples("plain"), run.samples("best")):
-            yield from (one for pictures in sets.values() for one in pictures)
-        yield from (one for pictures in run.answers.values() for band in pictures for one in band)
-        yield from (one for look in run.looks for pictures in look.pictures.values() for one in pictures)
+    """All pictures that the page shows, to find out how small they must be."""
+    for group in compare.by_subjects(runs):
+        for setting in compare.SIDES:
+            yield from (one for seen in _sampled(group, setting) for one in seen.value)
+    for group in compare.by_images(runs):
+        sets = [*_originals(group), *(seen.value.pictures["draw"] for seen in _drawn(group))]
+        yield from (one for pictures in sets for one in pictures)
+    for group in compare.by_protocol(runs):
+        yield from (one for seen in _answered(group) for strip in seen.value for one in strip)
+
+
+def _sampled(runs: Sequence[Run], setting: str) -> list[Seen]:
+    """Samples of some seeds, uint8 (N, H, W, 3), as many as all have."""
+    sheets = [run.samples(setting) for run in runs]
+    count = min((len(pictures) for sheet in sheets for pictures in sheet.values()), default=0)
+    by_run = {run.name: sheet for run, sheet in zip(runs, sheets, strict=True) if sheet}
+    drawn = [run for run in runs if run.name in by_run]
+    return _both(drawn, lambda run, model: by_run[run.name][model][:count], np.array_equal)
+
+
+def _originals(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out images and the tokenizer's reconstructions of them, uint8 (B, H, W, 3): the same in all of these runs."""
+    pictures = runs[0].looks[0].pictures
+    return pictures["real"], pictures["reconstruction"]
+
+
+def _drawn(runs: Sequence[Run]) -> list[Seen]:
+    """What is drawn of the held-out images before tuning and after."""
+    when = {"base": 0, "tuned": 1}
+    return _both(runs, lambda run, model: run.looks[when[model]], compare.Looked.draws_like)
+
+
+def _answered(runs: Sequence[Run]) -> list[Seen]:
+    """Pictures for prompts, uint8 (K, I, H, W, 3)."""
+    return _both([run for run in runs if run.answers], lambda run, model: run.answers[model], np.array_equal)
 
 
 def _seeds(runs: Sequence[Run], how: tuple[int, int]) -> str:
     groups = compare.by_subjects(runs)
     if not groups:
         return ""
-    plain, best = ("".join(_grid(group, setting, how) for group in groups) for setting in compare.SIDES)
+    plain, best = (_apart("Samples", groups, partial(_grid, setting=setting, how=how)) for setting in compare.SIDES)
     note = (
         "The same random numbers and subjects side by side, nothing selected. Press a picture to enlarge it. These are drawn freely: there "
     )
@@ -191,13 +241,14 @@ def _seeds(runs: Sequence[Run], how: tuple[int, int]) -> str:
 
 
 def _grid(runs: Sequence[Run], setting: str, how: tuple[int, int]) -> str:
-    drawn = [run for run in runs if run.samples(setting)]
-    seen = _both(drawn, lambda run, model: run.samples(setting)[model], np.array_equal)
-    cards = []
-    for n in range(min((len(one.value) for one in seen), default=0)):
+    seen = _sampled(runs, setting)
+    if not seen:
+        return ""
+    first, cards = seen[0].runs[0], []
+    seed = first.made["evaluate"]["sections"]["evaluate"]["seeds"][0]
+    for n in range(len(seen[0].value)):
         shots = [Shot(one.value[n], one.title, one.kind) for one in seen]
-        seed = drawn[0].made["evaluate"]["sections"]["evaluate"]["seeds"][0]
-        cards.append(card(shots, f"seed {seed}, image {n}{_class_of(drawn[0], n)}", "", f"{setting}-{drawn[0].name}-{n}", how))
+        cards.append(card(shots, f"seed {seed}, image {n}{_class_of(first, n)}", "", f"{setting}-{first.name}-{n}", how))
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -208,7 +259,7 @@ def _class_of(run: Run, number: int) -> str:
 
 
 def _heldout(runs: Sequence[Run], how: tuple[int, int]) -> str:
-    grids = "".join(_redrawn(group, how) for group in compare.by_images(runs))
+    grids = _apart("Images", compare.by_images(runs), partial(_redrawn, how=how))
     if not grids:
         return ""
     note = "Images that were kept out of tuning, drawn anew code by code, each from the true codes before it, with the same random numbers "
@@ -217,12 +268,10 @@ def _heldout(runs: Sequence[Run], how: tuple[int, int]) -> str:
 
 
 def _redrawn(runs: Sequence[Run], how: tuple[int, int]) -> str:
-    first = runs[0].looks[0]
-    when = {"base": 0, "tuned": 1}
-    seen = _both(runs, lambda run, model: run.looks[when[model]], lambda a, b: np.array_equal(a.pictures["draw"], b.pictures["draw"]))
-    cards = []
-    for i, key in enumerate(first.keys):
-        shots = [Shot(first.pictures["real"][i], "real"), Shot(first.pictures["reconstruction"][i], "tokenizer's")]
+    real, reconstruction = _originals(runs)
+    seen, cards = _drawn(runs), []
+    for i, key in enumerate(runs[0].looks[0].keys):
+        shots = [Shot(real[i], "real"), Shot(reconstruction[i], "tokenizer's")]
         shots += [Shot(one.value.pictures["draw"][i], one.title, one.kind) for one in seen]
         rows = [f"{esc(one.title)}, step {one.value.step}: {_reward(one, i)}" for one in seen]
         cards.append(card(shots, key, "".join(f"<br>{row}" for row in rows), f"heldout-{runs[0].name}-{i}", how))
@@ -232,10 +281,8 @@ def _redrawn(runs: Sequence[Run], how: tuple[int, int]) -> str:
 def _reward(one: Seen, image: int) -> str:
     """The reward of a draw as the sum that it is."""
     values = {name: of[image] for name, of in one.value.rewards.items()}
-    weights = one.runs[0].settings
-    parts = " + ".join(
-        f"{weights[f'tune.rewards.{name}']:g} × {name} {_short(value)}" for name, value in values.items() if name != "reward"
-    )
+    weights = one.value.weights
+    parts = " + ".join(f"{weights[name]:g} × {name} {_short(value)}" for name, value in values.items() if name != "reward")
     return f"reward {_short(values['reward'])} = {esc(parts)}"
 
 
@@ -292,8 +339,7 @@ def _spread(runs: Sequence[Run], key: str, name: str) -> str:
     for one in _rows(runs):
         value, spread = one.value[key], one.value.get(f"{key}_std")
         words = f"{value:.4g}" + (f" ± {spread:.2g}" if spread else "")
-        dot = Dot(value, words, one.kind, one.before, value - spread if spread else None, value + spread if spread else None)
-        rows.append((one.title, [dot]))
+        rows.append((one.title, [Dot(value, words, one.kind, one.before, spread or 0.0)]))
     return lanes(name, rows)
 
 
@@ -316,6 +362,35 @@ def _plane(runs: Sequence[Run]) -> str:
             points.append(Point(one.title, *place, one.kind, one.before, "_" in one.model, off, path))
     keys = {point.title: f"{point.kind} {'ring' if point.hollow else 'disc'}" for point in points if not point.small}
     return markup.plane(points, "recall", "precision") + markup.legend([*keys.items(), ("small: at their best", "none")])
+
+
+# --- gates -------------------------------------------------------------------------------------
+
+
+def _gates(runs: Sequence[Run]) -> str:
+    """What the stage register decided about each run that it saw, gate by gate."""
+    parts = "".join(_judged(run, _letter(run) if len(runs) > 1 else "") for run in runs if run.registration)
+    note = "Limit: where a gate shuts. Margin: how far inside of it the tuned model is; below 0 the gate is shut."
+    return f"{parts}<p class='small'>{note}</p>" if parts else ""
+
+
+def _judged(run: Run, letter: str) -> str:
+    judged, tables = run.registration, []
+    for alias, against in judged["against"].items():
+        rows = [(esc(gate["metric"]), _gate_cells(gate)) for gate in against["gates"]]
+        table = markup.table(f"Gates of {run.name}, {alias}", ["metric", *report.GATE.values(), "passed"], rows)
+        tables.append(f"<h3>{letter}{esc(report.gate_title(judged, alias))}</h3>{table}")
+    made = (
+        f"Registered as version {judged['version']} of {judged['name']}, {' and '.join(judged['aliases'])}." if "version" in judged else ""
+    )
+    said = f"<p>{letter}{esc(made or 'Not registered.')} {esc(judged['note'])}</p>"
+    return said + "".join(tables)
+
+
+def _gate_cells(gate: Scores) -> list[Cell]:
+    numbers = zip(report.gate_numbers(gate), (gate[name] for name in report.GATE), strict=True)
+    cells = [Cell(esc(words.replace("-", "−")), value) for words, value in numbers]
+    return [*cells, Cell("yes", 1) if gate["passed"] else Cell("<b>no</b>", 0)]
 
 
 # --- sweeps ------------------------------------------------------------------------------------
@@ -375,7 +450,7 @@ def _tasks(runs: Sequence[Run], detector: str) -> str:
         scores = [_task(one.value, task) for one in seen]
         dots = [_task_dot(one, *score) for one, score in zip(seen, scores, strict=True)]
         lane_rows.append((report_prompts.TITLES[task], dots))
-        cells = [Cell(f"<span>{value:.3f}</span><i>S.E. {error:.3f}</i>", value) for value, error in scores]
+        cells = [_task_cell(*score) for score in scores]
         for found in judged:
             row = found["difference"]["tuned"][task]
             text = f"<span>{row['difference']:+.3f}</span><i>{row['low']:+.3f} to {row['high']:+.3f}</i>".replace("-", "−")
@@ -391,14 +466,19 @@ def _tasks(runs: Sequence[Run], detector: str) -> str:
     )
 
 
-def _task(found: Scores, task: str) -> tuple[float, float]:
+def _task(found: Scores, task: str) -> tuple[float, float | None]:
+    """A score and its standard error; None where a task has one prompt, of which no spread is known."""
     if task == "overall":
         return found["overall"], found["standard_error"]
     return found["tasks"][task]["score"], found["tasks"][task]["standard_error"]
 
 
-def _task_dot(one: Seen, value: float, error: float) -> Dot:
-    return Dot(value, f"{one.title} {value:.3f} ± {error:.3f}", one.kind, one.before, value - error, value + error)
+def _task_cell(value: float, error: float | None) -> Cell:
+    return Cell(f"<span>{value:.3f}</span>" + ("" if error is None else f"<i>S.E. {error:.3f}</i>"), value)
+
+
+def _task_dot(one: Seen, value: float, error: float | None) -> Dot:
+    return Dot(value, f"{one.title} {value:.3f}" + (f" ± {error:.3f}" if error else ""), one.kind, one.before, error or 0.0)
 
 
 def _keys(seen: Iterable[Seen]) -> str:
@@ -406,16 +486,15 @@ def _keys(seen: Iterable[Seen]) -> str:
 
 
 def _answers(runs: Sequence[Run], how: tuple[int, int]) -> str:
-    drawn = [run for run in runs if run.answers]
-    if not drawn:
+    seen = _answered(runs)
+    if not seen:
         return ""
-    seen = _both(drawn, lambda run, model: run.answers[model], np.array_equal)
-    cards = []
-    for n, asked in enumerate(drawn[0].prompts):
+    first, cards = seen[0].runs[0], []
+    for n, asked in enumerate(first.prompts):
         shots = [Shot(np.concatenate(list(one.value[n]), axis=1), one.title, one.kind) for one in seen]
         shares = [f"{esc(one.title)}: {float(one.runs[0].prompts[n][f'{one.model}/geneval']):.0%} right" for one in seen]
         tip = "".join(f"<br>{words}" for words in shares)
-        cards.append(card(shots, asked["prompt"], tip, f"prompt-{drawn[0].name}-{n}", (len(drawn[0].answers["base"][n]) * how[0], how[1])))
+        cards.append(card(shots, asked["prompt"], tip, f"prompt-{first.name}-{n}", (len(seen[0].value[n]) * how[0], how[1])))
     note = "The first prompts of each task, nothing selected; the same random numbers everywhere. Shares: the first judge's, of all seeds."
     return f'<h3>Some prompts</h3><div class="cards asked">{"".join(cards)}</div><p class="small">{note}</p>'
 
@@ -459,13 +538,7 @@ def _head(runs: Sequence[Run], run: Run, title: str) -> str:
 
 # --- while tuning ------------------------------------------------------------------------------
 
-CURVES = {
-    "reward": "reward",
-    "ce": "cross-entropy, nats per code",
-    "entropy": "entropy, nats per code",
-    "kl": "KL from the base, nats per code",
-    "perplexity": "codes in use (perplexity)",
-}
+CURVES = report.CURVES | {"kl": "KL from the base, nats per code", "perplexity": "codes in use (perplexity)"}
 
 
 def _curves(runs: Sequence[Run]) -> str:
@@ -548,12 +621,12 @@ def _cost(runs: Sequence[Run]) -> str:
         return images / seconds if seconds and images else None
 
     def of_steps(run: Run) -> float | None:
-        steps, whole = told("tune", "seconds_in_steps")(run), told("tune", "seconds")(run)
-        return steps / whole if steps and whole and steps <= whole else None  # a continued run's steps are more than its last process
+        steps, whole = told("tune", "seconds_in_own_steps")(run), told("tune", "seconds")(run)
+        return steps / whole if steps is not None and whole else None
 
     def card_seconds(run: Run) -> float | None:
-        spent = [run.told[stage] for stage in ("tune", "evaluate") if stage in run.told]
-        if not (spent and all("device" in one for one in spent)):
+        spent = [run.told.get(stage, {}) for stage in ("tune", "evaluate")]
+        if not all("device" in one for one in spent):
             return None
         return sum(one["seconds"] * one["processes"] for one in spent if one["device"] != "cpu")
 
@@ -567,7 +640,6 @@ def _cost(runs: Sequence[Run]) -> str:
         **{f"{stage}: seconds": (told(stage, "seconds"), lambda v: f"{v:,.1f}") for stage in stages},
     }
     rows = {title: [_missing(get(run), show) for run in runs] for title, (get, show) in sources.items()}
-    rows["GPU utilisation"] = [Cell(f"<i>{MISSING}</i>") for _ in runs]
     note = "Seconds are those of the process that ended the stage; what was cached or resumed from before is not in them."
     return f'{_columns("Cost", runs, rows, "measure")}<p class="small">{note}</p>'
 
@@ -577,21 +649,36 @@ def _configuration(runs: Sequence[Run]) -> str:
         return ""
     known = [run.settings for run in runs]
     shared = set.intersection(*({name.partition(".")[0] for name in settings} for settings in known))
-    known = [{name: value for name, value in settings.items() if name.partition(".")[0] in shared} for settings in known]
-    found = compare.differing(known)
-    if not found:
-        return "<p>Nothing, as far as it was written down.</p>"
+    names = [name for name in dict.fromkeys(name for settings in known for name in settings) if name.partition(".")[0] in shared]
+    found = {name: [_setting(settings, name) for settings in known] for name in names}
+    told = {name: [value for value in values if value is not None] for name, values in found.items()}
+    differ = {name: values for name, values in found.items() if any(value != told[name][0] for value in told[name])}
+    untold = [name for name, values in found.items() if name not in differ and None in values]
     docs = _docs()
     rows = {
-        f"{esc(name)}<i class='doc'>{esc(docs.get('.'.join(name.split('.')[:2]), ''))}</i>": [
-            Cell(f"<i>{MISSING}</i>") if value is None else Cell(esc(config.scalar(value)), value if _is_number(value) else None)
-            for value in values
-        ]
-        for name, values in found.items()
+        f"{esc(name)}<i class='doc'>{esc(docs.get('.'.join(name.split('.')[:2]), ''))}</i>": [_setting_cell(value) for value in values]
+        for name, values in differ.items()
     }
-    same = len({name for settings in known for name in settings}) - len(rows)
-    note = f"{same} other fields are the same, of the sections that all runs have come to ({', '.join(sorted(shared))})."
-    return f'{_columns("Configuration", runs, rows, "field", "words")}<p class="small">{note}</p>'
+    body = _columns("Configuration", runs, rows, "field", "words") if rows else "<p>Nothing, as far as it was written down.</p>"
+    note = f"{len(found) - len(differ) - len(untold)} other fields are the same, of the sections that all runs have come to "
+    note += f"({', '.join(sorted(shared))})."
+    note += f" Not recorded by every run, which may be of another version: {', '.join(untold)}." if untold else ""
+    return f'{body}<p class="small">{esc(note)}</p>'
+
+
+def _setting(settings: Mapping[str, Any], name: str) -> Any:
+    """What a run has for a field, or for an entry of a field that holds several: empty where it was left so, None where the run does not
+    say, because its version did not have the field."""
+    if name in settings:
+        return "" if settings[name] in ("", [], {}) else settings[name]
+    field = ".".join(name.split(".")[:2])
+    return "" if any(f"{other}.".startswith(f"{field}.") for other in settings) else None
+
+
+def _setting_cell(value: Any) -> Cell:
+    if value is None:
+        return Cell(f"<i>{MISSING}</i>")
+    return Cell(esc(config.scalar(value)), value if _is_number(value) else None) if value != "" else Cell("<i>not set</i>")
 
 
 def _is_number(value: Any) -> bool:

@@ -58,6 +58,8 @@ SHEET_COLUMNS = 10
 """Columns of the sheets of the stage evaluate."""
 PROMPTS_SHOWN = 3
 """Prompts of each task on its sheet of prompts."""
+NOTICES = "notices.json"
+"""Sentences about a run that was fetched from MLflow, beside its stages' folders: what could not be fetched."""
 
 _PACKAGE = Path(__file__).resolve().parent
 

@@ -657,7 +657,7 @@ def _write(
     tops = {name: results[f"{name}_best"] for name in names}
     best = {f"{name} at {_setting(top)}: FID {top['fid']:.2f}": sheets[name]["best"] for name, top in tops.items()}
     for name, rows in (("before-after", before_after), ("best", best), ("anchors", sheets["anchors"])):
-        report.banded_sheet(rows, data.SHEET_COLUMNS).save(folder / f"sheet-{name}.png")
+        report.banded_sheet(rows.items(), data.SHEET_COLUMNS).save(folder / f"sheet-{name}.png")
     if shown:
         count = results["prompts"]["images_per_prompt"]
         answers = report_prompts.bands({name: sheets[name]["prompts"] for name in names}, shown, count)

@@ -231,20 +231,19 @@ def _told(lines: Iterable[Line], x_title: str, y_title: str) -> str:
 
 @dataclass(frozen=True)
 class Dot:
-    """A value on a lane, with what it may be off by on both sides."""
+    """A value on a lane, with what it may be off by on both sides (0: not known)."""
 
     value: float
     words: str
     kind: str
     hollow: bool = False
-    low: float | None = None
-    high: float | None = None
+    off: float = 0.0
 
 
 def lanes(name: str, rows: Sequence[tuple[str, Sequence[Dot]]], ends: tuple[float, float] | None = None, left: int = 170) -> str:
     """Rows one below the other, dots with error bars on a common axis, as inline SVG; joined where a row has several."""
     width, right, step = 520, 24, 28
-    numbers = [v for _, dots in rows for dot in dots for v in (dot.value, dot.low, dot.high) if v is not None]
+    numbers = [value for _, dots in rows for dot in dots for value in (dot.value - dot.off, dot.value + dot.off)]
     low, high = ends or padded(min(numbers), max(numbers), 0.08)
     height = step * len(rows) + 34
 
@@ -260,11 +259,12 @@ def lanes(name: str, rows: Sequence[tuple[str, Sequence[Dot]]], ends: tuple[floa
         y = 18 + step * n
         parts.append(f'<text class="name" x="0" y="{y + 4}">{esc(title)}</text>')
         if len(dots) > 1:
-            far = [px(dot.value) for dot in dots]
-            parts.append(f'<line class="grid" x1="{min(far):.1f}" x2="{max(far):.1f}" y1="{y}" y2="{y}"/>')
+            places = [px(dot.value) for dot in dots]
+            parts.append(f'<line class="grid" x1="{min(places):.1f}" x2="{max(places):.1f}" y1="{y}" y2="{y}"/>')
         for dot in dots:
-            if dot.low is not None and dot.high is not None:
-                parts.append(f'<line class="gap {dot.kind}" x1="{px(dot.low):.1f}" x2="{px(dot.high):.1f}" y1="{y}" y2="{y}"/>')
+            if dot.off:
+                near, far = px(dot.value - dot.off), px(dot.value + dot.off)
+                parts.append(f'<line class="gap {dot.kind}" x1="{near:.1f}" x2="{far:.1f}" y1="{y}" y2="{y}"/>')
             hollow = " hollow" * dot.hollow
             parts.append(
                 f'<circle class="dot{hollow} {dot.kind}" cx="{px(dot.value):.1f}" cy="{y}" r="5.5"><title>{esc(dot.words)}</title></circle>'

@@ -5,12 +5,13 @@ The page (``markup.py``) has no scripts. It holds no date and no timing, so the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ def table(artifacts: Path = ARTIFACTS) -> str:
     artifacts = Path(artifacts)
     results = data.read_json(artifacts / "evaluate" / "metrics.json")
     asked = [report_prompts.grid(results["prompts"]), ""] if "prompts" in results else []
-    gates = [_gates(artifacts / "register"), ""] if _judged(artifacts) else []
+    gates = [_gates(artifacts / "register"), ""] if has_judged(artifacts / "register", artifacts / "evaluate") else []
     parts = [verdict(results), " ".join(caveats(results)), "", grid(results), "", *asked, *gates, _seconds(artifacts), ""]
     parts.append(_pointers(artifacts / ("register" if gates else "evaluate")))
     return "\n".join(parts)
@@ -229,17 +230,17 @@ def _seconds(artifacts: Path) -> str:
     return f"seconds   {'   '.join(words)}   all {sum(spent.values()):.1f}"
 
 
-def _judged(artifacts: Path) -> bool:
-    """Whether the gates have seen this very evaluation."""
-    made = artifacts / "register" / "config.json"
-    return made.is_file() and data.read_json(made)["inputs"]["evaluate"] == data.file_digest(artifacts / "evaluate")
+def has_judged(register: Path, evaluate: Path) -> bool:
+    """Whether the gates in one folder have seen the very evaluation in another."""
+    made = register / "config.json"
+    return made.is_file() and data.read_json(made)["inputs"].get("evaluate") == data.file_digest(evaluate)
 
 
 def _gates(register: Path) -> str:
     """What the gates said, a line for each alias, with those that are shut."""
-    judged = data.read_json(register / "registration.json")
-    shut = {alias: [gate["metric"] for gate in against["gates"] if not gate["passed"]] for alias, against in judged["against"].items()}
-    return "\n".join(gate_title(judged, alias) + (f" ({', '.join(names)})" if names else "") for alias, names in shut.items())
+    found = data.read_json(register / "registration.json")
+    shut = {alias: [gate["metric"] for gate in against["gates"] if not gate["passed"]] for alias, against in found["against"].items()}
+    return "\n".join(gate_title(found, alias) + (f" ({', '.join(names)})" if names else "") for alias, names in shut.items())
 
 
 def _pointers(folder: Path) -> str:
@@ -260,13 +261,13 @@ def _pointers(folder: Path) -> str:
 TITLE_HEIGHT = 30
 
 
-def banded_sheet(bands: Mapping[str, np.ndarray], columns: int) -> Image.Image:
-    """Bands of images, uint8 (N, H, W, 3), one below the other, each under its title."""
-    parts = {title: images.sheet(band, columns, images.tile_scale(band.shape[1])) for title, band in bands.items()}
-    width = max(part.width for part in parts.values())
-    canvas = Image.new("RGB", (width, sum(part.height + TITLE_HEIGHT for part in parts.values())), "white")
+def banded_sheet(bands: Iterable[tuple[str, np.ndarray]], columns: int) -> Image.Image:
+    """Bands of images, uint8 (N, H, W, 3), one below the other, each under its title; titles may be equal."""
+    parts = [(title, images.sheet(band, columns, images.tile_scale(band.shape[1]))) for title, band in bands]
+    width = max(part.width for _, part in parts)
+    canvas = Image.new("RGB", (width, sum(part.height + TITLE_HEIGHT for _, part in parts)), "white")
     draw, font, y = ImageDraw.Draw(canvas), ImageFont.load_default(size=17), 0
-    for title, part in parts.items():
+    for title, part in parts:
         draw.text((4, y + 5), title, fill="#222222", font=font)
         canvas.paste(part, (0, y + TITLE_HEIGHT))
         y += part.height + TITLE_HEIGHT
@@ -343,13 +344,21 @@ def exposure_chart(results: Results, width: int = 520) -> str:
     return "".join(parts) + f'<p class="legend">{legend}</p>'
 
 
-CURVES = (("reward", "reward"), ("ce", "cross-entropy, nats per code"), ("entropy", "entropy, nats per code"))
+CURVES = {
+    "reward": "reward",
+    "ce": "cross-entropy, nats per code",
+    "entropy": "entropy, nats per code",
+    "ratio": "log-ratio to the base, own class",
+    "ratio_other": "log-ratio to the base, another class",
+    "told_apart": "share likelier under its own class",
+}
+"""Terms of metrics.jsonl that are drawn, and their titles; the last three are objective cca's."""
 
 
 def curve_charts(curves: Sequence[Scores]) -> str:
-    """Reward, cross-entropy and entropy while tuning: the batches, and the held-out images."""
+    """The terms of ``CURVES`` while tuning: the batches, and the held-out images."""
     figures = []
-    for key, title in CURVES:
+    for key, title in CURVES.items():
         lines = []
         for prefix, name, kind in (("tune", "batches", "faint"), ("holdout", "held-out images", "tuned")):
             points = [(row["step"], row[f"{prefix}/{key}"]) for row in curves if f"{prefix}/{key}" in row]
@@ -361,10 +370,18 @@ def curve_charts(curves: Sequence[Scores]) -> str:
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl of the stage tune, a dictionary per step."""
+    """metrics.jsonl of the stage tune, a dictionary per step. A last line that was not written to its end, by a run that was killed or
+    still goes on, is left out."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is not here; it comes with the tuned weights: vapi tune")
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    *whole, last = Path(path).read_bytes().split(b"\n")
+    try:
+        rows = [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again, or run the stage again: vapi tune") from None
+    with contextlib.suppress(ValueError):  # empty, where the line before it ended
+        rows.append(json.loads(last))
+    return rows
 
 
 # --- the page ----------------------------------------------------------------------------------

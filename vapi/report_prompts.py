@@ -206,11 +206,12 @@ def _strip(band: np.ndarray, alt: str) -> str:
     return f'<img src="{images.data_uri(images.png_bytes(picture))}" alt="{esc(alt)}" width="{picture.width}" height="{picture.height}">'
 
 
-def bands(sheets: Mapping[str, np.ndarray], shown: Sequence[Scores], count: int) -> dict[str, np.ndarray]:
-    """The same as rows of pictures by their titles, for a PNG: base on the left, tuned on the right."""
-    return {
-        f"{one['text']}   (base {sum(one['base'])} of {count}, tuned {sum(one['tuned'])})": np.concatenate(
-            [sheets[side][n * count : (n + 1) * count] for side in ("base", "tuned")]
+def bands(sheets: Mapping[str, np.ndarray], shown: Sequence[Scores], count: int) -> list[tuple[str, np.ndarray]]:
+    """The same as titles and rows of pictures, for a PNG: base on the left, tuned on the right."""
+    return [
+        (
+            f"{one['text']}   (base {sum(one['base'])} of {count}, tuned {sum(one['tuned'])})",
+            np.concatenate([sheets[side][n * count : (n + 1) * count] for side in ("base", "tuned")]),
         )
         for n, one in enumerate(shown)
-    }
+    ]

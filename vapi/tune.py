@@ -233,7 +233,8 @@ class Tuning:
         self.sheets.mkdir(exist_ok=True)
         saved = checkpoint.load(state / "checkpoint.pt", digest)
         self.step: int = saved["step"] if saved else -1  # -1: not even the look before the first step
-        self.seconds: list[float] = saved["seconds"] if saved else []
+        self.seconds: list[float] = saved["seconds"] if saved else []  # of every step
+        self.before = len(self.seconds)  # those of earlier processes
         if len(set(world.gather(self.step))) > 1:
             raise ValueError(f"processes find different checkpoints in {state}; put DVC_ROOT on a disk that all machines share")
         if saved:
@@ -376,7 +377,7 @@ def tune(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path, out: 
             if folder is not None:
                 cost: dict[str, float | str] = {
                     "seconds_per_step": round(float(np.median(tuning.seconds)), 4),
-                    "seconds_in_steps": round(sum(tuning.seconds), 3),
+                    "seconds_in_own_steps": round(sum(tuning.seconds[tuning.before :]), 3),  # like its seconds, without those before
                     "processes": world.size,
                     "device": models.device_name(models.device_of(model)),
                 }

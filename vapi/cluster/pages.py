@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from vapi import card, compare, compare_page, data, images, markup, report
+from vapi import card, compare_page, data, images, markup, report
 
 WIDTH = 1120
 """Pixels of a sheet on a page, at most."""
@@ -100,7 +100,7 @@ def tuning_metrics(folder: Path) -> dict[str, float]:
 
 def evaluation(folder: Path, tune: str) -> str:
     """HTML: base and tuned on one page, as ``vapi report`` shows a run. ``tune``: the artifact of that stage."""
-    return compare_page.page([compare.of(folder, Path(tune))])
+    return compare_page.evaluated(folder, Path(tune))
 
 
 def evaluation_metrics(folder: Path) -> dict[str, float]:

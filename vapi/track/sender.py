@@ -27,16 +27,15 @@ log = logging.getLogger("vapi.track")
 POLL = 0.5  # seconds between two looks at the journal
 KEEP = 30 * 24 * 3600.0  # seconds that a journal is kept after it was sent
 PIECE = 500  # records sent between two notes of how far we came
+UPSTREAM = "vapi.from."
+"""What the tags of an execution begin with that name the runs of earlier ones which made its inputs, by stage."""
 
 
 def spawn(folder: Path) -> subprocess.Popen[bytes]:
     """Start the process that follows a journal; it outlives a killed run, so that its end is reported."""
     package = Path(__file__).parents[2]
     header = json.loads((folder / "journal.jsonl").open().readline())
-    environment = {**os.environ, **_QUIET}
-    # short, because a run waits for this; what fails is sent again later
-    for name, value in (("MAX_RETRIES", 1), ("BACKOFF_FACTOR", 1), ("TIMEOUT", 10)):
-        environment.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", str(value))
+    environment = {**_HASTY, **os.environ, **_QUIET}  # a run waits for this; what fails is sent again later
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-m", "vapi.track", str(folder)],
@@ -55,6 +54,8 @@ _QUIET = {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+_HASTY = {f"MLFLOW_HTTP_REQUEST_{name}": value for name, value in (("MAX_RETRIES", "1"), ("BACKOFF_FACTOR", "1"), ("TIMEOUT", "10"))}
+"""How long MLflow tries to reach a server where somebody waits; its own choice is minutes."""
 
 
 def connect(uri: str) -> Any:
@@ -78,12 +79,6 @@ def connect(uri: str) -> Any:
 def _database(uri: str) -> Path | None:
     """The file of an SQLite database; None for a server."""
     return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:") else None
-
-
-def database_is_there(uri: str) -> bool:
-    """Whether the file of an SQLite database exists; a server's is its own business."""
-    path = _database(uri)
-    return path is None or path.is_file()
 
 
 def fluent(uri: str, run: str) -> Any:
@@ -125,6 +120,8 @@ def answering(uri: str) -> Iterator[Any]:
         raise ValueError(f"{database} is not here: nothing was tracked yet; a registry begins with: vapi register")
     if why := unreachable(uri):
         raise out_of_reach(uri, why)
+    for name, value in _HASTY.items():
+        os.environ.setdefault(name, value)
     client = connect(uri)
     from mlflow.exceptions import MlflowException
 
@@ -132,6 +129,19 @@ def answering(uri: str) -> Iterator[Any]:
         yield client
     except MlflowException as error:
         raise ValueError(f"MLflow at {uri} says: {str(error).strip().splitlines()[0]}") from error
+
+
+def kept(client: Any, run: str) -> Any:
+    """A run by its id; None for one that was deleted, whether MLflow still holds it or not."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_run(run)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return found if found.info.lifecycle_stage == "active" else None
 
 
 def resend() -> int:
@@ -277,7 +287,7 @@ class _Sender:
             made = f"tags.`vapi.output` = '{output}'"
             found = self.client.search_runs([self.experiment], made, order_by=["attributes.start_time DESC"])
             if found and all(run.data.tags.get("mlflow.parentRunId") != self.state.parent for run in found):
-                self.client.set_tag(self.state.parent, f"vapi.from.{output.partition(':')[0]}", found[0].info.run_id)
+                self.client.set_tag(self.state.parent, f"{UPSTREAM}{output.partition(':')[0]}", found[0].info.run_id)
 
     def _params(self, record: dict[str, Any]) -> None:
         self._batch(self.state.run, record["values"], {})
