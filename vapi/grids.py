@@ -84,7 +84,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "tokenizer": {"tune.objective": "tokenizer", "tune.prior_weight": 0.0},
 }
 """What can be done with a generator and a tokenizer, as what it changes in a recipe of VA-pi."""
-RATES = {"fine-tuning": 1.0, "token credit": 1.0, "straight-through": 1.0, "CCA": 1.0, "AR-GRPO": 1.0, "tokenizer": 1.0}
+RATES = {"fine-tuning": 0.3, "token credit": 1.0, "straight-through": 1.0, "CCA": 0.3, "AR-GRPO": 1.0, "tokenizer": 0.3}
 """At how many times VA-pi's learning rate each was best on the digits (experiment ``rates``)."""
 TUNED = {name: changes | ({"tune.lr": Times(RATES[name])} if name in RATES else {}) for name, changes in ARMS.items()}
 
