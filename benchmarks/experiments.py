@@ -1,0 +1,109 @@
+"""What docs/results.md shows of finished experiments.
+
+    python benchmarks/experiments.py collect artifacts/experiments --on "one H100"    # after vapi experiment NAME --seeds 0,1,2
+    python benchmarks/experiments.py write                                            # the tables and the chart, from what was collected
+
+``collect`` puts the complete ones among benchmarks/results/experiments.json, each with date and machine; ``write`` puts tables between
+the page's marks (``<!-- table4 -->``, ``<!-- end -->``) and draws docs/results.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from vapi import config
+from vapi.config import Config
+from vapi.experiment import Table
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "benchmarks/results/experiments.json"
+PAGE, CHART = ROOT / "docs/results.md", ROOT / "docs/results.png"
+MARKED = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+CHARTED = ("table4", "figure4", "credit", "objectives", "group-size", "updates", "reward-weights")
+OFF = 4.0  # times the base's FID: what is off the chart
+Found = dict[str, Any]
+
+
+def collect(folder: Path, machine: str) -> None:
+    """Take over every experiment of which all rows are finished."""
+    kept: Found = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    for path in sorted(folder.glob("*/results.json")):
+        found = json.loads(path.read_text())
+        if found["experiment"] == path.parent.name and all(row["state"] in ("done", "not run here") for row in found["rows"]):
+            when = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).date().isoformat()
+            rows = [{name: value for name, value in row.items() if name != "runs"} for row in found["rows"]]
+            kept[found["experiment"]] = {**found, "rows": rows, "date": when, "machine": machine}
+    KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def table(found: Found) -> str:
+    """As ``vapi experiment`` prints it, without its heading, and where and when."""
+    base: Config = config.build(Config, found["config"])
+    text = Table(found["experiment"], base, found["seeds"], Path(), {}, set()).markdown(found["rows"])
+    about, _, lines = text.partition("\n\n")[2].partition("\n\n")
+    return f"{lines}\n*{about} On {found['machine']}, {found['date']}.*\n"
+
+
+def difference(row: Found, base: Found, metric: str) -> tuple[float, float]:
+    """Mean over seeds of a row less the base with the same seed, and half of its 95 % interval."""
+    pairs = zip(row["ours"][metric]["values"], base["ours"][metric]["values"], strict=True)
+    gaps = [ours - before for ours, before in pairs]
+    return statistics.fmean(gaps), float(student.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / len(gaps) ** 0.5
+
+
+def page(text: str, kept: Found) -> str:
+    """The page with its tables made anew. Raises KeyError for one that was not collected."""
+    return MARKED.sub(lambda found: f"{found[1]}{table(kept[found[2]])}{found[3]}", text)
+
+
+def draw(kept: Found) -> None:
+    """FID of each row less the base's of the same seed, a panel for each experiment."""
+    import matplotlib.pyplot as plt
+
+    shown = [(name, [row for row in kept[name]["rows"][1:] if "fid" in row["ours"]]) for name in CHARTED]
+    figure, axes = plt.subplots(len(shown), 1, sharex=True, figsize=(8, 9), height_ratios=[len(rows) + 0.6 for _, rows in shown])
+    for axis, (name, rows) in zip(axes, shown, strict=True):
+        base = kept[name]["rows"][0]
+        for n, row in enumerate(rows):
+            mean, half = difference(row, base, "fid")
+            if mean > OFF * base["ours"]["fid"]["mean"]:
+                axis.text(0.33, n, f"{mean:+.1f} →", va="center", ha="right", fontsize=8)
+                continue
+            axis.errorbar(mean, n, xerr=half, fmt="o", color="tab:green" if mean + half < 0 else "tab:gray", ms=5, capsize=2)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        axis.set_title(name, loc="left", fontsize=9, fontweight="bold")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlim(-0.75, 0.35)
+    axes[-1].set_xlabel("FID less the base's of the same seed: mean of three seeds, 95 % interval (lower is better)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(CHART, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    taken = commands.add_parser("collect")
+    taken.add_argument("folder", type=Path)
+    taken.add_argument("--on", required=True)
+    commands.add_parser("write")
+    given = parser.parse_args()
+    if given.command == "collect":
+        collect(given.folder, given.on)
+        return
+    kept = json.loads(KEPT.read_text())
+    config.write_text(PAGE, page(PAGE.read_text(), kept))
+    draw(kept)
+
+
+if __name__ == "__main__":
+    main()
