@@ -377,6 +377,19 @@ def test_the_base_is_drawn_once_for_many_tunings(world: World) -> None:
     assert len(new) == plain_sweep_best_forced
 
 
+def test_a_tuned_tokenizer_paints_what_the_base_draws(world: World) -> None:
+    """With the base's own file as the tuned one nothing changes; with another one it is the pictures that do, and are told apart."""
+    (world.tune / "model.safetensors").unlink()
+    tuned = world.tune / models.TUNED["tokenizer"]
+    tuned.write_bytes(Path(world.model.tokenizer).read_bytes())
+    same = world.run("same")
+    assert same["base"] == pytest.approx({**same["tuned"], "reward": same["base"]["reward"]})
+    tuned.write_bytes(Path(write_tiny(world.root / "another", seed=3).tokenizer).read_bytes())
+    other = world.run("others")
+    assert other["base"] == same["base"] and other["tuned"]["fid"] != same["tuned"]["fid"]
+    assert other["weights"]["tuned"] == data.file_digest(tuned) != other["weights"]["base"]
+
+
 def test_old_features_are_thrown_away_when_there_are_too_many(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.run()
     monkeypatch.setattr(stream, "KEEP_BYTES", 1)

@@ -108,6 +108,15 @@ def test_the_numbers_beside_ours_are_the_papers(name: str) -> None:
     assert [point.name for point in grid.points if point.changes is None] == NOT_RUN.get(name, [])
 
 
+def test_objectives_go_with_the_released_configuration_and_with_captions() -> None:
+    for recipe, left_out in (("llamagen-xxl-c2i-official", {"AR-GRPO"}), ("llamagen-xl-t2i", {"AR-GRPO", "CCA"}), ("digits", set())):
+        grid = GRIDS["objectives"]
+        run = {name for name, _ in grids.runs(grid, recipes.recipe(recipe), [0])}
+        assert {point.name for point in grid.points} - run == left_out
+    mine = grids.changed(recipes.recipe("llamagen-xl-c2i"), {"tune.classifier": "data/mine.safetensors"})
+    assert ("AR-GRPO", 0) in grids.runs(GRIDS["table2-xl"], mine, [0])
+
+
 def test_names_are_unique_and_metrics_are_known() -> None:
     for grid in GRIDS.values():
         assert len({point.name for point in grid.points}) == len(grid.points)

@@ -224,6 +224,20 @@ def test_a_better_model_becomes_challenger_and_champion_and_draws_elsewhere(
     assert np.array_equal([np.asarray(image) for image in drawn], pixels)
 
 
+def test_a_tuned_tokenizer_is_registered_with_the_bases_generator(project: Project, tmp_path_factory: pytest.TempPathFactory) -> None:
+    project.tuned(1)
+    tune, evaluate = project.folder / "artifacts" / "tune", project.folder / "artifacts" / "evaluate"
+    other = Path(write_tiny(project.folder / "other", seed=4).tokenizer)
+    (tune / "model.safetensors").unlink()
+    (tune / models.TUNED["tokenizer"]).write_bytes(other.read_bytes())
+    digest = data.file_digest(other)
+    data.write_json(evaluate / "metrics.json", data.read_json(evaluate / "metrics.json") | {"weights": {"tuned": digest}})
+    assert project.register() is True and project.versions()["1"].tags["weights"] == digest
+    served = Path(track.connect(project.uri).get_model_version_download_uri("vapi-test", "1").removeprefix("file://"))
+    kept = {path.name: data.file_digest(path) for path in served.rglob("*.safetensors")} if served.is_dir() else {}
+    assert sorted(kept.values()) == sorted([digest, data.file_digest(Path(project.model.generator))]), served
+
+
 KILLED = """
 import os, signal
 from vapi import cli, register

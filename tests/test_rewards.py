@@ -108,10 +108,13 @@ def test_a_class_that_was_asked_for(tmp_path: Path) -> None:
     expected = [network.logits(rows).log_softmax(-1)[:, label] for rows, label in zip(decoded, asked, strict=True)]
     torch.testing.assert_close(parts["class"], torch.stack(expected))
     torch.testing.assert_close(total, 2 * parts["class"] + parts["mse"])
-    with pytest.raises(ValueError, match="knows 10 classes, and class 10 was asked for"):
+    with pytest.raises(ValueError, match="knows the classes 0 .. 9, and 10 is asked for"):
         reward.score(decoded, target, asked=torch.tensor([4, 10]))
-    with pytest.raises(ValueError, match="needs class ids, and this model draws from captions"):
-        reward.score(decoded, target, asked=["four", "nine"])
+    rewards.require_classes(path, 10)
+    with pytest.raises(ValueError, match="knows the classes 0 .. 9, and 999 is asked for"):
+        rewards.require_classes(path, 1000)
+    weights.save(features.FeatureNet(1000), wide := str(tmp_path / "wide.safetensors"), {})
+    rewards.require_classes(wide, 1000)
     with pytest.raises(ValueError, match="credit token asks rewards where they come from, and class has no map"):
         reward.require_places()
     assert [type(network).__name__ for network in reward.networks] == ["FeatureNet"]
@@ -126,10 +129,38 @@ def test_a_caption_that_was_asked_for(tmp_path: Path) -> None:
     score = text.ClipScore(clip.load(folder))
     pictures = to_uint8(decoded[1]).permute(0, 2, 3, 1).numpy()
     torch.testing.assert_close(total[1], torch.tensor(score(pictures, ["two sevens"] * 3, [{}] * 3)))
-    with pytest.raises(ValueError, match="set tune.clip_model to a folder"):
-        rewards.Reward.of(TuneConfig(rewards={"clip": 1.0}))
-    with pytest.raises(ValueError, match="needs captions, and this model draws from class ids"):
-        rewards.OfCaption(str(folder))(decoded[0], torch.tensor([1, 2, 3]))
+    tune = TuneConfig(rewards={"clip": 1.0}, clip_model=str(folder))
+    with torch.autocast("cpu", torch.bfloat16):
+        again, _ = rewards.Reward.of(tune).score(decoded, decoded[:, 0], asked=captions)
+    assert torch.equal(again, total), "draws of one caption differ by little"
+    assert rewards.files(tune) == {"clip": folder}
+    (folder / "merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"tune.clip_model is .*, which lacks merges.txt"):
+        rewards.files(tune)
+
+
+@pytest.mark.parametrize(
+    ("weights", "objective", "captions", "words"),
+    [
+        ({"mse": 1.0}, "ar_grpo", False, "no image that mse could compare them with"),
+        ({"clip": 1.0}, "ste", True, "no gradient passes through the reward clip"),
+        ({"class": 1.0, "mse": 0.0}, "ar_grpo", True, "class needs class ids, and this model draws from captions"),
+        ({"clip": 1.0}, "ar_grpo", False, "clip needs captions, and this model draws from class ids"),
+        ({"mse": 1.0}, "cca", True, "cca contrasts classes, and this model draws from captions"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(weights: dict[str, float], objective: str, captions: bool, words: str) -> None:
+    knobs = {"prior": "kl"} if objective == "ar_grpo" else {}
+    tune = TuneConfig(rewards=weights, objective=objective, clip_model="somewhere", **knobs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=words):
+        rewards.require_fit(rewards.kinds(tune), objective, captions)
+
+
+def test_a_reward_without_its_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="tune.clip_model is empty; name the weights that it reads"):
+        TuneConfig(rewards={"clip": 1.0})
+    with pytest.raises(ValueError, match="tune.classifier is empty"):
+        TuneConfig(rewards={"class": 1.0}, classifier="")
 
 
 def test_bad_rewards_are_refused() -> None:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vapi import grpo, models
-from vapi.config import TuneConfig
+from vapi.config import TUNED, TuneConfig
 from vapi.launch import ALONE, World
 from vapi.models import Policy, vq, weights
 from vapi.objective import (
@@ -53,11 +53,6 @@ from vapi.rewards import Reward
 
 class StraightThrough(Objective):
     """L = -reward(decode(h + p - stop(p))) + beta * cross-entropy, h the drawn codes one-hot and p their probabilities."""
-
-    def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32", world: World = ALONE) -> None:
-        """Raises ValueError for a reward through which no gradient passes."""
-        reward.require_gradient()
-        super().__init__(policy, tune, reward, precision, world)
 
     def pieces(self, batch: Batch, step: int, made: Rollouts | None = None) -> Iterator[tuple[float, Tensor, Terms]]:
         tune = self.tune
@@ -86,10 +81,7 @@ class Contrastive(Objective):
     c its class, c' another, s the logistic function, b ``cca_beta``, w ``cca_weight``."""
 
     def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32", world: World = ALONE) -> None:
-        """Raises ValueError for a policy of captions."""
         super().__init__(policy, tune, reward, precision, world)
-        if not policy.num_classes:
-            raise ValueError("tune.objective cca contrasts classes, and this model draws from captions; take another objective")
         self.base = self.base or frozen_copy(policy)
 
     def pieces(self, batch: Batch, step: int, made: Rollouts | None = None) -> Iterator[tuple[float, Tensor, Terms]]:
@@ -132,62 +124,63 @@ def contrast(own: Tensor, other: Tensor, beta: float, weight: float) -> Tensor:
 class FreeRunning(Objective):
     """Equation 11's clipped term on G free draws of each condition, plus beta * k3 of KL(policy || base) on them."""
 
-    def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32", world: World = ALONE) -> None:
-        """Raises ValueError for a reward that compares with an image."""
-        reward.require_asked()
-        super().__init__(policy, tune, reward, precision, world)
-
     def pieces(self, batch: Batch, step: int, made: Rollouts | None = None) -> Iterator[tuple[float, Tensor, Terms]]:
         made = {} if made is None else made
         for number, (share, part) in enumerate(self.parts(batch)):
             if number not in made:
                 made[number] = self.free(part, step)
-            draws, terms = made[number].draws, made[number].terms
+            draws = made[number].draws
             assert draws is not None
-            for rows in torch.arange(len(part)).split(max(1, self.tune.images_per_forward // self.tune.group_size)):
-                few = slice(int(rows[0]), int(rows[-1]) + 1)
-                yield share * len(rows) / len(part), *self.loss_of(part.condition[few], draws.share(few), step, terms)
+            count = len(draws.codes)
+            for rows in torch.arange(count).split(self.tune.images_per_forward):
+                one = part.condition[rows // self.tune.group_size]
+                yield share * len(rows) / count, *self.loss_of(one, draws, slice(int(rows[0]), int(rows[-1]) + 1), step, made[number])
+            made[number].updates += 1
 
     @torch.no_grad()
     def free(self, batch: Batch, step: int) -> Rollout:
-        """G free draws of each condition with what they were worth, and their log-probabilities when drawn."""
-        group = self.tune.group_size
-        codes = self.sampled(batch, group, grpo.keys(batch.rows, self.tune.seed, DRAW, step))
+        """G free draws of each condition with what they were worth, each draw a row of its own: (B x G, 1, T)."""
+        codes = self.sampled(batch, self.tune.group_size, grpo.keys(batch.rows, self.tune.seed, DRAW, step))
         draws, terms = self.judged(codes, batch, step)
-        condition = batch.condition.repeat_interleave(group, 0)
-        draws.old = self.of_draws(self.policy, condition, codes)
-        draws.base = None if self.base is None else self.of_draws(self.base, condition, codes)
-        return Rollout(draws, terms)
+        rows = codes.flatten(0, 1)[:, None]
+        old = torch.zeros(rows.shape, device=rows.device)  # filled by the first update, which predicts them anyway
+        return Rollout(Draws(rows, draws.advantages.flatten()[:, None], old, self.under_base(rows, batch.condition)), terms)
 
     def sampled(self, batch: Batch, group: int, keys: Tensor) -> Tensor:
-        """Free draws (B, G, T), those of an image by its key (B,)."""
-        seeds = (grpo.uniforms(keys.cpu(), group) * 2**32).long().flatten().tolist()
+        """Free draws (B, G, T), those of an image by its key (B,); as many at a time as are decoded."""
+        seeds = (grpo.uniforms(keys.cpu(), group) * 2**32).long().flatten()
+        how = {"temperature": self.tune.temperature, "guidance": self.tune.rollout_guidance}
+        found = []
         with models.autocast(self.precision, self.policy.device):
-            condition = batch.condition.repeat_interleave(group, 0)
-            codes = self.policy.generate(condition, seeds, temperature=self.tune.temperature, guidance=self.tune.rollout_guidance)
-        return codes.unflatten(0, (len(batch), group))
+            for rows in torch.arange(len(seeds)).split(self.tune.images_per_reward):
+                found.append(self.policy.generate(batch.condition[rows // group], seeds[rows].tolist(), **how))  # type: ignore[arg-type]
+        return torch.cat(found).unflatten(0, (len(batch), group))
 
-    def of_draws(self, policy: Policy, condition: Tensor, codes: Tensor) -> Tensor:
-        """Log-probabilities (B, G, T) of draws (B, G, T) under their own context, of conditions (B x G, ...)."""
-        flat = codes.flatten(0, 1)
-        size = self.tune.images_per_forward
-        found = [self.chosen(self.predict(policy, asked, rows), rows, rows[:, None])[1][:, 0]
-                 for asked, rows in zip(condition.split(size), flat.split(size), strict=True)]  # fmt: skip
-        return torch.cat(found).unflatten(0, codes.shape[:2])
+    def under_base(self, rows: Tensor, condition: Tensor) -> Tensor | None:
+        """The base's log-probabilities of draws (B x G, 1, T), if the prior asks for them."""
+        if self.base is None:
+            return None
+        found = []
+        for few in torch.arange(len(rows)).split(self.tune.images_per_forward):
+            codes = rows[few, 0]
+            found.append(self.chosen(self.predict(self.base, condition[few // self.tune.group_size], codes), codes, rows[few])[1])
+        return torch.cat(found)
 
-    def loss_of(self, condition: Tensor, draws: Draws, step: int, terms: Terms) -> tuple[Tensor, Terms]:
-        """Of some images' draws."""
-        tune, flat = self.tune, draws.codes.flatten(0, 1)
-        predicted = self.predict(self.policy, condition.repeat_interleave(draws.codes.shape[1], 0), flat)
+    def loss_of(self, condition: Tensor, draws: Draws, few: slice, step: int, rollout: Rollout) -> tuple[Tensor, Terms]:
+        """Of some draws under their conditions."""
+        tune, codes = self.tune, draws.codes[few]
+        predicted = self.predict(self.policy, condition, codes[:, 0])
         with torch.no_grad():
             (entropy,) = predicted.ask(lambda log_probs: (grpo.entropy(log_probs),))
-        new = self.chosen(predicted, flat, flat[:, None])[1][:, 0].unflatten(0, draws.codes.shape[:2])
+        new = self.chosen(predicted, codes[:, 0], codes)[1]
         assert draws.old is not None
-        policy, clipped = grpo.policy_term(new, draws.old, draws.advantages, tune.ratio_clip)
+        if rollout.updates == 0:
+            draws.old[few] = new.detach()
+        policy, clipped = grpo.policy_term(new, draws.old[few], draws.advantages[few], tune.ratio_clip)
         loss = tune.policy_weight * policy
-        terms = {**terms, "entropy": entropy.mean(), "policy": policy.detach(), "clip_fraction": clipped}
+        terms = {**rollout.terms, "entropy": entropy.mean(), "policy": policy.detach(), "clip_fraction": clipped}
         if draws.base is not None:
-            prior = grpo.prior_kl(new, draws.base)
+            prior = grpo.prior_kl(new, draws.base[few])
             terms["kl"] = prior.detach()
             loss = loss + tune.prior_weight * prior
         return loss, finite({**terms, "loss": loss.detach()}, step)
@@ -200,8 +193,6 @@ class Decoder(Objective):
     """L = -reward(decode(x)) of one teacher-forced draw x of the frozen generator: what follows the codebook is trained."""
 
     def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32", world: World = ALONE) -> None:
-        """Raises ValueError for a reward through which no gradient passes."""
-        reward.require_gradient()
         super().__init__(policy, tune, reward, precision, world)
         policy.generator.requires_grad_(False)
         for part in (policy.tokenizer.decoder, policy.tokenizer.post_quant_conv):
@@ -213,7 +204,7 @@ class Decoder(Objective):
 
     def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         tokenizer: Any = self.policy.tokenizer
-        weights.save(tokenizer, folder / models.TUNED["tokenizer"], vq.metadata(tokenizer.config), tensors)
+        weights.save(tokenizer, folder / TUNED["tokenizer"], vq.metadata(tokenizer.config), tensors)
 
     def pieces(self, batch: Batch, step: int, made: Rollouts | None = None) -> Iterator[tuple[float, Tensor, Terms]]:
         for share, part in self.parts(batch):

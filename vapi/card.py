@@ -80,11 +80,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _origin(model: ModelConfig, tune: Values, inputs: Values, summary: Values, subset: Values, digest: str) -> str:
     asked = "captions" if model.captions else "classes"
+    tokenizer = tune.get("objective") == "tokenizer"
     rows = {
-        "draws": f"{model.image_size} x {model.image_size} pixels from {asked}; {summary['parameters']:,} parameters",
-        "weights": f"`{digest}`",
+        "draws": f"{model.image_size} x {model.image_size} pixels from {asked}; "
+        f"{'a tokenizer of ' * tokenizer}{summary['parameters']:,} parameters",
+        "weights": f"`{digest}`" + ", a tuned tokenizer's; the generator is the base's" * tokenizer,
         "base": f"{model.generator}, `{inputs['generator']}`",
-        "tokenizer": f"{model.tokenizer}, `{inputs['tokenizer']}`",
+        "tokenizer": f"{'tuned from ' * tokenizer}{model.tokenizer}, `{inputs['tokenizer']}`",
         "data": f"{subset['source'] or licences.UNKNOWN}, {subset['images'] or licences.UNKNOWN} images, `{inputs['subset']}`",
         "method": f"{_method(tune)}; {summary['steps']} steps, {summary['images_seen']:,} images seen",
     }

@@ -447,11 +447,16 @@ def _export(words: list[str], flags: Flags) -> int:
         raise ValueError("vapi export takes two paths: vapi export artifacts/tune tuned.pt")
     from vapi.models import janus_files, llamagen
 
-    if janus_files.is_tuned(words[0]):
-        return _export_janus(words[0], words[1], flags)
+    folder, target = Path(words[0]), words[1]
+    source = next((path for path in map(folder.joinpath, config.TUNED.values()) if path.is_file()), folder)
+    if janus_files.is_tuned(source):
+        return _export_janus(words[0], target, flags)
     if flags:
         raise ValueError(f"--{next(iter(flags))} is for Janus, and {words[0]} holds none; LlamaGen's scripts read one layout")
-    llamagen.export(*words)
+    made = folder / "config.json"
+    if made.is_file() and config.read_yaml(made.read_text())["sections"]["model"]["policy"] == "janus":
+        raise ValueError(f"{source} is a Janus's tokenizer, which no layout holds by itself; use it with --model.tokenizer {source}")
+    llamagen.export(source, target)
     print(f"{words[1]} holds the weights of {words[0]} in the layout of LlamaGen's scripts")
     return 0
 
@@ -476,6 +481,7 @@ def _weights(words: list[str], flags: Flags) -> int:
 
     data.write_weights(settings.model, ARTIFACTS / "weights")
     data.write_judges(settings, ARTIFACTS / "weights")
+    data.write_rewards(settings, ARTIFACTS / "weights")
     return 0
 
 

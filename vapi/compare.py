@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vapi import data, images, report
-from vapi.config import STAGES, flat
+from vapi.config import STAGES, TUNED, flat
 
 T = TypeVar("T")
 Scores = Mapping[str, Any]
@@ -269,9 +269,9 @@ def _without_strangers(run: Run, named: str) -> Run:
     """The same without folders that others of it were not made from: artifacts/tune made anew, and not evaluated yet. ``named`` is the
     stage whose folder the user named, which is what he wants to see; empty for a whole run."""
     folders, notices = dict(run.folders), list(run.notices)
-    weights = folders.get("tune", Path()) / HEAVY["tune"]
+    tuned = [path for path in map(folders.get("tune", Path()).joinpath, TUNED.values()) if path.is_file()]
     measured = run.results.get("weights", {}).get("tuned")
-    if measured and weights.is_file() and data.known_digest(weights) != measured:
+    if measured and tuned and data.known_digest(tuned[0]) != measured:
         if named == "tune":
             folders = {stage: folder for stage, folder in folders.items() if stage not in ("evaluate", "register")}
         else:

@@ -139,9 +139,9 @@ class TuneConfig:
     """VA-pi: objective, optimizer, sizes (arXiv 2512.19680, section 3 and table 7)."""
 
     objective: Literal["va_pi", "ste", "cca", "ar_grpo", "tokenizer"] = "va_pi"
-    """va_pi: the paper's; ste: the reward's gradient straight through the draws (table 2); cca: contrast of classes (arXiv 2410.09347)."""
+    """va_pi: the paper's; ste: straight-through gradient; cca: contrast of classes; ar_grpo: free draws; tokenizer: its decoder alone."""
     steps: int = 100
-    """Optimizer steps; each sees a fresh batch of images."""
+    """Each sees a fresh batch of images, and is one optimizer step (or updates_per_rollout)."""
     images_per_step: int = 64
     """Images per optimizer step, over all processes."""
     images_per_forward: int = 64
@@ -220,8 +220,9 @@ class TuneConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "images_per_step", "images_per_forward", "images_per_reward", "holdout_images", "updates_per_rollout"):
             require(getattr(self, name) >= 1, f"tune.{name} is {getattr(self, name)}; it must be at least 1")
+        compares = self.objective in ("va_pi", "ar_grpo") and self.policy_weight > 0
         require(
-            self.group_size >= (2 if self.policy_weight else 1),
+            self.group_size >= (2 if compares else 1),
             f"tune.group_size is {self.group_size}; an advantage needs at least 2 draws to compare",
         )
         require(self.lr > 0, f"tune.lr is {self.lr}; it must be positive")
@@ -239,10 +240,15 @@ class TuneConfig:
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"tune.{name} is {getattr(self, name)}; it must lie in [0, 1)")
         require(self.rollout_guidance >= 1, f"tune.rollout_guidance is {self.rollout_guidance}; 1.0 is none, more is stronger")
-        require(
-            self.updates_per_rollout == 1 or self.policy_weight > 0,
-            f"tune.updates_per_rollout is {self.updates_per_rollout}, and without tune.policy_weight nothing is drawn; set it to 1",
-        )
+        for name, only in {"updates_per_rollout": 1, "baseline": "group"}.items():
+            value = getattr(self, name)
+            words = f"tune.{name} is {value}, and tune.policy_weight 0 draws nothing; set it to {only}"
+            require(value == only or self.policy_weight > 0, words)
+        for reward, name in {"class": "classifier", "clip": "clip_model"}.items():
+            require(
+                not self.rewards.get(reward) or bool(getattr(self, name)),
+                f"tune.rewards.{reward} is {self.rewards.get(reward)}, and tune.{name} is empty; name the weights that it reads",
+            )
         require(self.advantage_clip > 0, f"tune.advantage_clip is {self.advantage_clip}; it must be positive")
         require(all(w >= 0 for w in self.rewards.values()), f"tune.rewards is {self.rewards}; weights must not be negative")
         _require_seed("tune.seed", self.seed)
@@ -265,7 +271,7 @@ class TuneConfig:
         if self.objective in ("ste", "cca", "tokenizer"):
             foreign |= {"prior": "ce", "updates_per_rollout": 1, "baseline": "group"}
         if self.objective == "tokenizer":
-            foreign |= {"prior_weight": 0.0}
+            foreign |= {"prior_weight": 0.0, "activation_checkpointing": False}
         if self.objective in ("ar_grpo", "tokenizer"):
             foreign |= {"sharding": "none"}
         if self.objective == "ar_grpo":
@@ -494,6 +500,8 @@ INPUTS = {
     if not field.endswith("_weights")  # only says where
 }
 """What a model is made of and judged by, as register.licences calls it, and the field that names it."""
+TUNED = {"generator": "model.safetensors", "tokenizer": "tokenizer.safetensors"}
+"""What the stage tune writes, one of these: by the field of ``ModelConfig`` whose network it replaces."""
 FOR_CAPTIONS = ("evaluate.prompts", "evaluate.detector", "evaluate.second_detector", "evaluate.clip")
 """Those of them that a generator of classes has no use for."""
 FOR_REWARDS = {"lpips": ("tune.perceptual", "tune.perceptual_weights"), "class": ("tune.classifier",), "clip": ("tune.clip_model",)}

@@ -525,6 +525,12 @@ def write_judges(settings: Config, folder: Path) -> None:
     write_json(folder / "judges.json", {name: known_digest(Path(path)) if Path(path).exists() else path for name, path in judges.items()})
 
 
+def write_rewards(settings: Config, folder: Path) -> None:
+    """The same of the networks that reward: rewards.json."""
+    named = named_files(settings, ["tune"])
+    write_json(folder / "rewards.json", {name: known_digest(Path(path)) if Path(path).exists() else path for name, path in named.items()})
+
+
 def write_weights(model: ModelConfig, folder: Path) -> None:
     """Write what DVC depends on in place of the weights, which may lie on a hub: generator.json, tokenizer.json, text_encoder.json."""
     for name, where in (("generator", model.generator), ("tokenizer", model.tokenizer)):

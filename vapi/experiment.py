@@ -69,11 +69,11 @@ class Experiment:
 
     def __init__(self, name: str, base: Config, seeds: Sequence[int], out: Path | None = None) -> None:
         self.name, self.grid, self.base, self.seeds = name, grids.grid(name), base, seeds
-        self.points = [point for point in self.grid.points if point.changes is not None]
         self.queue: dict[Path, Step] = {}
         self.known: dict[str, Path] = {}  # results by stage and configuration, whose names take a look at every file
         self.failed: set[Path] = set()
         runs = grids.runs(self.grid, base, seeds)
+        self.points = [point for point in self.grid.points if (point.name, seeds[0]) in runs]
         _require_inputs(runs)
         ends = {(point, seed): self._plan(settings, grids.title(point, seed)) for (point, seed), settings in runs.items()}
         self.table = Table(name, base, seeds, out or FOLDER / name, ends, self.failed)
@@ -179,9 +179,10 @@ class Table:
         return [self._row(point) for point in self.grid.points]
 
     def _row(self, point: Point) -> Scores:
-        row: Scores = {"name": point.name, "changes": point.changes, "paper": point.paper, "about": point.about}
+        changes = {name: str(value) if isinstance(value, grids.Times) else value for name, value in (point.changes or {}).items()}
+        row: Scores = {"name": point.name, "changes": changes, "paper": point.paper, "about": point.about}
         row |= {"runs": [], "ours": {}, "judges": {}}
-        if point.changes is None:
+        if (point.name, self.seeds[0]) not in self.ends:
             return row | {"state": "not run here"}
         ends = [self.ends[point.name, seed] for seed in self.seeds]
         made = [end for end in ends if is_made(end)]

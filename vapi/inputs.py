@@ -26,6 +26,9 @@ def looks(settings: Config) -> dict[tuple[str, str], Look]:
         found["tune.perceptual", settings.tune.perceptual] = functools.partial(_perceptual, settings)
     if settings.evaluate.extractor == "inception":
         found["evaluate.extractor", "inception"] = functools.partial(_inception, settings)
+    if settings.tune.rewards.get("clip"):
+        found["tune.clip_model", settings.tune.clip_model] = functools.partial(_clip, settings)
+    found["tune.objective", settings.tune.objective] = functools.partial(_objective, settings)
     return {(field, name): functools.partial(_file, settings, field, name) for field, name in named.items()} | found
 
 
@@ -69,6 +72,22 @@ def _perceptual(settings: Config) -> str:
 
     named = settings.tune.perceptual
     return str(rewards.network_files(named, settings.tune.perceptual_weights)[named])
+
+
+def _clip(settings: Config) -> str:
+    from vapi import rewards
+
+    return str(rewards.files(settings.tune)["clip"])
+
+
+def _objective(settings: Config) -> str:
+    """An objective whose rewards, model and classifier do not go together would be seen when all weights are loaded."""
+    from vapi import rewards
+
+    rewards.require_fit(rewards.kinds(settings.tune), settings.tune.objective, settings.model.captions)
+    if settings.tune.rewards.get("class"):
+        rewards.require_classes(settings.tune.classifier, settings.subset.classes)
+    return settings.tune.objective
 
 
 def _inception(settings: Config) -> str:

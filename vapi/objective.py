@@ -31,11 +31,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from vapi import grpo, models
-from vapi.config import TuneConfig
+from vapi.config import TUNED, TuneConfig
 from vapi.launch import ALONE, World
 from vapi.models import Policy
 from vapi.prediction import Prediction
-from vapi.rewards import Asked, Reward
+from vapi.rewards import Asked, Reward, require_fit
 
 ORDER, NOISE, DRAW, DROPOUT, HOLDOUT, OTHER = range(6)  # what a random number is for
 HOLDOUT_DRAWS = 1  # per held-out image; always from the same numbers, so that a change shows
@@ -69,14 +69,6 @@ class Draws:
     old: Tensor | None = None  # (B, G, T) log-probabilities when drawn; None: those of now
     base: Tensor | None = None  # (B, G, T) log-probabilities under the frozen base
 
-    def share(self, rows: slice) -> Draws:
-        """Some of the images."""
-
-        def part(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[rows]
-
-        return Draws(self.codes[rows], self.advantages[rows], part(self.old), part(self.base))
-
     def of(self, image: int) -> Draws:
         """The draws of one image, each a row of its own: (G, 1, ...)."""
 
@@ -92,6 +84,7 @@ class Rollout:
 
     draws: Draws | None
     terms: Terms
+    updates: int = 0  # that were made of it before
 
 
 Rollouts = dict[int, Rollout]  # by number of the part
@@ -101,6 +94,8 @@ class Objective:
     """The loss of VA-pi on a batch, in pieces that fit through one forward and backward."""
 
     def __init__(self, policy: Policy, tune: TuneConfig, reward: Reward, precision: str = "float32", world: World = ALONE) -> None:
+        """Raises ValueError for rewards that the objective cannot follow, or that this policy is not asked for."""
+        require_fit(reward.functions, tune.objective, captions=not policy.num_classes)
         self.policy, self.tune, self.reward = policy, tune, reward
         self.precision, self.world = precision, world
         self.side = round(policy.num_codes**0.5) if tune.credit == "token" else 0  # of the grid whose places have rewards of their own
@@ -116,7 +111,7 @@ class Objective:
 
     def save(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write the weights of what was trained."""
-        self.policy.save(folder / models.TUNED["generator"], tensors)
+        self.policy.save(folder / TUNED["generator"], tensors)
 
     def pieces(self, batch: Batch, step: int, made: Rollouts | None = None) -> Iterator[tuple[float, Tensor, Terms]]:
         """(share of all images, loss, its terms): the gradient of the step is that of sum(share * loss) over all processes.
@@ -159,11 +154,12 @@ class Objective:
                 if rollout.draws is not None:
                     rollout.draws.old = self.chosen(predicted, batch.codes, rollout.draws.codes)[1]
             del predicted
-        draws, terms = made[number].draws, made[number].terms
+        draws, terms, again = made[number].draws, made[number].terms, made[number].updates
+        made[number].updates += 1
         for image in range(len(batch)):
             one = batch[image : image + 1]
             repeat = [0] * self.tune.group_size
-            with _dropout(self.policy, int(grpo.keys(one.rows, self.tune.seed, DROPOUT, step))):
+            with _dropout(self.policy, int(grpo.keys(one.rows, self.tune.seed, DROPOUT, step, *([again] if again else [])))):
                 rows = self.predict(self.policy, one.condition[repeat], context[image : image + 1][repeat])
             yield self.loss(rows, one.codes[repeat], None if draws is None else draws.of(image), step, terms)
 

@@ -188,7 +188,11 @@ def files(tune: TuneConfig) -> dict[str, Path]:
     """The files behind a configuration's rewards. Raises ValueError as ``network_files`` does."""
     found = network_files(tune.perceptual, tune.perceptual_weights) if tune.rewards.get("lpips") else {}
     found |= {"classifier": weights.locate(tune.classifier)} if tune.rewards.get("class") else {}
-    return found | ({"clip": Path(tune.clip_model)} if tune.rewards.get("clip") else {})
+    if not tune.rewards.get("clip"):
+        return found
+    from vapi.metrics import clip
+
+    return found | {"clip": clip.require(tune.clip_model, CLIP_MODEL)}
 
 
 def load_lpips(perceptual: str, folder: str = "", device: str | torch.device = "cpu") -> Lpips:
@@ -223,13 +227,21 @@ class OfClass(OfRequest):
         self.network = features.load(weights.locate(path), device)
 
     def __call__(self, images: Tensor, asked: Asked) -> Tensor:
-        """Raises ValueError for captions, and for classes that the classifier does not know."""
-        if not isinstance(asked, Tensor):
-            raise ValueError("the reward class needs class ids, and this model draws from captions; take clip, or one of yours")
+        """Raises ValueError for classes that the classifier does not know."""
+        assert isinstance(asked, Tensor)
         logits = self.network.logits(images).float()
-        if int(asked.max()) >= logits.shape[1]:
-            raise ValueError(f"tune.classifier knows {logits.shape[1]} classes, and class {int(asked.max())} was asked for; name another")
+        _require_known(logits.shape[1], int(asked.max()) + 1)
         return logits.log_softmax(-1).gather(1, asked[:, None])[:, 0]
+
+
+def require_classes(classifier: str, count: int) -> None:
+    """Raises ValueError for a classifier that does not know the classes 0 .. ``count`` - 1."""
+    _require_known(features.load(weights.locate(classifier)).head.out_features, count)
+
+
+def _require_known(known: int, count: int) -> None:
+    if count > known:
+        raise ValueError(f"tune.classifier knows the classes 0 .. {known - 1}, and {count - 1} is asked for; name one that knows them all")
 
 
 class OfCaption(OfRequest):
@@ -241,16 +253,13 @@ class OfCaption(OfRequest):
         """Raises ValueError where there is no folder of CLIP's weights."""
         from vapi.metrics import clip, text
 
-        if not folder:
-            raise ValueError(f"the reward clip reads CLIP's weights; set tune.clip_model to a folder of them ({clip.EXAMPLE})")
-        self.score = text.ClipScore(clip.load(folder, device))
+        self.score = text.ClipScore(clip.load(folder, device, CLIP_MODEL))
 
     def __call__(self, images: Tensor, asked: Asked) -> Tensor:
-        """Raises ValueError for classes."""
-        if isinstance(asked, Tensor):
-            raise ValueError("the reward clip needs captions, and this model draws from class ids; take class, or one of yours")
+        assert not isinstance(asked, Tensor)
         pictures = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
-        return torch.tensor(self.score(pictures, asked, [{}] * len(asked)), device=images.device)
+        with torch.autocast(images.device.type, enabled=False):  # as published: draws of one caption differ by little
+            return torch.tensor(self.score(pictures, asked, [{}] * len(asked)), device=images.device)
 
 
 REWARDS: dict[str, RewardFunction | OfRequest | None] = {  # None: it has a network to read, see Reward
@@ -260,6 +269,32 @@ REWARDS: dict[str, RewardFunction | OfRequest | None] = {  # None: it has a netw
     "class": None,
     "clip": None,
 }
+NETWORKED: dict[str, type] = {"lpips": Lpips, "class": OfClass, "clip": OfCaption}
+CLIP_MODEL = "tune.clip_model"
+
+
+def require_fit(functions: Mapping[str, object], objective: str, captions: bool) -> None:
+    """Raises ValueError for rewards (or their classes, by name) that an objective cannot follow, or that a model of captions, or of
+    classes, is not asked for; and for an objective that it has no use for."""
+
+    def named(fits: Callable[[type, object], bool]) -> str:
+        return ", ".join(name for name, one in functions.items() if fits(one if isinstance(one, type) else type(one), one))
+
+    if objective == "cca" and captions:
+        raise ValueError("tune.objective cca contrasts classes, and this model draws from captions; take another objective")
+    if objective == "ar_grpo" and (compare := named(lambda kind, _: not issubclass(kind, OfRequest))):
+        raise ValueError(f"free draws have no image that {compare} could compare them with; set their weights to 0, and class or clip to 1")
+    if objective in ("ste", "tokenizer") and (blind := named(lambda _, one: not getattr(one, "gradient", True))):
+        raise ValueError(f"no gradient passes through the reward {blind}, which tune.objective {objective} needs; leave it out")
+    if captions and (classes := named(lambda kind, _: issubclass(kind, OfClass))):
+        raise ValueError(f"the reward {classes} needs class ids, and this model draws from captions; take clip, or one of yours")
+    if not captions and (words := named(lambda kind, _: issubclass(kind, OfCaption))):
+        raise ValueError(f"the reward {words} needs captions, and this model draws from class ids; take class, or one of yours")
+
+
+def kinds(tune: TuneConfig) -> dict[str, object]:
+    """The configuration's rewards as ``require_fit`` takes them, before any network is read."""
+    return {name: REWARDS.get(name) or NETWORKED.get(name) for name, weight in tune.rewards.items() if weight}
 
 
 class Reward:
@@ -327,17 +362,6 @@ class Reward:
         """Raises ValueError for a reward that does not tell where."""
         if dumb := [name for name, function in self.functions.items() if not (isinstance(function, Lpips) or hasattr(function, "map"))]:
             raise ValueError(f"tune.credit token asks rewards where they come from, and {', '.join(dumb)} has no map; use credit image")
-
-    def require_asked(self) -> None:
-        """Raises ValueError for a reward that compares with an image."""
-        if compare := [name for name, function in self.functions.items() if not isinstance(function, OfRequest)]:
-            theirs = " and ".join(f"tune.rewards.{name} 0" for name in compare)
-            raise ValueError(f"free draws have no image that {', '.join(compare)} could compare them with; set {theirs}, and class or clip")
-
-    def require_gradient(self) -> None:
-        """Raises ValueError for a reward through which no gradient passes."""
-        if blind := [name for name, function in self.functions.items() if not getattr(function, "gradient", True)]:
-            raise ValueError(f"no gradient passes through the reward {', '.join(blind)}, which this tune.objective needs; leave it out")
 
     def _part(self, name: str, images: Tensor, targets: Tensor, side: int, asked: Asked) -> Tensor:
         function = self.functions[name]

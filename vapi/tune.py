@@ -43,7 +43,7 @@ from vapi.config import ModelConfig, TuneConfig, plain
 from vapi.launch import INTERRUPTED, World
 from vapi.models import Policy, text, weights
 from vapi.objective import DRAW, HOLDOUT, ORDER, Batch, Objective, optimizer_of, update
-from vapi.rewards import Reward, files
+from vapi.rewards import Reward, files, kinds, require_fit
 from vapi.run import NO_RUN, Run
 
 SHEET_IMAGES = 8
@@ -360,6 +360,7 @@ def tune(model: ModelConfig, tune: TuneConfig, subset: Path, tokens: Path, out: 
     world = launch.world(model.device)
     with world.first_enters(data.output_folder(out, "tune")) as folder:
         _require_work(tune, world)
+        require_fit(kinds(tune), tune.objective, model.captions)
         parallelize.require_compiler(tune, models.device_of(model))
         examples = Examples(model, tune, subset, tokens)
         inputs = world.once(lambda: _inputs(model, tune, subset, tokens))

@@ -38,7 +38,7 @@ def tune(settings: Measured) -> dict[str, Any]:
         raise ValueError(f"vapi bench tune compares va_pi with its released step, not {settings.tune.objective}; leave tune.objective out")
     built = world.world(settings)
     policy, device, precision = built.policy, built.device, settings.model.precision
-    tune = replace(settings.tune, policy_dropout="none", sharding="none")
+    tune = replace(settings.tune, policy_dropout="none", sharding="none", updates_per_rollout=1)
     parallelize.require_compiler(tune, device)
     reward = world.reward(settings, device)
     batch = world.batch(policy, tune.images_per_step)

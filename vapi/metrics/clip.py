@@ -90,18 +90,18 @@ class Clip:
             return self.network.text_projection(pooled)
 
 
-def require(folder: str | Path) -> Path:
+def require(folder: str | Path, setting: str = SETTING) -> Path:
     """The folder, after all that can be checked without loading it. Raises ValueError where the library or a file is missing, or
     for another kind of network."""
-    pretrained.require_transformers(f"{SETTING} {folder}")
-    path = pretrained.locate(folder, SETTING, EXAMPLE, more=("vocab.json", "merges.txt"))
-    pretrained.read_config(path, "clip", SETTING, EXAMPLE)
+    pretrained.require_transformers(f"{setting} {folder}")
+    path = pretrained.locate(folder, setting, EXAMPLE, more=("vocab.json", "merges.txt"))
+    pretrained.read_config(path, "clip", setting, EXAMPLE)
     return path
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu") -> Clip:
+def load(folder: str | Path, device: torch.device | str = "cpu", setting: str = SETTING) -> Clip:
     """CLIP from a folder (or a hub id org/name), frozen. Raises ValueError as ``require`` does, and for weights that do not fit."""
-    path = require(folder)
+    path = require(folder, setting)
     from transformers import CLIPModel, CLIPTokenizer
 
     network = pretrained.load(CLIPModel, path, device)

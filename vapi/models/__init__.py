@@ -16,7 +16,7 @@ from typing import Any, Protocol, Unpack
 import torch
 from torch import Tensor, nn
 
-from vapi.config import READERS, ModelConfig, nearest
+from vapi.config import READERS, TUNED, ModelConfig, nearest
 from vapi.models import weights
 from vapi.models.memory import Footprint
 from vapi.models.sampler import Sampling
@@ -144,10 +144,6 @@ def load(model: ModelConfig, generator: str | Path = "") -> Policy:
     """The base model, or the same with other generator weights (a tuned checkpoint)."""
     policy: Policy = _module(model).load(model, generator or model.generator, device_of(model))
     return policy
-
-
-TUNED = {"generator": "model.safetensors", "tokenizer": "tokenizer.safetensors"}
-"""What the stage tune writes, one of these: by the field of ``ModelConfig`` whose network it replaces."""
 
 
 @dataclass(frozen=True)

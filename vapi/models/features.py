@@ -1,7 +1,7 @@
 """A small convolutional network whose features stand in for VGG (reward) and Inception (metrics).
 
-The embedded data ships two of them, trained with different seeds, objectives and glyphs, so that the
-metric does not grade its own reward.
+The embedded data ships three of them, trained with different seeds, objectives and glyphs, so that the
+metric does not grade its own reward: VA-pi's has no labels, and the classifier is for free draws alone.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Stage(nn.Module):
 class FeatureNet(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] to feature maps, a pooled vector, and class scores."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = CLASSES) -> None:
         super().__init__()
         ins = (3, *WIDTHS[:-1])
         self.stages = nn.ModuleList(Stage(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(zip(ins, WIDTHS, strict=True)))
-        self.head = nn.Linear(WIDTHS[-1], CLASSES)
+        self.head = nn.Linear(WIDTHS[-1], classes)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """One map per stage: (B, 16, H, W), (B, 32, H/2, W/2), (B, 64, H/4, W/4)."""
@@ -55,14 +55,14 @@ class FeatureNet(nn.Module):
         return self.features(images)[-1].mean(dim=(2, 3))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Class scores (B, 10)."""
+        """Class scores (B, classes)."""
         return self.head(self.pooled(images))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> FeatureNet:
     """Read a network, frozen. Raises ValueError if the file is not one of ours."""
     state, _ = weights.read(path)
-    network = FeatureNet()
+    network = FeatureNet(len(state.get("head.bias", ())) or CLASSES)
     weights.fill(network, state, path)
     return network.to(device).eval().requires_grad_(False)
 

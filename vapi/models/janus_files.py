@@ -272,9 +272,8 @@ def _few(names: list[str]) -> str:
 
 
 def is_tuned(source: str | Path) -> bool:
-    """Whether a file, or a folder of the stage tune, holds the tuned part of a Janus."""
-    path = Path(source) / "model.safetensors" if Path(source).is_dir() else source
-    return SIZES in weights.read(path)[1]
+    """Whether a file holds the tuned part of a Janus."""
+    return SIZES in weights.read(source)[1]
 
 
 # --- writing -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vapi.config import ModelConfig
-from vapi.models import TUNED, gpt, text, vq, weights
+from vapi.models import gpt, text, vq, weights
 from vapi.models.coded import META, Coded, frozen_tokenizer
 
 
@@ -81,12 +81,10 @@ def load(model: ModelConfig, generator: str | Path, device: torch.device) -> Lla
 
 def export(source: str | Path, target: str | Path) -> None:
     """Copy the weights of a generator or a tokenizer into the layout that LlamaGen's own scripts read: a torch
-    checkpoint with the state dict under ``model``. ``source`` may be the output folder of the stage tune.
+    checkpoint with the state dict under ``model``.
 
     Raises ValueError for weights that are neither's, and where ``target`` cannot be written.
     """
-    if Path(source).is_dir():
-        source = next((path for path in map(Path(source).joinpath, TUNED.values()) if path.is_file()), source)
     state, meta = weights.read(source)
     if "quantize.embedding.weight" in state:
         with META:
