@@ -47,13 +47,18 @@ def test_dvc_reads_the_same_sections_and_folders(stage: str) -> None:
     assert folders == [f"{ARTIFACTS}/{name}" for name in spec.inputs]
 
 
+WHEN_ASKED = {"tune": {f"vapi/metrics/{name}.py" for name in ("clip", "pretrained", "text")}}
+"""What a stage imports for some configurations alone: the reward ``clip``."""
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_runs_a_stage_again_when_its_code_changes(stage: str) -> None:
     code = [dep for dep in block(stage)["deps"] if dep.startswith("vapi/")]
     needed = {str(MODULES[module].relative_to(ROOT)) for module in reached(f"vapi.{stage}", without=NO_RESULT)}
     covered = {path: [dep for dep in code if path == dep or path.startswith(f"{dep}/")] for path in needed}
     assert not [path for path, deps in covered.items() if not deps], "modules that the stage reaches and dvc.yaml does not name"
-    assert not set(code) - {dep for deps in covered.values() for dep in deps}, "modules that dvc.yaml names and the stage does not reach"
+    when_asked = WHEN_ASKED.get(stage, set())
+    assert not set(code) - when_asked - {dep for deps in covered.values() for dep in deps}, "modules that dvc.yaml names and the stage does not reach"
     assert code == sorted(code)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from conftest import TINY_GPT, TINY_VQ, write_tiny
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vapi import cli, models
+from vapi import cli, data, models
 from vapi.config import ModelConfig
 from vapi.models import gpt, llamagen, vq, weights
 
@@ -254,6 +255,21 @@ def test_export_is_read_as_llamagen_reads_it_and_comes_back(tiny_model: ModelCon
     assert all(torch.equal(tensor, state[name]) for name, tensor in policy.generator.state_dict().items())
     assert (tmp_path / "out" / "tuned.pt").stat().st_size < 1.2 * (tuned / "model.safetensors").stat().st_size
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tuned.pt"]  # nothing half-written
+
+
+def test_a_tuned_tokenizer_is_exported_from_its_folder(tiny_model: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tune").mkdir()
+    shutil.copy(tiny_model.tokenizer, tmp_path / "tune" / "tokenizer.safetensors")
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["export", str(tmp_path / "tune"), str(tmp_path / "tuned.pt")])
+    assert leaving.value.code == 0
+    tokenizer = models.load(tiny_model).tokenizer.state_dict()
+    state = torch.load(tmp_path / "tuned.pt")["model"]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tokenizer.items())
+    data.write_json(tmp_path / "tune" / "config.json", {"sections": {"model": {"policy": "janus"}}})
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["export", str(tmp_path / "tune"), str(tmp_path / "again.pt")])
+    assert leaving.value.code == cli.MISTAKE and "is a Janus's tokenizer" in capsys.readouterr().err
 
 
 def test_what_was_exported_loads_again(states: tuple[ModelConfig, State, State], tmp_path: Path) -> None:
