@@ -58,7 +58,9 @@ def test_dvc_runs_a_stage_again_when_its_code_changes(stage: str) -> None:
     covered = {path: [dep for dep in code if path == dep or path.startswith(f"{dep}/")] for path in needed}
     assert not [path for path, deps in covered.items() if not deps], "modules that the stage reaches and dvc.yaml does not name"
     when_asked = WHEN_ASKED.get(stage, set())
-    assert not set(code) - when_asked - {dep for deps in covered.values() for dep in deps}, "modules that dvc.yaml names and the stage does not reach"
+    assert not set(code) - when_asked - {dep for deps in covered.values() for dep in deps}, (
+        "modules that dvc.yaml names and the stage does not reach"
+    )
     assert code == sorted(code)
 
 
