@@ -19,15 +19,16 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from vapi import config
+from vapi import config, grids
 from vapi.config import Config
-from vapi.experiment import Table
+from vapi.experiment import Table, number
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks/results/experiments.json"
 PAGE, CHART = ROOT / "docs/results.md", ROOT / "docs/results.png"
 MARKED = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CHARTED = ("table4", "figure4", "credit", "objectives", "group-size", "updates", "reward-weights")
+MORE = ("kid", "fid_random", "class_accuracy", "geneval_second")
 OFF = 4.0  # times the base's FID: what is off the chart
 Found = dict[str, Any]
 
@@ -39,9 +40,18 @@ def collect(folder: Path, machine: str) -> None:
         found = json.loads(path.read_text())
         if found["experiment"] == path.parent.name and all(row["state"] in ("done", "not run here") for row in found["rows"]):
             when = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).date().isoformat()
-            rows = [{name: value for name, value in row.items() if name != "runs"} for row in found["rows"]]
+            rows = [_with_more(row, found["experiment"], folder) for row in found["rows"]]
             kept[found["experiment"]] = {**found, "rows": rows, "date": when, "machine": machine}
     KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def _with_more(row: Found, name: str, folder: Path) -> Found:
+    """A row without the names of its runs, with what they hold beside the table's metrics, by seed."""
+    sides = {point.name: point.side for point in grids.grid(name).points}
+    results = [json.loads((folder / Path(run).relative_to("artifacts/experiments") / "metrics.json").read_text()) for run in row["runs"]]
+    more = {metric: [number(one, sides[row["name"]], metric) for one in results] for metric in MORE}
+    also = {metric: values for metric, values in more.items() if values and None not in values}
+    return {key: value for key, value in row.items() if key != "runs"} | {"also": also}
 
 
 def table(found: Found) -> str:
