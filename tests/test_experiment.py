@@ -113,6 +113,11 @@ def test_objectives_go_with_the_released_configuration_and_with_captions() -> No
         grid = GRIDS["objectives"]
         run = {name for name, _ in grids.runs(grid, recipes.recipe(recipe), [0])}
         assert {point.name for point in grid.points} - run == left_out
+    contrast = grids.changed(recipes.recipe("digits-t2i"), {"tune.objective": "cca"})
+    with pytest.raises(ValueError, match=r"tune.objective: tune.objective cca contrasts classes, and this model draws from captions"):
+        Experiment("steps", contrast, [0])
+    with pytest.raises(ValueError, match="no reward is called 'msee'; did you mean 'mse'"):
+        Experiment("steps", grids.changed(recipes.recipe("digits"), {"tune.rewards.msee": 1.0}), [0])
     mine = grids.changed(recipes.recipe("llamagen-xl-c2i"), {"tune.classifier": "data/mine.safetensors"})
     assert ("AR-GRPO", 0) in grids.runs(GRIDS["table2-xl"], mine, [0])
 

@@ -269,7 +269,7 @@ def _without_strangers(run: Run, named: str) -> Run:
     """The same without folders that others of it were not made from: artifacts/tune made anew, and not evaluated yet. ``named`` is the
     stage whose folder the user named, which is what he wants to see; empty for a whole run."""
     folders, notices = dict(run.folders), list(run.notices)
-    tuned = [path for path in map(folders.get("tune", Path()).joinpath, TUNED.values()) if path.is_file()]
+    tuned = [path for path in map(folders["tune"].joinpath, TUNED.values()) if path.is_file()] if "tune" in folders else []
     measured = run.results.get("weights", {}).get("tuned")
     if measured and tuned and data.known_digest(tuned[0]) != measured:
         if named == "tune":

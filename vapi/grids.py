@@ -335,7 +335,8 @@ def settings(made: Grid, base: Config, point: Point, seed: int) -> Config:
 def runs(made: Grid, base: Config, seeds: Sequence[int]) -> dict[tuple[str, int], Config]:
     """What each point that can be run is run with, by its name and the seed; a whole table of one seed before the next seed's."""
     found = {(point.name, seed): settings(made, base, point, seed) for seed in seeds for point in made.points if point.changes is not None}
-    return {run: how for run, how in found.items() if fits(how)}
+    # where the base itself does not fit, whoever looks at inputs says why
+    return {run: how for run, how in found.items() if fits(how)} if fits(base) else found
 
 
 def fits(how: Config) -> bool:

@@ -28,7 +28,11 @@ def looks(settings: Config) -> dict[tuple[str, str], Look]:
         found["evaluate.extractor", "inception"] = functools.partial(_inception, settings)
     if settings.tune.rewards.get("clip"):
         found["tune.clip_model", settings.tune.clip_model] = functools.partial(_clip, settings)
-    found["tune.objective", settings.tune.objective] = functools.partial(_objective, settings)
+    asked = sorted(name for name, weight in settings.tune.rewards.items() if weight)
+    words = f"{settings.tune.objective} by {', '.join(asked)}, {'captions' if settings.model.captions else 'classes'}"
+    found["tune.objective", words] = functools.partial(_objective, settings)
+    if settings.tune.rewards.get("class"):
+        found["tune.classifier", settings.tune.classifier] = functools.partial(_classifier, settings)
     return {(field, name): functools.partial(_file, settings, field, name) for field, name in named.items()} | found
 
 
@@ -77,17 +81,22 @@ def _perceptual(settings: Config) -> str:
 def _clip(settings: Config) -> str:
     from vapi import rewards
 
-    return str(rewards.files(settings.tune)["clip"])
+    return str(rewards.clip_folder(settings.tune))
 
 
 def _objective(settings: Config) -> str:
-    """An objective whose rewards, model and classifier do not go together would be seen when all weights are loaded."""
+    """An objective whose rewards and model do not go together would be seen when all weights are loaded."""
     from vapi import rewards
 
     rewards.require_fit(rewards.kinds(settings.tune), settings.tune.objective, settings.model.captions)
-    if settings.tune.rewards.get("class"):
-        rewards.require_classes(settings.tune.classifier, settings.subset.classes)
     return settings.tune.objective
+
+
+def _classifier(settings: Config) -> str:
+    from vapi import rewards
+
+    rewards.require_classes(settings.tune.classifier, settings.subset.classes)
+    return settings.tune.classifier
 
 
 def _inception(settings: Config) -> str:

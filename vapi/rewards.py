@@ -188,11 +188,14 @@ def files(tune: TuneConfig) -> dict[str, Path]:
     """The files behind a configuration's rewards. Raises ValueError as ``network_files`` does."""
     found = network_files(tune.perceptual, tune.perceptual_weights) if tune.rewards.get("lpips") else {}
     found |= {"classifier": weights.locate(tune.classifier)} if tune.rewards.get("class") else {}
-    if not tune.rewards.get("clip"):
-        return found
+    return found | ({"clip": clip_folder(tune)} if tune.rewards.get("clip") else {})
+
+
+def clip_folder(tune: TuneConfig) -> Path:
+    """The folder behind the reward clip. Raises ValueError where it is not one of CLIP's weights."""
     from vapi.metrics import clip
 
-    return found | {"clip": clip.require(tune.clip_model, CLIP_MODEL)}
+    return clip.require(tune.clip_model, CLIP_MODEL)
 
 
 def load_lpips(perceptual: str, folder: str = "", device: str | torch.device = "cpu") -> Lpips:
@@ -293,7 +296,10 @@ def require_fit(functions: Mapping[str, object], objective: str, captions: bool)
 
 
 def kinds(tune: TuneConfig) -> dict[str, object]:
-    """The configuration's rewards as ``require_fit`` takes them, before any network is read."""
+    """The configuration's rewards as ``require_fit`` takes them, before any network is read. Raises ValueError for an unknown name."""
+    for name in tune.rewards:
+        if name not in REWARDS:
+            raise ValueError(f"no reward is called {name!r}; {nearest(name, REWARDS)}")
     return {name: REWARDS.get(name) or NETWORKED.get(name) for name, weight in tune.rewards.items() if weight}
 
 
