@@ -225,7 +225,7 @@ def test_random_labels_follow_the_image_alone(world: World) -> None:
     results = world.run(labels="random")
     assert "drawn for each image" in results["protocol"]["labels"] and results["base"]["fid"] != world.run("second")["base"]["fid"]
     bench = evaluate.Bench.of(world.model, dataclasses.replace(world.config, labels="random"), models.load(world.model))
-    make = evaluate.Contestant(bench, "base", Path(world.model.generator)).draw(Sampler(), seed=3)
+    make = evaluate.Contestant(bench, "base", models.Networks.base(world.model)).draw(Sampler(), seed=3)
     images, labels = make(range(20))
     alone, label = make(range(13, 14))
     assert torch.equal(alone[0], images[13]) and label == labels[13]
@@ -344,7 +344,7 @@ def test_a_killed_run_goes_on_where_it_stopped(world: World) -> None:
     drawn: list[range] = []
     policy = models.load(world.model)
     bench = evaluate.Bench.of(world.model, world.config, policy)
-    make = evaluate.Contestant(bench, "base", Path(world.model.generator)).draw(Sampler(), seed=0)
+    make = evaluate.Contestant(bench, "base", models.Networks.base(world.model)).draw(Sampler(), seed=0)
 
     def dies_in_the_third_batch(numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
         if len(drawn) == 2:
@@ -402,7 +402,7 @@ def test_old_features_are_thrown_away_when_there_are_too_many(world: World, monk
 
 def test_labels_are_balanced_and_images_do_not_depend_on_their_batch(world: World) -> None:
     bench = evaluate.Bench.of(world.model, world.config, models.load(world.model))
-    make = evaluate.Contestant(bench, "base", Path(world.model.generator)).draw(Sampler(), seed=3)
+    make = evaluate.Contestant(bench, "base", models.Networks.base(world.model)).draw(Sampler(), seed=3)
     images, labels = make(range(20))
     assert labels.bincount().tolist() == [2] * 10
     alone, label = make(range(13, 14))
@@ -412,7 +412,7 @@ def test_labels_are_balanced_and_images_do_not_depend_on_their_batch(world: Worl
 def test_settings_of_the_sampler_reach_the_samples(world: World) -> None:
     bench = evaluate.Bench.of(world.model, dataclasses.replace(world.config, images_per_batch=0), models.load(world.model))
     assert bench.judge.images_per_batch == memory.MOST_IMAGES  # 0: what fits, and these are tiny
-    contestant = evaluate.Contestant(bench, "base", Path(world.model.generator))
+    contestant = evaluate.Contestant(bench, "base", models.Networks.base(world.model))
     settings = [Sampler(), Sampler(guidance=3.0), Sampler(guidance=3.0, guidance_schedule="power-cosine")]
     settings += [dataclasses.replace(settings[-1], guidance_power=8.0), Sampler(top_k=3), Sampler(top_p=0.3), Sampler(temperature=0.3)]
     drawn = [contestant.draw(how, 0)(range(6))[0] for how in settings]
@@ -431,7 +431,7 @@ def test_sample_seeds_never_meet() -> None:
 def test_teacher_forced_draws_follow_the_policy(world: World) -> None:
     """At a temperature near zero a draw is the likeliest code; here: a peaked policy redraws what it predicts."""
     bench = evaluate.Bench.of(world.model, world.config, models.load(world.model))
-    contestant = evaluate.Contestant(bench, "base", Path(world.model.generator))
+    contestant = evaluate.Contestant(bench, "base", models.Networks.base(world.model))
     with torch.no_grad():
         contestant.policy.generator.output.weight.mul_(1e4)
     labels = bench.real.labels[:6]
