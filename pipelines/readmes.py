@@ -7,6 +7,7 @@ from typing import Any
 
 import docstring_parser
 
+from components.branches.component import branches
 from components.collect.component import collect
 from components.evaluate.component import evaluate
 from components.expand.component import expand
@@ -27,6 +28,7 @@ COMPONENTS: dict[str, Any] = {
     "evaluate": evaluate,
     "register": register,
     "expand": expand,
+    "branches": branches,
     "collect": collect,
 }
 KINDS = {"String": "text", "Integer": "integer", "Float": "number", "Boolean": "true or false", "List": "list", "Dict": "mapping"}

@@ -50,7 +50,17 @@ def test_a_tree_has_every_stage_once_and_every_point(name: str, tmp_path: Path) 
     place = step.Place(tmp_path, tmp_path)  # (with a volume no file is read for its digest)
     plans = {run: preflight.plans(settings, Origin(), place) for run, settings in asked.runs.items()}
     titled = {grids.title(*run): experiment._named(name, grids.title(*run), each) for run, each in plans.items()}
-    branches = experiment.tree(list(titled.values()))
+    branches = experiment.grown(list(titled.values()))
+
+    (tmp_path / "tree").write_text(json.dumps(branches))
+    first = experiment.opened(str(tmp_path / "tree"), "")
+    for images, opened in zip(branches, first, strict=True):
+        assert opened == {"subset": images["subset"], "tokens": images["tokens"], "at": opened["at"]}
+        for model, inner in zip(images["then"], experiment.opened(str(tmp_path / "tree"), opened["at"]), strict=True):
+            assert inner["tune"] == model["tune"]
+            assert [look["evaluate"] for look in experiment.opened(str(tmp_path / "tree"), inner["at"])] == [
+                look["evaluate"] for look in model["then"]
+            ]
 
     models = [model for images in branches for model in images["then"]]
     looks = [look for model in models for look in model["then"]]
@@ -110,7 +120,7 @@ def test_a_mistake_ends_the_first_box(
     monkeypatch.setenv("VAPI_STATE", str(tmp_path / "state"))
     with pytest.raises(SystemExit) as stop:
         experiment.expand(
-            config.plain(ClusterConfig()), "", filled(track_uri="off", **changes), str(tmp_path / "checks"), str(tmp_path / "table")
+            config.plain(ClusterConfig()), "", filled(track_uri="off", **changes), *(str(tmp_path / name) for name in ("checks", "table", "tree"))
         )
     assert stop.value.code == 2 and answer in capsys.readouterr().err and not (tmp_path / "table").exists()
 
@@ -147,7 +157,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_a_whole_run_makes_the_table_of_all_its_evaluations(ran: Path) -> None:
     boxes = [path.parent.name for path in ran.rglob("executor_output.json")]
-    assert {box: boxes.count(box) for box in boxes} == {"expand": 1, "subset": 1, "tokens": 1, "tune": 2, "evaluate": 2, "collect": 1}
+    assert {box: boxes.count(box) for box in boxes} == {"expand": 1, "subset": 1, "tokens": 1, "branches": 1, "branches-2": 2, "tune": 2, "evaluate": 2, "collect": 1}
     results = json.loads((ran / "collect/results/results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     assert list(rows) == ["base", "none", "official"] and all(row["state"] == "done" for row in rows.values())

@@ -30,7 +30,7 @@ from vapi.config import STAGES
 COMPONENTS = readmes.COMPONENTS
 NAMES = packages.published()
 RECIPES = [name for name in NAMES if name not in experiment.PACKAGES]
-PLACED_AS = {"trainjob": "tune", "expand": "preflight", "collect": "register"}
+PLACED_AS = {"trainjob": "tune", "expand": "preflight", "collect": "register", "branches": "register", "branches-2": "register"}
 
 
 @cache
@@ -186,6 +186,13 @@ def test_an_experiment_loops_over_what_its_runs_share(name: str) -> None:
         within = inner
     parallel = packages.load_cluster().limits.parallel
     assert found == [("images", 1, {"subset", "tokens"}), ("models", parallel, {"tune"}), ("evaluations", 1, {"evaluate"})]
+    assert not any(
+        "parameterExpressionSelector" in given
+        for dag in dags(name).values()
+        for task in dag["tasks"].values()
+        if "parameterIterator" in task
+        for given in task["inputs"]["parameters"].values()
+    ), "which Kubeflow's driver evaluates again in each iteration, when the items are gone"
     first, last = (documents(name)[0]["root"]["dag"]["tasks"][box] for box in ("expand", "collect"))
     assert "dependentTasks" not in first and last["dependentTasks"] == ["expand", "for-loop-1"]
     collected = documents(name)[0]["components"]["comp-collect"]["inputDefinitions"]["artifacts"]["evaluations"]

@@ -3,7 +3,7 @@
     form -> the grid's runs -> checks -> a tree of plans -> (the steps that every run has) -> table
 
 The tree has every stage once, however many points and seeds share it: images, the models that are tuned on them, the looks
-at a model. The pipeline loops over its branches. Evaluations come back in any order; each bears its run's tags, by which its
+at a model. The pipeline loops over its branches, which a box reads from the tree for each inner loop (``opened``). Evaluations come back in any order; each bears its run's tags, by which its
 row is found. The grids, and what a table looks like, are those of ``vapi.grids`` and ``vapi.experiment``.
 """
 
@@ -30,6 +30,8 @@ POINT = "vapi.point"
 """The tag that names a run: a point and a seed, the first of those that share it."""
 THEN = "then"
 """Where a branch of the tree has its branches."""
+AT = "at"
+"""Where a branch that a loop goes over has its place in the tree: numbers of branches, one a level."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,12 @@ def resolved(values: Mapping[str, Any], volume: bool) -> Asked:
 # --- the first step ----------------------------------------------------------------------------
 
 
-def expand(cluster: Mapping[str, Any], work_dir: str, form: Mapping[str, Any], report: str, table: str) -> list[dict[str, Any]]:
-    """Check what the form asks for; the branches of the tree.
+def expand(
+    cluster: Mapping[str, Any], work_dir: str, form: Mapping[str, Any], report: str, table: str, tree: str
+) -> list[dict[str, Any]]:
+    """Check what the form asks for; the first branches of the tree.
 
-    Writes the checks as Markdown to ``report``, and to ``table`` what ``collect`` must know. Raises SystemExit(2) after printing every
+    Writes the checks as Markdown to ``report``, the whole to ``tree``, and to ``table`` what ``collect`` must know. Raises SystemExit(2) after printing every
     check if one of them failed.
     """
 
@@ -92,9 +96,9 @@ def expand(cluster: Mapping[str, Any], work_dir: str, form: Mapping[str, Any], r
     with step.in_words(), step.workplace(work_dir) as place:
         asked, source = preflight.looked_at(ask, place, cluster, {"tune_nodes": 1, **form}, False, report)
         plans = {grids.title(point, seed): preflight.plans(settings, source, place) for (point, seed), settings in asked.runs.items()}
-        branches = tree([_named(asked.name, title, each) for title, each in plans.items()])
+        data.write_json(Path(tree), grown([_named(asked.name, title, each) for title, each in plans.items()]))
         _describe(asked, plans, Path(table))
-        return branches
+        return opened(tree, "")
 
 
 def _named(name: str, title: str, plans: Mapping[str, Plan]) -> dict[str, Plan]:
@@ -102,7 +106,7 @@ def _named(name: str, title: str, plans: Mapping[str, Plan]) -> dict[str, Plan]:
     return {stage: {**plan, "tags": {"vapi.experiment": name, POINT: title}} for stage, plan in plans.items()}
 
 
-def tree(runs: Sequence[Mapping[str, Plan]], levels: Sequence[Sequence[str]] = LEVELS) -> list[dict[str, Any]]:
+def grown(runs: Sequence[Mapping[str, Plan]], levels: Sequence[Sequence[str]] = LEVELS) -> list[dict[str, Any]]:
     """Runs as branches: the plans of a level's stages, and under ``then`` the branches of the runs that share them.
 
     What is shared has the tags of the first of these runs.
@@ -111,7 +115,18 @@ def tree(runs: Sequence[Mapping[str, Plan]], levels: Sequence[Sequence[str]] = L
     groups: dict[str, list[Mapping[str, Plan]]] = {}
     for plans in runs:
         groups.setdefault(_content(plans, stages), []).append(plans)
-    return [{stage: group[0][stage] for stage in stages} | ({THEN: tree(group, further)} if further else {}) for group in groups.values()]
+    return [{stage: group[0][stage] for stage in stages} | ({THEN: grown(group, further)} if further else {}) for group in groups.values()]
+
+
+def opened(tree: str, at: str) -> list[dict[str, Any]]:
+    """The branches at a place of the file ``tree``, the first ones at "": each its stages' plans, and its own place under ``at``."""
+    branches = data.read_json(Path(tree))
+    for number in at.split():
+        branches = branches[int(number)][THEN]
+    return [
+        {name: each for name, each in branch.items() if name != THEN} | {AT: f"{at} {number}".strip()}
+        for number, branch in enumerate(branches)
+    ]
 
 
 def _content(plans: Mapping[str, Plan], stages: Sequence[str]) -> str:
