@@ -109,7 +109,7 @@ def test_a_package_with_a_volume_takes_the_papers_recipe() -> None:
         ({"overrides": {"tune.lrr": 1}}, "tune has no field 'lrr'; did you mean 'lr'?"),
         ({"overrides": {"evaluate.reference": "data/gone.parquet"}}, "data/gone.parquet is not in"),
         ({"experiment_name": GRID, "overrides": {"tune.rewards": {"msee": 1}}}, "no reward is called 'msee'; did you mean 'mse'?"),
-        ({"tune_gpus": -1}, "tune_gpus is -1"),
+        ({"tune_gpus": "-1"}, "tune_gpus is '-1'"),
         ({"cluster_image": "vapi:latest"}, "cluster_image is 'vapi:latest'"),
     ],
 )  # fmt: skip
@@ -120,7 +120,10 @@ def test_a_mistake_ends_the_first_box(
     monkeypatch.setenv("VAPI_STATE", str(tmp_path / "state"))
     with pytest.raises(SystemExit) as stop:
         experiment.expand(
-            config.plain(ClusterConfig()), "", filled(track_uri="off", **changes), *(str(tmp_path / name) for name in ("checks", "table", "tree"))
+            config.plain(ClusterConfig()),
+            "",
+            filled(track_uri="off", **changes),
+            *(str(tmp_path / name) for name in ("checks", "table", "tree")),
         )
     assert stop.value.code == 2 and answer in capsys.readouterr().err and not (tmp_path / "table").exists()
 
@@ -157,7 +160,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_a_whole_run_makes_the_table_of_all_its_evaluations(ran: Path) -> None:
     boxes = [path.parent.name for path in ran.rglob("executor_output.json")]
-    assert {box: boxes.count(box) for box in boxes} == {"expand": 1, "subset": 1, "tokens": 1, "branches": 1, "branches-2": 2, "tune": 2, "evaluate": 2, "collect": 1}
+    assert {box: boxes.count(box) for box in boxes} == {
+        "expand": 1,
+        "subset": 1,
+        "tokens": 1,
+        "branches": 1,
+        "branches-2": 2,
+        "tune": 2,
+        "evaluate": 2,
+        "collect": 1,
+    }
     results = json.loads((ran / "collect/results/results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     assert list(rows) == ["base", "none", "official"] and all(row["state"] == "done" for row in rows.values())

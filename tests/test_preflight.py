@@ -75,7 +75,7 @@ SECRETS = dataclasses.replace(
     ("change", "fields", "field", "status", "words"),
     [
         (with_nodes(stubs.node("a", gpus=4)), {}, "tune_gpus", "failed", "asks for 8 nvidia.com/gpu, and the largest node has 4"),
-        (None, {"tune_gpus": 16}, "tune_gpus", "failed", "asks for 16 nvidia.com/gpu, and the largest node has 8"),
+        (None, {"tune_gpus": "16"}, "tune_gpus", "failed", "asks for 16 nvidia.com/gpu, and the largest node has 8"),
         (with_nodes(stubs.node("a", product="H100")), {}, "cluster_node_selector", "failed", "A100-SXM4-80GB; nodes have H100"),
         (with_nodes(stubs.node("a", key="team", value="other")), {}, "cluster_tolerations", "failed", "tainted: team=other:NoSchedule"),
         (with_nodes(stubs.node("a", memory="256Gi")), {}, "tune_gpus", "failed", "and the largest node has 96 cpu, 256Gi memory, 8 nv"),
@@ -85,7 +85,7 @@ SECRETS = dataclasses.replace(
         (None, {"cluster_tolerations": [{"operator": "Exists"}]}, "tune_gpus", "ok", "2 of 2 nodes"),
         (None, {"cluster_tolerations": [{"operator": "Exists", "effect": "NoExecute"}]}, "cluster_tolerations", "failed", "tainted"),
         (None, {"cluster_tolerations": [{"key": "nvidia.com/gpu"}]}, "tune_gpus", "ok", "2 of 2"),
-        (None, {"tune_gpus": 0, "tokens_gpus": 0, "evaluate_gpus": 0}, "tune_gpus", "ok", "2 of 2 nodes can hold 64 cpu, 512Gi memory"),
+        (None, {"tune_gpus": "0", "tokens_gpus": "0", "evaluate_gpus": "0"}, "tune_gpus", "ok", "2 of 2 nodes can hold 64 cpu, 512Gi"),
         (None, {"cluster_volume": "mine"}, "cluster_volume", "failed", "mine does not exist in team; make it"),
         (with_claim(size="10Gi"), {}, "cluster_volume", "failed", "vapi has 11 GB, and a run needs about"),
         (with_claim(phase="Lost"), {}, "cluster_volume", "failed", "vapi has lost its volume"),
@@ -177,8 +177,10 @@ def test_without_a_kubeconfig_it_says_so(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tune_gpus": -1}, "tune_gpus is -1; give a number of GPUs"),
-        ({"tune_gpus": 200}, "tune_gpus x tune_nodes are 200, and share tune_images_per_step 128"),
+        ({"tune_gpus": "-1"}, "tune_gpus is '-1'; give a number of GPUs, or 0 for a CPU"),
+        ({"tune_gpus": "eight"}, "tune_gpus is 'eight'; give a number of GPUs, or 0 for a CPU"),
+        ({"evaluate_gpus": ""}, "evaluate_gpus is ''; give a number"),
+        ({"tune_gpus": "200"}, "tune_gpus x tune_nodes are 200, and share tune_images_per_step 128"),
         ({"cluster_volume": ""}, "cluster_volume is empty, and this package keeps its data on one"),
         ({"cluster_volume": "my.claim"}, "cluster_volume is 'my.claim'; Kubeflow mounts what has small letters"),
         ({"cluster_tolerations": ["nvidia"]}, "cluster_tolerations holds 'nvidia'; a toleration is a mapping"),

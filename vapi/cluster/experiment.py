@@ -3,7 +3,8 @@
     form -> the grid's runs -> checks -> a tree of plans -> (the steps that every run has) -> table
 
 The tree has every stage once, however many points and seeds share it: images, the models that are tuned on them, the looks
-at a model. The pipeline loops over its branches, which a box reads from the tree for each inner loop (``opened``). Evaluations come back in any order; each bears its run's tags, by which its
+at a model. The pipeline loops over its branches, which a box reads from the tree for
+each inner loop (``opened``). Evaluations come back in any order; each bears its run's tags, by which its
 row is found. The grids, and what a table looks like, are those of ``vapi.grids`` and ``vapi.experiment``.
 """
 
@@ -80,13 +81,11 @@ def resolved(values: Mapping[str, Any], volume: bool) -> Asked:
 # --- the first step ----------------------------------------------------------------------------
 
 
-def expand(
-    cluster: Mapping[str, Any], work_dir: str, form: Mapping[str, Any], report: str, table: str, tree: str
-) -> list[dict[str, Any]]:
+def expand(cluster: Mapping[str, Any], work_dir: str, form: Mapping[str, Any], report: str, table: str, tree: str) -> list[dict[str, Any]]:
     """Check what the form asks for; the first branches of the tree.
 
-    Writes the checks as Markdown to ``report``, the whole to ``tree``, and to ``table`` what ``collect`` must know. Raises SystemExit(2) after printing every
-    check if one of them failed.
+    Writes the checks as Markdown to ``report``, the whole to ``tree``, and to ``table`` what ``collect`` must know. Raises
+    SystemExit(2) after printing every check if one of them failed.
     """
 
     def ask() -> tuple[Asked, Sequence[Config], Origin]:

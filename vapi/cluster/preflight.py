@@ -118,12 +118,10 @@ def resolved(recipe: Mapping[str, Any], values: Mapping[str, Any], volume: bool,
     require_tolerations("cluster_tolerations", values["cluster_tolerations"])
     if volume and not values["cluster_volume"]:
         raise ValueError("cluster_volume is empty, and this package keeps its data on one; name a PersistentVolumeClaim")
-    for name in (f"{stage}_gpus" for stage in GPU_STEPS):
-        if values[name] < 0:
-            raise ValueError(f"{name} is {values[name]}; give a number of GPUs, or 0 for a CPU")
+    gpus = {stage: form.gpus(f"{stage}_gpus", values) for stage in GPU_STEPS}
     if trainjob and values["tune_nodes"] < 1:
         raise ValueError(f"tune_nodes is {values['tune_nodes']}; give a number of nodes")
-    processes = max(1, values["tune_gpus"]) * values["tune_nodes"]
+    processes = max(1, gpus["tune"]) * values["tune_nodes"]
     for name in ("images_per_step", "holdout_images"):
         if (images := getattr(settings.tune, name)) < processes:
             raise ValueError(f"tune_gpus x tune_nodes are {processes}, and share tune_{name} {images}; use fewer GPUs or more images")
@@ -284,7 +282,7 @@ def demands(cluster: ClusterConfig, values: Mapping[str, Any], trainjob: bool = 
     """What each step that may run on a GPU asks of its node."""
     found = []
     for name in GPU_STEPS:
-        gpus, nodes = values[f"{name}_gpus"], values["tune_nodes"] if trainjob and name == "tune" else 1
+        gpus, nodes = form.gpus(f"{name}_gpus", values), values["tune_nodes"] if trainjob and name == "tune" else 1
         size = cluster.gpu if values["cluster_volume"] else cluster.cpu  # as the package was compiled
         found.append(Demand(f"{name}_gpus", gpus, size.cpu, size.memory, nodes))
     return found
