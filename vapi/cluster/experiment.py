@@ -3,9 +3,9 @@
     form -> the grid's runs -> checks -> a tree of plans -> (the steps that every run has) -> table
 
 The tree has every stage once, however many points and seeds share it: images, the models that are tuned on them, the looks
-at a model. The pipeline loops over its branches, which a box reads from the tree for
-each inner loop (``opened``). Evaluations come back in any order; each bears its run's tags, by which its
-row is found. The grids, and what a table looks like, are those of ``vapi.grids`` and ``vapi.experiment``.
+at a model. The pipeline loops over its branches, which a box reads from the tree for each inner loop (``opened``). Evaluations
+come back in any order; each bears its run's tags, by which its row is found. The grids, and what a table looks like, are those
+of ``vapi.grids`` and ``vapi.experiment``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ LEVELS = (("subset", "tokens"), ("tune",), (experiment.LAST,))
 """The stages of each level of the tree; a loop of the pipeline goes over each."""
 POINT = "vapi.point"
 """The tag that names a run: a point and a seed, the first of those that share it."""
+MAX_EVALUATIONS = 150
+"""Of a run. The box that makes the table is told of all of them in one argument of its command line: some 660 bytes for each, and
+Linux takes 128 KiB."""
 THEN = "then"
 """Where a branch of the tree has its branches."""
 AT = "at"
@@ -75,6 +78,11 @@ def resolved(values: Mapping[str, Any], volume: bool) -> Asked:
     base, source = preflight.resolved(config.plain(grids.under(grid, recipe)), {"tune_nodes": 1, **values}, volume)
     asked = Asked(values["experiment_name"], base, seeds, source)
     assert asked.runs, f"{asked.name} has nothing to run"
+    if (looks := len(preflight.distinct(asked.runs.values(), experiment.LAST))) > MAX_EVALUATIONS:
+        raise ValueError(
+            f"experiment_seeds: {name} x seeds are {looks} evaluations, and a run takes at most {MAX_EVALUATIONS}; "
+            "start fewer seeds at a time"
+        )
     return asked
 
 

@@ -58,6 +58,12 @@ OTHERS = {
 }
 
 
+def called(dotted: str, values: Mapping[str, Any]) -> str:
+    """Where a form changes a field of params.yaml: tune.lr at ``tune_lr``, or without that in its overrides."""
+    name = dotted.replace(".", "_", 1)
+    return name if name in values else f"overrides {dotted}"
+
+
 def gpus(name: str, values: Mapping[str, Any]) -> int:
     """A field that is a number of GPUs. It is text on the form: where a box asks for GPUs, Kubeflow's driver reads text alone, and takes
     a number for nothing. Raises ValueError for other text."""
