@@ -2,7 +2,7 @@
 
     expand -> for each choice of images:  subset -> tokens
                   for each model:             tune
-                      for each look at it:        evaluate       -> collect
+                      for each look at it:        evaluate       -> collect -> verdict
 
 A loop within a loop goes over what a box of its own returns (``branches``): over a field of the outer loop's item Kubeflow cannot.
 A stage that points and seeds share is one box (``vapi.cluster.experiment`` makes the tree). The loop over models alone runs several
@@ -24,6 +24,7 @@ from components.expand.component import expand
 from components.subset.component import subset
 from components.tokens.component import tokens
 from components.tune.component import tune
+from components.verdict.component import verdict
 from pipelines import pipeline
 from pipelines.resources import place
 from vapi import config
@@ -54,6 +55,7 @@ def graph(form: Mapping[str, Any], gpu: bool, cluster: ClusterConfig) -> None:
                 measured = evaluate(plan=evaluations.evaluate, work_dir=work_dir, model=tuned.outputs["model"])
     looks = dsl.Collected(measured.outputs["evaluation"])
     collected = collect(work_dir=work_dir, table=expanded.outputs["table"], evaluations=looks)
+    judged = verdict(failed=collected.outputs["Output"])
 
     sized = functools.partial(place, form=form, cluster=cluster, gpu=gpu)
     for step, task in {"subset": picked, "tokens": encoded, "tune": tuned, "evaluate": measured}.items():
@@ -62,6 +64,7 @@ def graph(form: Mapping[str, Any], gpu: bool, cluster: ClusterConfig) -> None:
     sized(on_images, "register", title="Models")
     sized(of_model, "register", title="Evaluations")
     sized(collected, "register", title="Collect")
+    sized(judged, "preflight", title="Verdict")
 
 
 def build(name: str, cluster: ClusterConfig) -> Any:

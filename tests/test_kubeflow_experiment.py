@@ -170,6 +170,7 @@ def test_a_whole_run_makes_the_table_of_all_its_evaluations(ran: Path) -> None:
         "tune": 2,
         "evaluate": 2,
         "collect": 1,
+        "verdict": 1,
     }
     results = json.loads((ran / "collect/results/results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
@@ -224,6 +225,43 @@ def test_rows_are_nested_runs_of_the_experiment(
     with pytest.raises(SystemExit):
         experiment.collect(str(tmp_path / "table"), work_dir, evaluations, str(tmp_path / "none"), str(tmp_path / "none.md"))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_row_that_fails_for_good_leaves_the_others_their_table(
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAPI_WORK_DIR", str(ran.parent / "volume"))
+    monkeypatch.setenv("VAPI_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv(track.GIVEN, "{}")
+    branches = json.loads((ran / "expand/tree").read_text())
+    (model,) = (model for model in branches[0]["then"] if "official" in model["tune"]["tags"][experiment.POINT])
+    plan = json.loads(json.dumps(model["tune"]))
+    plan["config"]["tune"]["lr"] = 1e20  # the second step's loss is not finite
+    inputs = {name: str(next(ran.rglob(f"{name}/{name}"))) for name in ("subset", "tokens")}
+    work_dir = "/mnt/vapi"  # (VAPI_WORK_DIR stands for it)
+    assert step.attempt("tune", plan, work_dir, str(tmp_path / "model"), **inputs) is None
+    assert "ce is nan" in capsys.readouterr().out
+    look = model["then"][0]["evaluate"]
+    assert step.attempt("evaluate", look, work_dir, str(tmp_path / "evaluation"), tune=str(tmp_path / "model")) is None
+
+    evaluations = {"official, seed 0": str(tmp_path / "evaluation")}
+    for path in ran.rglob("evaluate/executor_output.json"):
+        (artifact,) = json.loads(path.read_text())["artifacts"]["evaluation"]["artifacts"]
+        evaluations.setdefault(artifact["metadata"][experiment.POINT], str(path.parent / "evaluation"))
+    table = str(ran / "expand/table")
+    failed = experiment.collect(table, work_dir, evaluations, str(tmp_path / "results"), str(tmp_path / "page"))
+    assert failed == ["official, seed 0"]
+    states = {row["name"]: row["state"] for row in json.loads((tmp_path / "results/results.json").read_text())["rows"]}
+    assert states == {"base": "done", "none": "done", "official": "failed"}
+    experiment.verdict([])
+    with pytest.raises(SystemExit):
+        experiment.verdict(failed)
+
+    plan.pop("tags")
+    with pytest.raises(SystemExit) as stop:
+        step.attempt("tune", plan, work_dir, str(tmp_path / "none"), **inputs)
+    assert stop.value.code == 2 and not (tmp_path / "none").exists(), "of a run that is no experiment's it is the run's end"
 
 
 def test_stages_of_different_runs_are_different_executions(monkeypatch: pytest.MonkeyPatch) -> None:

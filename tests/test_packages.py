@@ -30,7 +30,14 @@ from vapi.config import STAGES
 COMPONENTS = readmes.COMPONENTS
 NAMES = packages.published()
 RECIPES = [name for name in NAMES if name not in experiment.PACKAGES]
-PLACED_AS = {"trainjob": "tune", "expand": "preflight", "collect": "register", "branches": "register", "branches-2": "register"}
+PLACED_AS = {
+    "trainjob": "tune",
+    "expand": "preflight",
+    "collect": "register",
+    "verdict": "preflight",
+    "branches": "register",
+    "branches-2": "register",
+}
 
 
 @cache

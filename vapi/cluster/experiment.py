@@ -157,22 +157,33 @@ def _describe(asked: Asked, plans: Mapping[str, Mapping[str, Plan]], path: Path)
 # --- the last step -----------------------------------------------------------------------------
 
 
-def collect(table: str, work_dir: str, evaluations: Mapping[str, str], out: str, page: str) -> None:
+def collect(table: str, work_dir: str, evaluations: Mapping[str, str], out: str, page: str) -> list[str]:
     """The table of an experiment, as ``vapi experiment`` makes it: table.md, table.csv and results.json in ``out``, the first of them
     in ``page`` too, and the rows as MLflow runs nested in one of the table.
 
-    ``table`` is what ``expand`` wrote, ``evaluations`` are the artifacts of the evaluations by run.
+    ``table`` is what ``expand`` wrote, ``evaluations`` are the artifacts of the evaluations by run. Returns the runs of those that
+    hold a failure; their rows say so.
     """
     with step.in_words(), step.workplace(work_dir):
         made = data.read_json(Path(table))
-        folders = {run: step.opened(Path(path)) for run, path in evaluations.items()}
+        failed = {run: Path(path) for run, path in evaluations.items() if step.failure(Path(path))}
+        folders = failed | {run: step.opened(Path(path)) for run, path in evaluations.items() if run not in failed}
         if missing := [end["run"] for end in made["ends"] if end["run"] not in folders]:
             raise ValueError(f"no evaluation came of {', '.join(dict.fromkeys(missing))}; start the run again (Clone run)")
         ends = {(end["point"], end["seed"]): folders[end["run"]] for end in made["ends"]}
-        found = experiment.Table(made["experiment"], step.settings_of(made), made["seeds"], Path(out), ends, set())
+        found = experiment.Table(made["experiment"], step.settings_of(made), made["seeds"], Path(out), ends, set(failed.values()))
         os.environ[track.GIVEN] = json.dumps(step.known(made))
         rows = found.write()
         found.track(rows, set())
         text = found.markdown(rows)
         print(text, flush=True)
         step.write(text, page)
+        return list(failed)
+
+
+def verdict(failed: Sequence[str]) -> None:
+    """Raises SystemExit(2), with words, if runs ``failed``."""
+    with step.in_words():
+        if failed:
+            words = "the table is whole but for them; why, the logs of their steps say (Clone run tries them again)"
+            raise ValueError(f"{', '.join(failed)} failed; {words}")
