@@ -87,7 +87,7 @@ def attempt(stage: str, plan: Plan, work_dir: str, out: str, **inputs: str) -> P
     notes = list(filter(None, (failure(Path(path)) for path in inputs.values())))
     if not notes:
         try:
-            return run(stage, plan, work_dir, out, **inputs)
+            return run(stage, plan, work_dir, out, None, **inputs)
         except SystemExit as stop:
             if not (work_dir and "tags" in plan and stop.code == MISTAKE):
                 raise
