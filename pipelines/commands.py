@@ -167,7 +167,7 @@ def _compiled(name: str) -> Path:
 
 def _checks(asked: Asked, arguments: argparse.Namespace) -> list[Check]:
     """Everything that can be seen from outside, for what the package holds."""
-    found = preflight.about_form(asked.runs)
+    found = preflight.about_form(asked.runs, asked.form)
     found += kubeflow.check(kubeflow.Login(arguments.endpoint, arguments.namespace))
     found.append(registry.check(asked.form["cluster_image"], asked.cluster.image.pull_secret))
     found.append(preflight.mlflow(asked.runs[0].track.uri, inside=False))

@@ -2,8 +2,9 @@
 
     expand -> for each choice of images:  subset -> tokens
                   for each model:             tune
-                      for each look at it:        evaluate       -> collect
+                      for each look at it:        evaluate       -> collect -> verdict
 
+A loop within a loop goes over what a box of its own returns (``branches``): over a field of the outer loop's item Kubeflow cannot.
 A stage that points and seeds share is one box (``vapi.cluster.experiment`` makes the tree). The loop over models alone runs several
 branches at once, limits.parallel of cluster.yaml, so no more boxes than these ask for GPUs.
 """
@@ -16,12 +17,14 @@ from typing import Any
 
 from kfp import dsl
 
+from components.branches.component import branches
 from components.collect.component import collect
 from components.evaluate.component import evaluate
 from components.expand.component import expand
 from components.subset.component import subset
 from components.tokens.component import tokens
 from components.tune.component import tune
+from components.verdict.component import verdict
 from pipelines import pipeline
 from pipelines.resources import place
 from vapi import config
@@ -39,22 +42,29 @@ def graph(form: Mapping[str, Any], gpu: bool, cluster: ClusterConfig) -> None:
     fields = {name: form[name] for name in expand.component_spec.inputs if name in form}
     expanded = expand(cluster=config.plain(cluster), work_dir=work_dir, **fields)
 
+    tree = expanded.outputs["tree"]
     with dsl.ParallelFor(expanded.outputs["Output"], parallelism=1, name="images") as images:
         picked = subset(plan=images.subset, work_dir=work_dir)
         encoded = tokens(plan=images.tokens, work_dir=work_dir, subset=picked.outputs["subset"])
         data = {"subset": picked.outputs["subset"], "tokens": encoded.outputs["tokens"]}
-        with dsl.ParallelFor(images.then, parallelism=cluster.limits.parallel, name="models") as models:
+        on_images = branches(tree=tree, at=images.at)
+        with dsl.ParallelFor(on_images.output, parallelism=cluster.limits.parallel, name="models") as models:
             tuned = tune(plan=models.tune, work_dir=work_dir, **data)
-            with dsl.ParallelFor(models.then, parallelism=1, name="evaluations") as evaluations:
+            of_model = branches(tree=tree, at=models.at)
+            with dsl.ParallelFor(of_model.output, parallelism=1, name="evaluations") as evaluations:
                 measured = evaluate(plan=evaluations.evaluate, work_dir=work_dir, model=tuned.outputs["model"])
     looks = dsl.Collected(measured.outputs["evaluation"])
     collected = collect(work_dir=work_dir, table=expanded.outputs["table"], evaluations=looks)
+    judged = verdict(failed=collected.outputs["Output"])
 
     sized = functools.partial(place, form=form, cluster=cluster, gpu=gpu)
     for step, task in {"subset": picked, "tokens": encoded, "tune": tuned, "evaluate": measured}.items():
         sized(task, step)
     sized(expanded, "preflight", title="Expand")
+    sized(on_images, "register", title="Models")
+    sized(of_model, "register", title="Evaluations")
     sized(collected, "register", title="Collect")
+    sized(judged, "preflight", title="Verdict")
 
 
 def build(name: str, cluster: ClusterConfig) -> Any:

@@ -3,15 +3,14 @@
 The same file that a cluster gets, each box as a process of its own. What only a cluster has is passed over: volumes, GPUs,
 secrets, timeouts. A folder takes the volume's place where a package mounts one.
 
-kfp 2.17's local runner finds the items of a loop that is in a loop nowhere, and hands on what loops made as a list of lists, where
-a cluster makes one list; both are put right here.
+kfp 2.17's local runner hands on what loops within loops made as a list of lists, where a cluster makes one list; that is put right
+here.
 
 The run has a session of its own, and signals are handed to all of it: kfp leaves a box running when it is killed itself.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from typing import Any
 
 from kfp import components, local
 from kfp.local.orchestrator import enhanced_dag_orchestrator as dags
-from kfp.local.orchestrator.orchestrator_utils import OrchestratorUtils
 
 from pipelines import fields
 from vapi import data, signals
@@ -53,14 +51,9 @@ def run(package: Path, values: Mapping[str, Any], root: Path = ROOT) -> dict[str
     return dict(pipeline(**arguments).outputs)
 
 
-def run_loop(*, task_name: str, task_spec: Any, io_store: Any, **rest: Any) -> bool:
-    """kfp's way to run a loop, given its items, which are among the task's inputs; what it made becomes one list."""
-    spec = type(task_spec)()
-    spec.CopyFrom(task_spec)  # (other threads run the same loop of another branch)
-    items = spec.parameter_iterator.items
-    wanted = type(spec.inputs)(parameters={items.input_parameter: spec.inputs.parameters[items.input_parameter]})
-    items.raw = json.dumps(OrchestratorUtils.make_task_arguments(wanted, io_store)[items.input_parameter])
-    failed = _run_loop(task_name=task_name, task_spec=spec, io_store=io_store, **rest)
+def run_loop(*, task_name: str, io_store: Any, **rest: Any) -> bool:
+    """kfp's way to run a loop; what it made becomes one list."""
+    failed = _run_loop(task_name=task_name, io_store=io_store, **rest)
     made = io_store._task_output_data[task_name]
     made |= {name: _flat(values) for name, values in made.items()}
     return bool(failed)

@@ -7,6 +7,7 @@ from typing import Any
 
 import docstring_parser
 
+from components.branches.component import branches
 from components.collect.component import collect
 from components.evaluate.component import evaluate
 from components.expand.component import expand
@@ -16,6 +17,7 @@ from components.subset.component import subset
 from components.tokens.component import tokens
 from components.trainjob.component import trainjob
 from components.tune.component import tune
+from components.verdict.component import verdict
 from vapi.cluster import form
 
 COMPONENTS: dict[str, Any] = {
@@ -27,7 +29,9 @@ COMPONENTS: dict[str, Any] = {
     "evaluate": evaluate,
     "register": register,
     "expand": expand,
+    "branches": branches,
     "collect": collect,
+    "verdict": verdict,
 }
 KINDS = {"String": "text", "Integer": "integer", "Float": "number", "Boolean": "true or false", "List": "list", "Dict": "mapping"}
 HEAD = "What goes in and comes out, from [component.py](component.py)'s signature (`python -m pipelines compile` writes this page)."
@@ -37,12 +41,13 @@ def text(name: str) -> str:
     """The page of a component."""
     spec, documented = COMPONENTS[name].component_spec, docstring_parser.parse(COMPONENTS[name].python_func.__doc__)
     docs = {one.arg_name: " ".join((one.description or "").split()) for one in documented.params}
+    if documented.returns:
+        docs["Output"] = " ".join((documented.returns.description or "").split())
     lines = [f"# {name}", "", (spec.description or "").strip(), "", HEAD, ""]
     lines += _table("input", {field: (one.type, docs.get(field) or form.doc(field)) for field, one in spec.inputs.items()})
-    lines += [
-        "",
-        *_table("output", {field: (one.type, docs.get(field) or f"The plan of the stage {field}.") for field, one in spec.outputs.items()}),
-    ]
+    if spec.outputs:
+        rows = {field: (one.type, docs.get(field) or f"The plan of the stage {field}.") for field, one in spec.outputs.items()}
+        lines += ["", *_table("output", rows)]
     return "\n".join(lines) + "\n"
 
 

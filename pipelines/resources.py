@@ -33,7 +33,9 @@ def place(
     kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", medium="Memory", size_limit=size.shared_memory)
     kubernetes.empty_dir_mount(task, "scratch", "/tmp", size_limit=size.scratch)
     if on_gpus:
-        task.set_accelerator_type(cluster.gpu.resource).set_accelerator_limit(form[f"{step}_gpus"])
+        task.set_accelerator_type(cluster.gpu.resource).set_accelerator_limit(
+            form[f"{step}_gpus"]
+        )  # a string: of a number the driver makes none
         task.register_pipeline_channels([form[f"{step}_gpus"]])  # which kfp 2.17 forgets: inside a loop nobody would know the number
         kubernetes.add_node_selector_json(task, form["cluster_node_selector"])
         kubernetes.add_toleration_json(task, form["cluster_tolerations"])

@@ -13,7 +13,7 @@ BASE = config.plain(recipes.recipe("digits"))
 
 def test_a_filled_form_makes_a_configuration() -> None:
     made = form.resolve(
-        BASE, {"tune_lr": 2e-6, "tune_steps": 7.0, "evaluate_seeds": [0.0, 1.0], "register_model_name": "mine", "tune_gpus": 8}
+        BASE, {"tune_lr": 2e-6, "tune_steps": 7.0, "evaluate_seeds": [0.0, 1.0], "register_model_name": "mine", "tune_gpus": "8"}
     )
     assert (made.tune.lr, made.tune.steps, made.evaluate.seeds, made.register.model_name) == (2e-6, 7, [0, 1], "mine")
     assert recipes.changes(recipes.recipe("digits"), made).keys() == {"tune.lr", "tune.steps", "evaluate.seeds", "register.model_name"}

@@ -50,7 +50,17 @@ def test_a_tree_has_every_stage_once_and_every_point(name: str, tmp_path: Path) 
     place = step.Place(tmp_path, tmp_path)  # (with a volume no file is read for its digest)
     plans = {run: preflight.plans(settings, Origin(), place) for run, settings in asked.runs.items()}
     titled = {grids.title(*run): experiment._named(name, grids.title(*run), each) for run, each in plans.items()}
-    branches = experiment.tree(list(titled.values()))
+    branches = experiment.grown(list(titled.values()))
+
+    (tmp_path / "tree").write_text(json.dumps(branches))
+    first = experiment.opened(str(tmp_path / "tree"), "")
+    for images, opened in zip(branches, first, strict=True):
+        assert opened == {"subset": images["subset"], "tokens": images["tokens"], "at": opened["at"]}
+        for model, inner in zip(images["then"], experiment.opened(str(tmp_path / "tree"), opened["at"]), strict=True):
+            assert inner["tune"] == model["tune"]
+            assert [look["evaluate"] for look in experiment.opened(str(tmp_path / "tree"), inner["at"])] == [
+                look["evaluate"] for look in model["then"]
+            ]
 
     models = [model for images in branches for model in images["then"]]
     looks = [look for model in models for look in model["then"]]
@@ -93,13 +103,14 @@ def test_a_package_with_a_volume_takes_the_papers_recipe() -> None:
         ({"experiment_recipe": "llamagen-xxl-c2i"}, "and this package mounts none; take the package experiment"),
         ({"experiment_seeds": [0, 0.0]}, "experiment_seeds are 0, 0; a seed counts once"),
         ({"experiment_seeds": []}, "experiment_seeds names no seed"),
+        ({"experiment_name": "rates", "experiment_seeds": list(range(7))}, "a run takes at most 150; start fewer seeds at a time"),
         ({"experiment_seeds": ["first"]}, "experiment_seeds is 'first'; it must be an int"),
         ({"overrides": {"tune.rewards": {"mse": 1}}}, "overrides: tune.rewards is what this experiment varies"),
         ({"overrides": {"tune": {"seed": 3}}}, "overrides: tune.seed is what experiment_seeds decides here"),
         ({"overrides": {"tune.lrr": 1}}, "tune has no field 'lrr'; did you mean 'lr'?"),
-        ({"overrides": {"evaluate.reference": "data/gone.parquet"}}, "data/gone.parquet is not in"),
-        ({"experiment_name": GRID, "overrides": {"tune.rewards": {"msee": 1}}}, "no reward is called 'msee'; did you mean 'mse'?"),
-        ({"tune_gpus": -1}, "tune_gpus is -1"),
+        ({"overrides": {"evaluate.reference": "data/gone.parquet"}}, "overrides evaluate.reference: data/gone.parquet is not in"),
+        ({"experiment_name": GRID, "overrides": {"tune.rewards": {"msee": 1}}}, "overrides tune.rewards: no reward is called 'msee'"),
+        ({"tune_gpus": "-1"}, "tune_gpus is '-1'"),
         ({"cluster_image": "vapi:latest"}, "cluster_image is 'vapi:latest'"),
     ],
 )  # fmt: skip
@@ -110,7 +121,10 @@ def test_a_mistake_ends_the_first_box(
     monkeypatch.setenv("VAPI_STATE", str(tmp_path / "state"))
     with pytest.raises(SystemExit) as stop:
         experiment.expand(
-            config.plain(ClusterConfig()), "", filled(track_uri="off", **changes), str(tmp_path / "checks"), str(tmp_path / "table")
+            config.plain(ClusterConfig()),
+            "",
+            filled(track_uri="off", **changes),
+            *(str(tmp_path / name) for name in ("checks", "table", "tree")),
         )
     assert stop.value.code == 2 and answer in capsys.readouterr().err and not (tmp_path / "table").exists()
 
@@ -147,7 +161,17 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_a_whole_run_makes_the_table_of_all_its_evaluations(ran: Path) -> None:
     boxes = [path.parent.name for path in ran.rglob("executor_output.json")]
-    assert {box: boxes.count(box) for box in boxes} == {"expand": 1, "subset": 1, "tokens": 1, "tune": 2, "evaluate": 2, "collect": 1}
+    assert {box: boxes.count(box) for box in boxes} == {
+        "expand": 1,
+        "subset": 1,
+        "tokens": 1,
+        "branches": 1,
+        "branches-2": 2,
+        "tune": 2,
+        "evaluate": 2,
+        "collect": 1,
+        "verdict": 1,
+    }
     results = json.loads((ran / "collect/results/results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     assert list(rows) == ["base", "none", "official"] and all(row["state"] == "done" for row in rows.values())
@@ -201,6 +225,43 @@ def test_rows_are_nested_runs_of_the_experiment(
     with pytest.raises(SystemExit):
         experiment.collect(str(tmp_path / "table"), work_dir, evaluations, str(tmp_path / "none"), str(tmp_path / "none.md"))
     assert not (tmp_path / "none").exists()
+
+
+def test_a_row_that_fails_for_good_leaves_the_others_their_table(
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAPI_WORK_DIR", str(ran.parent / "volume"))
+    monkeypatch.setenv("VAPI_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv(track.GIVEN, "{}")
+    branches = json.loads((ran / "expand/tree").read_text())
+    (model,) = (model for model in branches[0]["then"] if "official" in model["tune"]["tags"][experiment.POINT])
+    plan = json.loads(json.dumps(model["tune"]))
+    plan["config"]["tune"]["lr"] = 1e20  # the second step's loss is not finite
+    inputs = {name: str(next(ran.rglob(f"{name}/{name}"))) for name in ("subset", "tokens")}
+    work_dir = "/mnt/vapi"  # (VAPI_WORK_DIR stands for it)
+    assert step.attempt("tune", plan, work_dir, str(tmp_path / "model"), **inputs) is None
+    assert "ce is nan" in capsys.readouterr().out
+    look = model["then"][0]["evaluate"]
+    assert step.attempt("evaluate", look, work_dir, str(tmp_path / "evaluation"), tune=str(tmp_path / "model")) is None
+
+    evaluations = {"official, seed 0": str(tmp_path / "evaluation")}
+    for path in ran.rglob("evaluate/executor_output.json"):
+        (artifact,) = json.loads(path.read_text())["artifacts"]["evaluation"]["artifacts"]
+        evaluations.setdefault(artifact["metadata"][experiment.POINT], str(path.parent / "evaluation"))
+    table = str(ran / "expand/table")
+    failed = experiment.collect(table, work_dir, evaluations, str(tmp_path / "results"), str(tmp_path / "page"))
+    assert failed == ["official, seed 0"]
+    states = {row["name"]: row["state"] for row in json.loads((tmp_path / "results/results.json").read_text())["rows"]}
+    assert states == {"base": "done", "none": "done", "official": "failed"}
+    experiment.verdict([])
+    with pytest.raises(SystemExit):
+        experiment.verdict(failed)
+
+    plan.pop("tags")
+    with pytest.raises(SystemExit) as stop:
+        step.attempt("tune", plan, work_dir, str(tmp_path / "none"), **inputs)
+    assert stop.value.code == 2 and not (tmp_path / "none").exists(), "of a run that is no experiment's it is the run's end"
 
 
 def test_stages_of_different_runs_are_different_executions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,14 @@ from vapi.config import STAGES
 COMPONENTS = readmes.COMPONENTS
 NAMES = packages.published()
 RECIPES = [name for name in NAMES if name not in experiment.PACKAGES]
-PLACED_AS = {"trainjob": "tune", "expand": "preflight", "collect": "register"}
+PLACED_AS = {
+    "trainjob": "tune",
+    "expand": "preflight",
+    "collect": "register",
+    "verdict": "preflight",
+    "branches": "register",
+    "branches-2": "register",
+}
 
 
 @cache
@@ -186,6 +193,13 @@ def test_an_experiment_loops_over_what_its_runs_share(name: str) -> None:
         within = inner
     parallel = packages.load_cluster().limits.parallel
     assert found == [("images", 1, {"subset", "tokens"}), ("models", parallel, {"tune"}), ("evaluations", 1, {"evaluate"})]
+    assert not any(
+        "parameterExpressionSelector" in given
+        for dag in dags(name).values()
+        for task in dag["tasks"].values()
+        if "parameterIterator" in task
+        for given in task["inputs"]["parameters"].values()
+    ), "which Kubeflow's driver evaluates again in each iteration, when the items are gone"
     first, last = (documents(name)[0]["root"]["dag"]["tasks"][box] for box in ("expand", "collect"))
     assert "dependentTasks" not in first and last["dependentTasks"] == ["expand", "for-loop-1"]
     collected = documents(name)[0]["components"]["comp-collect"]["inputDefinitions"]["artifacts"]["evaluations"]
@@ -203,13 +217,26 @@ def test_what_a_box_in_a_loop_asks_for_is_known_there(name: str) -> None:
                 assert one.get("componentInputParameter", next(iter(known))) in known, (box, one)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_of_gpus_is_text(name: str) -> None:
+    """Kubeflow's driver reads a string there (resolvePodSpecInputRuntimeParameter); of a number it makes no limit, and so no GPU."""
+    spec = documents(name)[0]
+    kinds = {
+        (field.removeprefix("pipelinechannel--"), given["parameterType"])
+        for part in (spec["root"], *spec["components"].values())
+        for field, given in part["inputDefinitions"]["parameters"].items()
+        if field.endswith("_gpus")
+    }
+    assert kinds == {(f"{step}_gpus", "STRING") for step in GPU_STEPS}
+
+
 def test_defaults_are_eight_a100_and_digits_needs_none() -> None:
     shown = {name: declared["defaultValue"] for name, declared in fields("llamagen-xxl-c2i").items()}
-    assert [shown[f"{step}_gpus"] for step in GPU_STEPS] == [8, 8, 8]
+    assert [shown[f"{step}_gpus"] for step in GPU_STEPS] == ["8", "8", "8"]
     assert shown["cluster_node_selector"] == {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
     assert (shown["tune_steps"], shown["tune_images_per_step"], shown["tune_lr"], shown["subset_images"]) == (100, 128, 1e-6, 12_928)
     shown = {name: declared["defaultValue"] for name, declared in fields("digits").items()}
-    assert [shown[f"{step}_gpus"] for step in GPU_STEPS] == [0, 0, 0] and shown["cluster_node_selector"] == {}
+    assert [shown[f"{step}_gpus"] for step in GPU_STEPS] == ["0", "0", "0"] and shown["cluster_node_selector"] == {}
     assert "cluster_volume" not in shown
 
 
@@ -239,7 +266,7 @@ def test_every_fact_of_cluster_yaml_gets_into_a_package(tmp_path: Path) -> None:
     shown = {name: declared["defaultValue"] for name, declared in spec["root"]["inputDefinitions"]["parameters"].items()}
     assert shown["cluster_image"] == "registry.example.com/mine:9.9.9" and shown["cluster_volume"] == "mine"
     given = spec["root"]["dag"]["tasks"]["preflight"]["inputs"]["parameters"]
-    assert given["work_dir"]["runtimeValue"]["constant"] == shown["data_uri"] == "/mnt/mine" and shown["tune_gpus"] == 4
+    assert given["work_dir"]["runtimeValue"]["constant"] == shown["data_uri"] == "/mnt/mine" and shown["tune_gpus"] == "4"
     assert shown["cluster_node_selector"] == {"a": "b"} and shown["cluster_tolerations"] == []
     box = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-tune"]
     assert box["imagePullPolicy"] == "Always" and box["imagePullSecret"][0]["secretName"] == "pull-me"

@@ -13,7 +13,7 @@ import stubs
 import world
 
 from pipelines import pipeline
-from vapi import config, recipes
+from vapi import config, grids, recipes
 from vapi.cluster import api, checks, origin, preflight
 from vapi.cluster.config import ClusterConfig, ImageConfig, PodsConfig
 from vapi.config import Config
@@ -75,7 +75,7 @@ SECRETS = dataclasses.replace(
     ("change", "fields", "field", "status", "words"),
     [
         (with_nodes(stubs.node("a", gpus=4)), {}, "tune_gpus", "failed", "asks for 8 nvidia.com/gpu, and the largest node has 4"),
-        (None, {"tune_gpus": 16}, "tune_gpus", "failed", "asks for 16 nvidia.com/gpu, and the largest node has 8"),
+        (None, {"tune_gpus": "16"}, "tune_gpus", "failed", "asks for 16 nvidia.com/gpu, and the largest node has 8"),
         (with_nodes(stubs.node("a", product="H100")), {}, "cluster_node_selector", "failed", "A100-SXM4-80GB; nodes have H100"),
         (with_nodes(stubs.node("a", key="team", value="other")), {}, "cluster_tolerations", "failed", "tainted: team=other:NoSchedule"),
         (with_nodes(stubs.node("a", memory="256Gi")), {}, "tune_gpus", "failed", "and the largest node has 96 cpu, 256Gi memory, 8 nv"),
@@ -85,7 +85,7 @@ SECRETS = dataclasses.replace(
         (None, {"cluster_tolerations": [{"operator": "Exists"}]}, "tune_gpus", "ok", "2 of 2 nodes"),
         (None, {"cluster_tolerations": [{"operator": "Exists", "effect": "NoExecute"}]}, "cluster_tolerations", "failed", "tainted"),
         (None, {"cluster_tolerations": [{"key": "nvidia.com/gpu"}]}, "tune_gpus", "ok", "2 of 2"),
-        (None, {"tune_gpus": 0, "tokens_gpus": 0, "evaluate_gpus": 0}, "tune_gpus", "ok", "2 of 2 nodes can hold 64 cpu, 512Gi memory"),
+        (None, {"tune_gpus": "0", "tokens_gpus": "0", "evaluate_gpus": "0"}, "tune_gpus", "ok", "2 of 2 nodes can hold 64 cpu, 512Gi"),
         (None, {"cluster_volume": "mine"}, "cluster_volume", "failed", "mine does not exist in team; make it"),
         (with_claim(size="10Gi"), {}, "cluster_volume", "failed", "vapi has 11 GB, and a run needs about"),
         (with_claim(phase="Lost"), {}, "cluster_volume", "failed", "vapi has lost its volume"),
@@ -161,7 +161,7 @@ def test_several_nodes_need_the_trainer_and_permission(kubernetes: stubs.Kuberne
     assert "is Kubeflow Trainer v2 installed" in ask(kubernetes, nodes=True)["trainer.runtime"].found
     for mode in ("ReadWriteOnce", "ReadWriteOncePod"):
         kubernetes.claims["vapi"] = stubs.claim(mode=mode)
-        assert "a TrainJob needs ReadWriteMany" in ask(kubernetes, nodes=True)["cluster_volume"].found
+        assert "pods on several need it at once: ReadWriteMany" in ask(kubernetes, nodes=True)["cluster_volume"].found
 
 
 def test_without_a_kubeconfig_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,8 +177,10 @@ def test_without_a_kubeconfig_it_says_so(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tune_gpus": -1}, "tune_gpus is -1; give a number of GPUs"),
-        ({"tune_gpus": 200}, "tune_gpus x tune_nodes are 200, and share tune_images_per_step 128"),
+        ({"tune_gpus": "-1"}, "tune_gpus is '-1'; give a number of GPUs, or 0 for a CPU"),
+        ({"tune_gpus": "eight"}, "tune_gpus is 'eight'; give a number of GPUs, or 0 for a CPU"),
+        ({"evaluate_gpus": ""}, "evaluate_gpus is ''; give a number"),
+        ({"tune_gpus": "200"}, "tune_gpus x tune_nodes are 200, and share tune_images_per_step 128"),
         ({"cluster_volume": ""}, "cluster_volume is empty, and this package keeps its data on one"),
         ({"cluster_volume": "my.claim"}, "cluster_volume is 'my.claim'; Kubeflow mounts what has small letters"),
         ({"cluster_tolerations": ["nvidia"]}, "cluster_tolerations holds 'nvidia'; a toleration is a mapping"),
@@ -235,7 +237,7 @@ def test_a_plan_holds_what_the_stage_s_result_follows_from(root: Path, here: Pat
     world.write_images(source, 60, seed=9)
     assert step(root, here)["subset"]["files"] != plans["subset"]["files"]
     source.write_bytes(before)
-    assert "| tune_perceptual | ok |" in (here / "checks.md").read_text()
+    assert "| overrides tune.perceptual | ok |" in (here / "checks.md").read_text()
     json.dumps(plans)
 
 
@@ -252,7 +254,7 @@ def test_a_plan_holds_what_the_stage_s_result_follows_from(root: Path, here: Pat
         ({"evaluate_reference": "data/models/generator.safetensors"}, "evaluate_reference: "),
         ({"subset_source": "../elsewhere", "data_uri": "http://127.0.0.1:9"}, "'../elsewhere' leads out of the data"),
         ({"also": {"tune.lr": 1.0}}, "overrides names tune.lr, which has a field of its own"),
-        ({"also": {"tune.perceptual": "vgg", "tune.perceptual_weights": "/none"}}, "tune_perceptual: the lpips reward with perceptual vgg"),
+        ({"also": {"tune.perceptual": "vgg", "tune.perceptual_weights": "/none"}}, "overrides tune.perceptual: the lpips reward"),
         ({"also": {"evaluate.extractor": "inception", "evaluate.extractor_weights": "/none"}}, "evaluate.extractor is inception, but"),
     ],
 )  # fmt: skip
@@ -279,6 +281,11 @@ def test_a_volume_that_cannot_be_written_or_is_too_small_is_named(
     with pytest.raises(SystemExit):
         step(root, here, work_dir=str(volume))
     assert "and a run needs about" in capsys.readouterr().err
+    runs = [world.settings(recipes.recipe("digits"), tune_lr=lr) for lr in (1e-3, 1e-4)]
+    for several, status in ((runs, "warning"), (runs[:1], "failed")):
+        found = preflight.about_here(several, origin.Origin(str(root)), preflight.step.Place(here / "state", volume), {}, 2)
+        (room,) = (one for one in found if one.field == "cluster_volume")
+        assert room.status == status, "an experiment's results may be there already"
 
 
 def test_a_pod_says_what_it_was_not_given(
@@ -356,7 +363,10 @@ def test_mlflow_is_asked_whether_it_lets_us_in(
 
 
 def test_every_image_of_a_source_is_asked_about() -> None:
-    assert preflight.about_form([world.settings(recipes.recipe("digits"), subset_images=0)])[1].status == "warning"
+    runs = [world.settings(recipes.recipe("digits"), subset_images=0)]
+    for form, field in (({"subset_images": 0}, "subset_images"), ({"experiment_name": "images"}, "overrides subset.images")):
+        found = preflight.about_form(runs, form)[1]
+        assert (found.status, found.field) == ("warning", field)
 
 
 def test_no_mlflow_is_a_warning_and_a_database_is_fine() -> None:
@@ -367,7 +377,46 @@ def test_no_mlflow_is_a_warning_and_a_database_is_fine() -> None:
 def test_the_estimate_grows_with_weights_images_and_samples(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     small = world.settings(recipes.recipe("digits"))
-    assert preflight.bytes_needed(world.settings(recipes.recipe("digits"), subset_images=4000)) > preflight.bytes_needed(small)
-    assert preflight.bytes_needed(world.settings(recipes.recipe("digits"), evaluate_samples=50_000)) > preflight.bytes_needed(small)
-    assert preflight.bytes_needed(small) > 8 * (root / "data/models/generator.safetensors").stat().st_size
-    assert isinstance(preflight.bytes_needed(Config()), int)
+    one, generator = preflight.bytes_needed([small]), (root / "data/models/generator.safetensors").stat().st_size
+    assert preflight.bytes_needed([world.settings(recipes.recipe("digits"), subset_images=4000)]) > one
+    assert preflight.bytes_needed([world.settings(recipes.recipe("digits"), evaluate_samples=50_000)]) > one > 8 * generator
+    assert isinstance(preflight.bytes_needed([Config()]), int)
+
+
+def test_several_runs_need_what_they_share_once_and_checkpoints_of_few(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    digits = recipes.recipe("digits")
+    runs = [world.settings(digits, tune_lr=lr, evaluate_temperature=at) for lr in (1e-5, 1e-4, 1e-3) for at in (0.9, 1.0)]
+    images = preflight.IMAGE_BYTES * runs[0].subset.images
+    features = preflight.FEATURE_BYTES * 2 * 4 * runs[0].evaluate.samples * len(runs[0].evaluate.seeds)
+    swept = world.settings(digits).evaluate
+    features += preflight.FEATURE_BYTES * 2 * len(swept.temperatures) * len(swept.guidances) * swept.sweep_samples
+    generator = (root / "data/models/generator.safetensors").stat().st_size
+    for parallel, at_once in ((1, 1), (2, 2), (5, 3)):
+        assert preflight.bytes_needed(runs, parallel) == images + 3 * generator + 7 * at_once * generator + 6 * features
+
+
+def test_the_papers_largest_experiment_has_room_on_the_default_volume(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """72 models of 1.4 billion weights, of which two at a time keep checkpoints."""
+    from vapi.cluster.api import parse_quantity
+
+    monkeypatch.setattr("vapi.models.weights.size", lambda name: 5_700_000_000)
+    base = grids.under(grids.grid("rates"), recipes.recipe("llamagen-xxl-c2i"))
+    runs = list(grids.runs(grids.grid("rates"), base, [0, 1, 2]).values())
+    assert len(runs) > 60 and preflight.bytes_needed(runs, 2) < parse_quantity(ClusterConfig().volume.size)
+
+
+def test_models_tuned_at_once_need_a_volume_for_several_nodes(kubernetes: stubs.Kubernetes) -> None:
+    kubernetes.claims["vapi"] = stubs.claim(mode="ReadWriteOnce")
+    recipe = recipes.recipe(PACKAGE)
+    other = dataclasses.replace(recipe, tune=dataclasses.replace(recipe.tune, lr=1e-7))
+    looked = dataclasses.replace(recipe, evaluate=dataclasses.replace(recipe.evaluate, detector="other"))
+    one_by_one = dataclasses.replace(ClusterConfig(), limits=dataclasses.replace(ClusterConfig().limits, parallel=1))
+    for runs, cluster, refused in (
+        ([recipe, other], ClusterConfig(), True),
+        ([recipe, other], one_by_one, False),
+        ([recipe, looked], ClusterConfig(), False),
+    ):
+        values = {**pipeline.ABSENT, **pipeline.defaults(PACKAGE, cluster)}
+        found = [one for one in preflight.about_cluster(api.named(), runs, cluster, values) if one.field == "cluster_volume"]
+        assert any("ReadWriteMany" in one.found and one.status == "failed" for one in found) == refused

@@ -12,7 +12,7 @@ def collect(
     evaluations: Input[list[Artifact]],
     results: Output[Artifact],
     page: Output[Markdown],
-) -> None:
+) -> list:
     """Put the numbers of all rows beside the paper's, as vapi experiment does, and log the rows as nested runs of MLflow.
 
     Args:
@@ -21,8 +21,11 @@ def collect(
         evaluations: What the steps evaluate made.
         results: table.md, table.csv and results.json.
         page: The table to read.
+
+    Returns:
+        Runs that failed; their rows say so.
     """
     from vapi.cluster.experiment import POINT, collect
 
     found = {evaluation.metadata[POINT]: evaluation.path for evaluation in evaluations}
-    collect(table.path, work_dir, found, results.path, page.path)
+    return collect(table.path, work_dir, found, results.path, page.path)

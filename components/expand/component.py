@@ -14,9 +14,9 @@ def expand(
     experiment_seeds: list,
     data_uri: str,
     data_revision: str,
-    tokens_gpus: int,
-    tune_gpus: int,
-    evaluate_gpus: int,
+    tokens_gpus: str,
+    tune_gpus: str,
+    evaluate_gpus: str,
     track_experiment: str,
     track_uri: str,
     overrides: dict,
@@ -25,6 +25,7 @@ def expand(
     cluster_tolerations: list,
     cluster_volume: str,
     table: Output[Artifact],
+    tree: Output[Artifact],
     checks: Output[Markdown],
 ) -> list:
     """Check the filled form and all that its runs need, as preflight does; make plans for the stages, one where runs share a stage.
@@ -33,14 +34,16 @@ def expand(
         cluster: The facts of cluster.yaml that the package was compiled with.
         work_dir: Folder in which the volume is mounted; empty without one.
         table: The experiment, its configuration, and which run each row's numbers come from.
+        tree: The plans of all stages, for the steps branches.
         checks: What was looked at, what was found, and what to do about it.
 
     Returns:
-        A branch for each choice of images: plans of the stages subset and tokens, and under then a branch for each model that is
-        tuned on them, which has one for each evaluation of that model.
+        A branch for each choice of images: plans of the stages subset and tokens, and under at where it is in the tree. There it has
+        a branch for each model that is tuned on them, which has one for each evaluation of that model.
     """
     form = dict(locals())
     from vapi.cluster.experiment import expand
 
     given = {name: form.pop(name) for name in ("cluster", "work_dir")}
-    return expand(**given, table=form.pop("table").path, report=form.pop("checks").path, form=form)
+    written = {name: form.pop(name).path for name in ("table", "tree")}
+    return expand(**given, **written, report=form.pop("checks").path, form=form)

@@ -11,7 +11,7 @@ def trainjob(
     work_dir: str,
     cluster: dict,
     environment: dict,
-    tune_gpus: int,
+    tune_gpus: str,
     tune_nodes: int,
     cluster_image: str,
     cluster_node_selector: dict,
@@ -38,7 +38,7 @@ def trainjob(
     """
     from vapi.cluster import pages, step, trainjob
 
-    size = trainjob.Size(tune_nodes, tune_gpus, cluster_image, cluster_node_selector, cluster_tolerations, cluster_volume)
+    size = trainjob.Size(tune_nodes, int(tune_gpus), cluster_image, cluster_node_selector, cluster_tolerations, cluster_volume)
     launch = trainjob.launcher(cluster, environment, size)
     made = step.run("tune", plan, work_dir, model.path, launch, subset=subset.path, tokens=tokens.path)
     step.write(pages.tuning(made), curves.path)

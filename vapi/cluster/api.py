@@ -198,7 +198,8 @@ def _sizes(values: Mapping[str, Any]) -> str:
 
 @_asked("cluster_volume", "read PersistentVolumeClaims")
 def volume(kubernetes: Kubernetes, claim: str, needed: int, several_pods: bool) -> list[Check]:
-    """Whether the claim is there, bound, large enough (bytes), and can be mounted by all who need it at once."""
+    """Whether the claim is there, bound, large enough (bytes), and can be mounted by all who need it at once: ``several_pods``, of a
+    TrainJob or of models that are tuned at once, or one."""
     try:
         found = kubernetes.core.read_namespaced_persistent_volume_claim(claim, kubernetes.namespace, _request_timeout=SECONDS)
     except ApiException as error:
@@ -218,7 +219,9 @@ def volume(kubernetes: Kubernetes, claim: str, needed: int, several_pods: bool) 
             warning("cluster_volume", f"{claim} is {found.status.phase}; fine if it waits for its first pod (kubectl describe pvc)")
         )
     if several_pods and "ReadWriteMany" not in (found.spec.access_modes or []):
-        checks.append(failed("cluster_volume", f"{claim} can be mounted on one node at a time, and a TrainJob needs ReadWriteMany"))
+        checks.append(
+            failed("cluster_volume", f"{claim} can be mounted on one node at a time, and pods on several need it at once: ReadWriteMany")
+        )
     return checks or [ok("cluster_volume", f"{claim} is bound, {float(size) / 1e9:,.0f} GB")]
 
 

@@ -158,7 +158,7 @@ class VolumeConfig:
     storage_class: str = ""
     """Its StorageClass, in the manifest; empty: the cluster's default."""
     access_mode: Literal["ReadWriteMany", "ReadWriteOnce"] = "ReadWriteMany"
-    """ReadWriteOnce will do where all steps run on one node."""
+    """ReadWriteOnce will do where all steps run on one node; a TrainJob, or an experiment with limits.parallel above 1, is refused it."""
 
     def __post_init__(self) -> None:
         _require_quantities("volume", {"size": self.size})

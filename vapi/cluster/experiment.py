@@ -3,8 +3,9 @@
     form -> the grid's runs -> checks -> a tree of plans -> (the steps that every run has) -> table
 
 The tree has every stage once, however many points and seeds share it: images, the models that are tuned on them, the looks
-at a model. The pipeline loops over its branches. Evaluations come back in any order; each bears its run's tags, by which its
-row is found. The grids, and what a table looks like, are those of ``vapi.grids`` and ``vapi.experiment``.
+at a model. The pipeline loops over its branches, which a box reads from the tree for each inner loop (``opened``). Evaluations
+come back in any order; each bears its run's tags, by which its row is found. The grids, and what a table looks like, are those
+of ``vapi.grids`` and ``vapi.experiment``.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ LEVELS = (("subset", "tokens"), ("tune",), (experiment.LAST,))
 """The stages of each level of the tree; a loop of the pipeline goes over each."""
 POINT = "vapi.point"
 """The tag that names a run: a point and a seed, the first of those that share it."""
+MAX_EVALUATIONS = 150
+"""Of a run. The box that makes the table is told of all of them in one argument of its command line: some 660 bytes for each, and
+Linux takes 128 KiB."""
 THEN = "then"
 """Where a branch of the tree has its branches."""
+AT = "at"
+"""Where a branch that a loop goes over has its place in the tree: numbers of branches, one a level."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +78,22 @@ def resolved(values: Mapping[str, Any], volume: bool) -> Asked:
     base, source = preflight.resolved(config.plain(grids.under(grid, recipe)), {"tune_nodes": 1, **values}, volume)
     asked = Asked(values["experiment_name"], base, seeds, source)
     assert asked.runs, f"{asked.name} has nothing to run"
+    if (looks := len(preflight.distinct(asked.runs.values(), experiment.LAST))) > MAX_EVALUATIONS:
+        raise ValueError(
+            f"experiment_seeds: {name} x seeds are {looks} evaluations, and a run takes at most {MAX_EVALUATIONS}; "
+            "start fewer seeds at a time"
+        )
     return asked
 
 
 # --- the first step ----------------------------------------------------------------------------
 
 
-def expand(cluster: Mapping[str, Any], work_dir: str, form: Mapping[str, Any], report: str, table: str) -> list[dict[str, Any]]:
-    """Check what the form asks for; the branches of the tree.
+def expand(cluster: Mapping[str, Any], work_dir: str, form: Mapping[str, Any], report: str, table: str, tree: str) -> list[dict[str, Any]]:
+    """Check what the form asks for; the first branches of the tree.
 
-    Writes the checks as Markdown to ``report``, and to ``table`` what ``collect`` must know. Raises SystemExit(2) after printing every
-    check if one of them failed.
+    Writes the checks as Markdown to ``report``, the whole to ``tree``, and to ``table`` what ``collect`` must know. Raises
+    SystemExit(2) after printing every check if one of them failed.
     """
 
     def ask() -> tuple[Asked, Sequence[Config], Origin]:
@@ -92,9 +103,9 @@ def expand(cluster: Mapping[str, Any], work_dir: str, form: Mapping[str, Any], r
     with step.in_words(), step.workplace(work_dir) as place:
         asked, source = preflight.looked_at(ask, place, cluster, {"tune_nodes": 1, **form}, False, report)
         plans = {grids.title(point, seed): preflight.plans(settings, source, place) for (point, seed), settings in asked.runs.items()}
-        branches = tree([_named(asked.name, title, each) for title, each in plans.items()])
+        data.write_json(Path(tree), grown([_named(asked.name, title, each) for title, each in plans.items()]))
         _describe(asked, plans, Path(table))
-        return branches
+        return opened(tree, "")
 
 
 def _named(name: str, title: str, plans: Mapping[str, Plan]) -> dict[str, Plan]:
@@ -102,7 +113,7 @@ def _named(name: str, title: str, plans: Mapping[str, Plan]) -> dict[str, Plan]:
     return {stage: {**plan, "tags": {"vapi.experiment": name, POINT: title}} for stage, plan in plans.items()}
 
 
-def tree(runs: Sequence[Mapping[str, Plan]], levels: Sequence[Sequence[str]] = LEVELS) -> list[dict[str, Any]]:
+def grown(runs: Sequence[Mapping[str, Plan]], levels: Sequence[Sequence[str]] = LEVELS) -> list[dict[str, Any]]:
     """Runs as branches: the plans of a level's stages, and under ``then`` the branches of the runs that share them.
 
     What is shared has the tags of the first of these runs.
@@ -111,7 +122,18 @@ def tree(runs: Sequence[Mapping[str, Plan]], levels: Sequence[Sequence[str]] = L
     groups: dict[str, list[Mapping[str, Plan]]] = {}
     for plans in runs:
         groups.setdefault(_content(plans, stages), []).append(plans)
-    return [{stage: group[0][stage] for stage in stages} | ({THEN: tree(group, further)} if further else {}) for group in groups.values()]
+    return [{stage: group[0][stage] for stage in stages} | ({THEN: grown(group, further)} if further else {}) for group in groups.values()]
+
+
+def opened(tree: str, at: str) -> list[dict[str, Any]]:
+    """The branches at a place of the file ``tree``, the first ones at "": each its stages' plans, and its own place under ``at``."""
+    branches = data.read_json(Path(tree))
+    for number in at.split():
+        branches = branches[int(number)][THEN]
+    return [
+        {name: each for name, each in branch.items() if name != THEN} | {AT: f"{at} {number}".strip()}
+        for number, branch in enumerate(branches)
+    ]
 
 
 def _content(plans: Mapping[str, Plan], stages: Sequence[str]) -> str:
@@ -135,22 +157,33 @@ def _describe(asked: Asked, plans: Mapping[str, Mapping[str, Plan]], path: Path)
 # --- the last step -----------------------------------------------------------------------------
 
 
-def collect(table: str, work_dir: str, evaluations: Mapping[str, str], out: str, page: str) -> None:
+def collect(table: str, work_dir: str, evaluations: Mapping[str, str], out: str, page: str) -> list[str]:
     """The table of an experiment, as ``vapi experiment`` makes it: table.md, table.csv and results.json in ``out``, the first of them
     in ``page`` too, and the rows as MLflow runs nested in one of the table.
 
-    ``table`` is what ``expand`` wrote, ``evaluations`` are the artifacts of the evaluations by run.
+    ``table`` is what ``expand`` wrote, ``evaluations`` are the artifacts of the evaluations by run. Returns the runs of those that
+    hold a failure; their rows say so.
     """
     with step.in_words(), step.workplace(work_dir):
         made = data.read_json(Path(table))
-        folders = {run: step.opened(Path(path)) for run, path in evaluations.items()}
+        failed = {run: Path(path) for run, path in evaluations.items() if step.failure(Path(path))}
+        folders = failed | {run: step.opened(Path(path)) for run, path in evaluations.items() if run not in failed}
         if missing := [end["run"] for end in made["ends"] if end["run"] not in folders]:
             raise ValueError(f"no evaluation came of {', '.join(dict.fromkeys(missing))}; start the run again (Clone run)")
         ends = {(end["point"], end["seed"]): folders[end["run"]] for end in made["ends"]}
-        found = experiment.Table(made["experiment"], step.settings_of(made), made["seeds"], Path(out), ends, set())
+        found = experiment.Table(made["experiment"], step.settings_of(made), made["seeds"], Path(out), ends, set(failed.values()))
         os.environ[track.GIVEN] = json.dumps(step.known(made))
         rows = found.write()
         found.track(rows, set())
         text = found.markdown(rows)
         print(text, flush=True)
         step.write(text, page)
+        return list(failed)
+
+
+def verdict(failed: Sequence[str]) -> None:
+    """Raises SystemExit(2), with words, if runs ``failed``."""
+    with step.in_words():
+        if failed:
+            words = "the table is whole but for them; why, the logs of their steps say (Clone run tries them again)"
+            raise ValueError(f"{', '.join(failed)} failed; {words}")

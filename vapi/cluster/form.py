@@ -41,7 +41,7 @@ OTHERS = {
     ),
     "data_revision": Field("Commit or tag of the DVC repository that data_uri names; empty for all else.", lambda cluster, gpu: ""),
     **{
-        f"{step}_gpus": Field(f"GPUs of the step {step}; 0 runs it on a CPU.", lambda cluster, gpu: cluster.gpu.per_node if gpu else 0)
+        f"{step}_gpus": Field(f"GPUs of the step {step}; 0 runs it on a CPU.", lambda cluster, gpu: str(cluster.gpu.per_node if gpu else 0))
         for step in GPU_STEPS
     },
     "tune_nodes": Field("Nodes of tune_gpus GPUs each.", lambda cluster, gpu: cluster.trainer.nodes),
@@ -56,6 +56,21 @@ OTHERS = {
         "PersistentVolumeClaim for data, checkpoints and results.", lambda cluster, gpu: cluster.volume.claim if gpu else ""
     ),
 }
+
+
+def called(dotted: str, values: Mapping[str, Any]) -> str:
+    """Where a form changes a field of params.yaml: tune.lr at ``tune_lr``, or without that in its overrides."""
+    name = dotted.replace(".", "_", 1)
+    return name if name in values else f"overrides {dotted}"
+
+
+def gpus(name: str, values: Mapping[str, Any]) -> int:
+    """A field that is a number of GPUs. It is text on the form: where a box asks for GPUs, Kubeflow's driver reads text alone, and takes
+    a number for nothing. Raises ValueError for other text."""
+    value = str(values[name])
+    if not re.fullmatch("[0-9]+", value):
+        raise ValueError(f"{name} is {value!r}; give a number of GPUs, or 0 for a CPU")
+    return int(value)
 
 
 def stands_for(name: str) -> tuple[str, str] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -76,7 +77,7 @@ def looked_at(
     try:
         asked, runs, source = ask()
         source = origin.resolve(source, place.state)
-        found = about_form(runs) + about_here(runs, source, place)
+        found = about_form(runs, form) + about_here(runs, source, place, form, facts.limits.parallel)
     except ValueError as error:
         found = [failed("form", str(error))]
     else:
@@ -118,37 +119,41 @@ def resolved(recipe: Mapping[str, Any], values: Mapping[str, Any], volume: bool,
     require_tolerations("cluster_tolerations", values["cluster_tolerations"])
     if volume and not values["cluster_volume"]:
         raise ValueError("cluster_volume is empty, and this package keeps its data on one; name a PersistentVolumeClaim")
-    for name in (f"{stage}_gpus" for stage in GPU_STEPS):
-        if values[name] < 0:
-            raise ValueError(f"{name} is {values[name]}; give a number of GPUs, or 0 for a CPU")
+    gpus = {stage: form.gpus(f"{stage}_gpus", values) for stage in GPU_STEPS}
     if trainjob and values["tune_nodes"] < 1:
         raise ValueError(f"tune_nodes is {values['tune_nodes']}; give a number of nodes")
-    processes = max(1, values["tune_gpus"]) * values["tune_nodes"]
+    processes = max(1, gpus["tune"]) * values["tune_nodes"]
     for name in ("images_per_step", "holdout_images"):
         if (images := getattr(settings.tune, name)) < processes:
-            raise ValueError(f"tune_gpus x tune_nodes are {processes}, and share tune_{name} {images}; use fewer GPUs or more images")
+            shared = f"{form.called(f'tune.{name}', values)} {images}"
+            raise ValueError(f"tune_gpus x tune_nodes are {processes}, and share {shared}; use fewer GPUs or more images")
     return settings, Origin(values["data_uri"], values["data_revision"])
 
 
-def about_form(runs: Sequence[Config]) -> list[Check]:
-    """What the form asks for, and what of it may not be meant or not be there."""
+def about_form(runs: Sequence[Config], values: Mapping[str, Any]) -> list[Check]:
+    """What the form, filled with ``values``, asks for, and what of it may not be meant or not be there."""
     from vapi import rewards  # with torch
 
     several = f"{len(runs)} configurations" if len(runs) > 1 else "a configuration"
     found = [ok("form", f"{several} of {len(config.flat(runs[0]))} fields")]
     if any(settings.subset.images == 0 for settings in runs):
-        found.append(warning("subset_images", "0 takes every image of the source; the room they need is not in the estimate"))
+        found.append(
+            warning(form.called("subset.images", values), "0 takes every image of the source; the room they need is not in the estimate")
+        )
     for name in dict.fromkeys(name for settings in runs for name in settings.tune.rewards):
         if name not in rewards.REWARDS:
-            found.append(failed("tune_rewards", f"no reward is called {name!r}; {config.nearest(name, rewards.REWARDS)}"))
+            found.append(
+                failed(form.called("tune.rewards", values), f"no reward is called {name!r}; {config.nearest(name, rewards.REWARDS)}")
+            )
     return found
 
 
 # --- what the pod itself can see ---------------------------------------------------------------
 
 
-def about_here(runs: Sequence[Config], source: Origin, place: step.Place) -> list[Check]:
-    """Data and weights, the mounted volume, MLflow. Leaves the process in the folder that the data's names are relative to.
+def about_here(runs: Sequence[Config], source: Origin, place: step.Place, values: Mapping[str, Any], parallel: int) -> list[Check]:
+    """Data and weights, the mounted volume, MLflow. Leaves the process in the folder that the data's names are relative to. ``values``:
+    the filled form. ``parallel``: how many models are tuned at once.
 
     With a volume nothing is fetched but what it takes to know that it can be: the stages fetch what they read, once.
     """
@@ -158,9 +163,10 @@ def about_here(runs: Sequence[Config], source: Origin, place: step.Place) -> lis
         os.chdir(origin.root(source, [] if place.volume else names, place.state))
     except ValueError as error:
         return [failed("data_uri", str(error))]
-    found = [ok("data_uri", _described(source)), *_inputs(runs, there)]
+    found = [ok("data_uri", _described(source)), *_inputs(runs, there, values)]
     if place.volume:
-        found += _room(place.volume, sum(map(bytes_needed, runs)) + sum(there.values()))
+        # of several runs some may be done: what is on the volume already is counted as needed, and is not free
+        found += _room(place.volume, bytes_needed(runs, parallel) + sum(there.values()), failed if len(runs) == 1 else warning)
     return [*found, mlflow(runs[0].track.uri or os.environ.get("MLFLOW_TRACKING_URI", ""))]
 
 
@@ -170,11 +176,11 @@ def _described(source: Origin) -> str:
     return source.uri or "the image's own data"
 
 
-def _inputs(runs: Iterable[Config], there: Mapping[str, int]) -> Iterator[Check]:
+def _inputs(runs: Iterable[Config], there: Mapping[str, int], values: Mapping[str, Any]) -> Iterator[Check]:
     """What the stages will read, looked at once however many runs do; of what is ``there`` to be fetched, that it is."""
     looks = {named: look for settings in runs for named, look in inputs.looks(settings).items()}
     for (dotted, name), look in looks.items():
-        with _field(dotted.replace(".", "_", 1)) as (field, found):
+        with _field(form.called(dotted, values)) as (field, found):
             found.append(ok(field, f"{name}, {there[name]:,} bytes, still to be fetched" if name in there else look()))
         yield from found
 
@@ -189,8 +195,8 @@ def _field(field: str) -> Iterator[tuple[str, list[Check]]]:
         found.append(failed(field, str(error)))
 
 
-def _room(volume: Path, needed: int) -> Iterator[Check]:
-    """Whether the volume can be written to, and has the room."""
+def _room(volume: Path, needed: int, worse: Callable[[str, str], Check]) -> Iterator[Check]:
+    """Whether the volume can be written to, and has the room; ``worse`` if it has not."""
     try:
         with tempfile.TemporaryFile(dir=volume) as file:
             file.write(b"vapi")
@@ -201,23 +207,47 @@ def _room(volume: Path, needed: int) -> Iterator[Check]:
         return
     free = shutil.disk_usage(volume).free
     words = f"{free / 1e9:,.0f} GB are free in {volume}, and a run needs about {needed / 1e9:,.0f} GB"
-    yield ok("cluster_volume", words) if free >= needed else failed("cluster_volume", f"{words}; make room (.vapi/resume, artifacts)")
+    yield ok("cluster_volume", words) if free >= needed else worse("cluster_volume", f"{words}; make room (.vapi/resume, artifacts)")
 
 
-def bytes_needed(settings: Config) -> int:
-    """About what a run writes to the volume: checkpoints (the old one and the new), the result, the subset, features."""
+def distinct(runs: Iterable[Config], stage: str) -> list[Config]:
+    """The first of the runs that share a ``stage``, for each time that it is run."""
+    found: dict[str, Config] = {}
+    for settings in runs:
+        plain = config.plain(settings)
+        found.setdefault(json.dumps([plain[section] for section in config.sections_so_far(stage)]), settings)
+    return list(found.values())
+
+
+def bytes_needed(runs: Sequence[Config], parallel: int = 1) -> int:
+    """About what runs write to the volume: the images of each subset, each tuned generator, the features of each evaluation; and
+    checkpoints (the old one and the new) of as many models as are tuned at once, ``parallel``: tune removes its own at its end."""
+    tuned = [_generator_bytes(settings) for settings in distinct(runs, "tune")]
+    images = [IMAGE_BYTES * settings.subset.images * _copies(settings) for settings in distinct(runs, "subset")]
+    captions = [CAPTION_BYTES * settings.subset.images for settings in distinct(runs, "tokens") if settings.model.text_encoder]
+    features = [FEATURE_BYTES * _drawn(settings) for settings in distinct(runs, "evaluate")]
+    return sum(tuned) + 7 * sum(sorted(tuned)[-parallel:]) + sum(images) + sum(captions) + sum(features)
+
+
+def _generator_bytes(settings: Config) -> int:
     from vapi.models import weights
 
     try:
-        generator = weights.size(settings.model.generator)
+        return weights.size(settings.model.generator)
     except ValueError:  # said elsewhere
-        generator = 0
+        return 0
+
+
+def _copies(settings: Config) -> int:
+    """Of a subset's image on the volume: what is read of a hub is kept beside."""
+    return 2 if hub.is_address(settings.subset.source) else 1
+
+
+def _drawn(settings: Config) -> int:
+    """Samples of an evaluation, of base and tuned."""
     looks = settings.evaluate
     sweep = len(looks.temperatures) * len(looks.guidances) * looks.sweep_samples
-    drawn = 2 * (sweep + 4 * looks.samples * len(looks.seeds))
-    captions = CAPTION_BYTES * settings.subset.images if settings.model.text_encoder else 0
-    images = settings.subset.images * (2 if hub.is_address(settings.subset.source) else 1)  # what is read of a hub is kept beside
-    return 8 * generator + (IMAGE_BYTES * images + captions) + FEATURE_BYTES * drawn
+    return 2 * (sweep + 4 * looks.samples * len(looks.seeds))
 
 
 def mlflow(uri: str, inside: bool = True) -> Check:
@@ -269,8 +299,9 @@ def about_cluster(
         lambda: api.config_maps(kubernetes, maps),
     ]
     if values["cluster_volume"]:
-        needed = sum(map(bytes_needed, runs))
-        asked.append(lambda: api.volume(kubernetes, values["cluster_volume"], needed, several_pods=trainjob))
+        needed = bytes_needed(runs, cluster.limits.parallel)
+        several = trainjob or min(cluster.limits.parallel, len(distinct(runs, "tune"))) > 1
+        asked.append(lambda: api.volume(kubernetes, values["cluster_volume"], needed, several))
     if cluster.image.pull_secret:
         asked.append(lambda: api.pull_secret(kubernetes, cluster.image.pull_secret))
     if pods.service_account:
@@ -284,7 +315,7 @@ def demands(cluster: ClusterConfig, values: Mapping[str, Any], trainjob: bool = 
     """What each step that may run on a GPU asks of its node."""
     found = []
     for name in GPU_STEPS:
-        gpus, nodes = values[f"{name}_gpus"], values["tune_nodes"] if trainjob and name == "tune" else 1
+        gpus, nodes = form.gpus(f"{name}_gpus", values), values["tune_nodes"] if trainjob and name == "tune" else 1
         size = cluster.gpu if values["cluster_volume"] else cluster.cpu  # as the package was compiled
         found.append(Demand(f"{name}_gpus", gpus, size.cpu, size.memory, nodes))
     return found

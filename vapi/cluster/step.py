@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vapi import config, data, keys, signals
+from vapi.cli import MISTAKE
 from vapi.cluster import origin
 from vapi.cluster.origin import Origin
 from vapi.config import STAGES, Config
@@ -39,6 +40,8 @@ It is the step's whole input beside artifacts, so Kubeflow's cache sees what cha
 there are also ``tags``, which say whose run it is."""
 
 DESCRIPTOR = "descriptor.json"
+FAILED = "failed.txt"
+"""In the artifact of a stage that will not make its result, in place of all else: who failed."""
 SMALL = 4 << 20
 """Bytes up to which a file travels as an artifact although there is a volume."""
 DEED = "register"
@@ -73,6 +76,31 @@ def run(stage: str, plan: Plan, work_dir: str, out: str, launch: Callable[[Comma
                 _make(stage, settings, plan, folders, target, launch or here)
             _describe(stage, target, Path(out))
         return target
+
+
+def attempt(stage: str, plan: Plan, work_dir: str, out: str, **inputs: str) -> Path | None:
+    """``run``; but what fails for good in an experiment leaves the other rows alone: the artifact ``out`` says so, and None comes back.
+
+    For good is a mistake, of which another start would say the same, and all that would follow from its result. Without a volume a
+    mistake ends the step as it does elsewhere, since Kubeflow's cache would keep the answer.
+    """
+    notes = list(filter(None, (failure(Path(path)) for path in inputs.values())))
+    if not notes:
+        try:
+            return run(stage, plan, work_dir, out, None, **inputs)
+        except SystemExit as stop:
+            if not (work_dir and "tags" in plan and stop.code == MISTAKE):
+                raise
+        notes = [f"{stage} of {', '.join(plan['tags'].values())} failed; why, its log says"]
+    print(notes[0], file=sys.stderr, flush=True)
+    config.write_text(Path(out) / FAILED, notes[0])
+    return None
+
+
+def failure(artifact: Path) -> str:
+    """Who failed, if an artifact holds that in place of a result; else nothing."""
+    note = artifact / FAILED
+    return note.read_text() if note.is_file() else ""
 
 
 def settings_of(plan: Plan) -> Config:
