@@ -29,12 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import vapi
-from vapi import config, recipes
+from vapi import config, recipes, signals
 from vapi.config import ARTIFACTS, BENCHES, PARAMS, STAGES, BenchConfig, Config, Measured
 
 Flags = dict[str, list[str]]
-MISTAKE = 2
-"""Exit code of a mistake that the message names: another start would say the same."""
+MISTAKE = signals.MISTAKE
 
 
 def main(arguments: list[str] | None = None) -> None:

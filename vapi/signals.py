@@ -8,6 +8,8 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+MISTAKE = 2
+"""Exit code of a mistake that the message names: another start would say the same."""
 STOPPED = (os.EX_TEMPFAIL, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit codes of a process that ended because somebody asked it to."""
 

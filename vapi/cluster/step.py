@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from vapi import config, data, keys, signals
-from vapi.cli import MISTAKE
 from vapi.cluster import origin
 from vapi.cluster.origin import Origin
 from vapi.config import STAGES, Config
@@ -89,7 +88,7 @@ def attempt(stage: str, plan: Plan, work_dir: str, out: str, **inputs: str) -> P
         try:
             return run(stage, plan, work_dir, out, None, **inputs)
         except SystemExit as stop:
-            if not (work_dir and "tags" in plan and stop.code == MISTAKE):
+            if not (work_dir and "tags" in plan and stop.code == signals.MISTAKE):
                 raise
         notes = [f"{stage} of {', '.join(plan['tags'].values())} failed; why, its log says"]
     print(notes[0], file=sys.stderr, flush=True)
