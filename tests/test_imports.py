@@ -77,7 +77,7 @@ def test_mlflow_is_imported_only_when_it_is_used() -> None:
 
 
 def test_the_command_line_imports_a_stage_only_once_it_was_named() -> None:
-    assert ours("vapi.cli", deferred=False) <= {"vapi", "vapi.config", "vapi.recipes"}
+    assert ours("vapi.cli", deferred=False) <= {"vapi", "vapi.config", "vapi.recipes", "vapi.signals"}
     assert libraries("vapi.cli", deferred=False) <= sys.stdlib_module_names
 
 
