@@ -39,6 +39,7 @@ def tiny(data: Path) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_the_whole_grid_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     build.build(Path("data"), build.TINY)
