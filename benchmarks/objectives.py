@@ -1,6 +1,6 @@
 """What objectives cost, and where a gradient of eight draws points, on the embedded digits.
 
-    python benchmarks/objectives.py gradients > benchmarks/results/gradients.json     # a quarter of an hour on two cores
+    python benchmarks/objectives.py gradients > benchmarks/results/gradients.json     # half a minute on two cores
     python benchmarks/objectives.py costs [--device cuda] [--rounds 5]
 
 gradients: on images of their own, the direction that G = 8 draws give, against that of thousands of draws with one reward an image,
@@ -12,10 +12,12 @@ draws point a little aside; eight of them scatter less. costs: a step of each ob
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,8 +66,9 @@ def gradients(params: Config, shown: int = 4, many: int = 2048, groups: int = 8)
     ceiling = []
     made = data.state_dir("benchmarks") / "objectives"
     if not (made / "tokens").exists():
-        subset(params.subset, made / "subset")
-        tokens.tokens(params.model, params.tokens, made / "subset", made / "tokens")
+        with contextlib.redirect_stdout(sys.stderr):  # what is printed here is JSON
+            subset(params.subset, made / "subset")
+            tokens.tokens(params.model, params.tokens, made / "subset", made / "tokens")
     picked, cached = data.read_subset(made / "subset"), data.read_tokens(made / "tokens")
     for row in range(shown):
         target = images.to_float(picked.pixels(row, params.model.image_size)[None], policy.device)
