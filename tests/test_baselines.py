@@ -14,6 +14,7 @@ from test_naive import TUNE, flat_gradient, problem
 from torch import Tensor
 
 from vapi import baselines, grpo, rewards
+from vapi import objective as objectives
 from vapi.baselines import Contrastive, FreeRunning, StraightThrough
 from vapi.config import ModelConfig, TuneConfig
 from vapi.objective import DRAW, Batch, Objective, optimizer_of, update
@@ -218,6 +219,18 @@ def test_updates_of_one_rollout(tiny_model: ModelConfig, kind: str, monkeypatch:
         after[updates], rewarded[updates] = states, len(calls)
     assert torch.equal(after[1][0], after[2][0]) and len(after[2]) == 2 and not torch.equal(after[2][0], after[2][1])
     assert rewarded[1] == rewarded[2] == 3 and clipped[1] == 0 < clipped[2]
+
+
+def test_every_update_has_dropout_masks_of_its_own(tiny_model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int, list[int]] = {}
+    masks = objectives._dropout
+    for updates in (1, 2):
+        of_this: list[int] = []
+        monkeypatch.setattr(objectives, "_dropout", lambda policy, seed, _to=of_this: (_to.append(seed), masks(policy, seed))[1])
+        objective, batch = made("va_pi", tiny_model, updates_per_rollout=updates, policy_dropout="official", group_size=2)
+        update(objective, torch.optim.SGD(objective.policy.generator.parameters(), lr=0.1), batch, 1)
+        seen[updates] = of_this
+    assert seen[2][: len(batch)] == seen[1] and len(set(seen[2])) == 2 * len(batch)
 
 
 def test_leave_one_out_weighs_images_by_their_spread(tiny_model: ModelConfig) -> None:

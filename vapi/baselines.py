@@ -135,7 +135,6 @@ class FreeRunning(Objective):
             for rows in torch.arange(count).split(self.tune.images_per_forward):
                 one = part.condition[rows // self.tune.group_size]
                 yield share * len(rows) / count, *self.loss_of(one, draws, slice(int(rows[0]), int(rows[-1]) + 1), step, made[number])
-            made[number].updates += 1
 
     @torch.no_grad()
     def free(self, batch: Batch, step: int) -> Rollout:
@@ -149,11 +148,11 @@ class FreeRunning(Objective):
     def sampled(self, batch: Batch, group: int, keys: Tensor) -> Tensor:
         """Free draws (B, G, T), those of an image by its key (B,); as many at a time as are decoded."""
         seeds = (grpo.uniforms(keys.cpu(), group) * 2**32).long().flatten()
-        how = {"temperature": self.tune.temperature, "guidance": self.tune.rollout_guidance}
-        found = []
+        temperature, guidance, found = self.tune.temperature, self.tune.rollout_guidance, []
         with models.autocast(self.precision, self.policy.device):
             for rows in torch.arange(len(seeds)).split(self.tune.images_per_reward):
-                found.append(self.policy.generate(batch.condition[rows // group], seeds[rows].tolist(), **how))  # type: ignore[arg-type]
+                condition = batch.condition[rows // group]
+                found.append(self.policy.generate(condition, seeds[rows].tolist(), temperature=temperature, guidance=guidance))
         return torch.cat(found).unflatten(0, (len(batch), group))
 
     def under_base(self, rows: Tensor, condition: Tensor) -> Tensor | None:

@@ -29,7 +29,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -522,13 +522,17 @@ def write_judges(settings: Config, folder: Path) -> None:
     prompts are files always, and it depends on them.)"""
     named = named_files(settings, ["evaluate"])
     judges = {name: path for name, path in named.items() if name.rpartition(".")[2] not in ("reference", "validation", "prompts")}
-    write_json(folder / "judges.json", {name: known_digest(Path(path)) if Path(path).exists() else path for name, path in judges.items()})
+    write_json(folder / "judges.json", _digests(judges))
 
 
 def write_rewards(settings: Config, folder: Path) -> None:
     """The same of the networks that reward: rewards.json."""
-    named = named_files(settings, ["tune"])
-    write_json(folder / "rewards.json", {name: known_digest(Path(path)) if Path(path).exists() else path for name, path in named.items()})
+    write_json(folder / "rewards.json", _digests(named_files(settings, ["tune"])))
+
+
+def _digests(named: Mapping[str, str]) -> dict[str, str]:
+    """Of files and folders by the field that names them; what is not here by its name."""
+    return {field: known_digest(Path(path)) if Path(path).exists() else path for field, path in named.items()}
 
 
 def write_weights(model: ModelConfig, folder: Path) -> None:

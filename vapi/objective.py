@@ -155,7 +155,6 @@ class Objective:
                     rollout.draws.old = self.chosen(predicted, batch.codes, rollout.draws.codes)[1]
             del predicted
         draws, terms, again = made[number].draws, made[number].terms, made[number].updates
-        made[number].updates += 1
         for image in range(len(batch)):
             one = batch[image : image + 1]
             repeat = [0] * self.tune.group_size
@@ -386,7 +385,11 @@ def update(objective: Objective, optimizer: torch.optim.Optimizer, batch: Batch,
     Raises ValueError, before that optimizer step, if a number is not finite.
     """
     made: Rollouts = {}
-    found = [_updated(objective, optimizer, batch, step, made) for _ in range(objective.tune.updates_per_rollout)]
+    found = []
+    for _ in range(objective.tune.updates_per_rollout):
+        found.append(_updated(objective, optimizer, batch, step, made))
+        for rollout in made.values():
+            rollout.updates += 1
     return {name: statistics.fmean(values[name] for values in found) for name in found[0]}
 
 

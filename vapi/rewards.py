@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -265,14 +265,13 @@ class OfCaption(OfRequest):
             return torch.tensor(self.score(pictures, asked, [{}] * len(asked)), device=images.device)
 
 
-REWARDS: dict[str, RewardFunction | OfRequest | None] = {  # None: it has a network to read, see Reward
+REWARDS: dict[str, RewardFunction | OfRequest | type] = {  # a class has a network to read, see Reward
     "mse": mse,
     "l1": l1,
-    "lpips": None,
-    "class": None,
-    "clip": None,
+    "lpips": Lpips,
+    "class": OfClass,
+    "clip": OfCaption,
 }
-NETWORKED: dict[str, type] = {"lpips": Lpips, "class": OfClass, "clip": OfCaption}
 CLIP_MODEL = "tune.clip_model"
 
 
@@ -300,7 +299,7 @@ def kinds(tune: TuneConfig) -> dict[str, object]:
     for name in tune.rewards:
         if name not in REWARDS:
             raise ValueError(f"no reward is called {name!r}; {nearest(name, REWARDS)}")
-    return {name: REWARDS.get(name) or NETWORKED.get(name) for name, weight in tune.rewards.items() if weight}
+    return {name: REWARDS[name] for name, weight in tune.rewards.items() if weight}
 
 
 class Reward:
@@ -321,7 +320,7 @@ class Reward:
         clip: str = "",
     ) -> None:
         """Raises ValueError for an unknown name (with the nearest known one) or a missing network."""
-        known = {**REWARDS, **(functions or {})}
+        known: dict[str, Any] = {**REWARDS, **(functions or {})}
         for name in weights:
             if name not in known:
                 raise ValueError(f"no reward is called {name!r}; {nearest(name, known)}")
@@ -329,12 +328,12 @@ class Reward:
             raise ValueError(f"every reward has weight 0 in {dict(weights)}; there is nothing to optimise")
         # in one order, whatever order a configuration has been through: a sum of floats hangs on it
         self.weights = {name: weight for name, weight in sorted(weights.items()) if weight}
-        makers: dict[str, Callable[[], RewardFunction | OfRequest]] = {
-            "lpips": lambda: load_lpips(perceptual, perceptual_weights, device),
-            "class": lambda: OfClass(classifier, device),
-            "clip": lambda: OfCaption(clip, device),
+        made: dict[object, Callable[[], RewardFunction | OfRequest]] = {
+            Lpips: lambda: load_lpips(perceptual, perceptual_weights, device),
+            OfClass: lambda: OfClass(classifier, device),
+            OfCaption: lambda: OfCaption(clip, device),
         }
-        self.functions = {name: known[name] or makers[name]() for name in self.weights}
+        self.functions = {name: made[known[name]]() if known[name] in made else known[name] for name in self.weights}
 
     @classmethod
     def of(cls, tune: TuneConfig, device: str | torch.device = "cpu") -> Reward:
@@ -370,7 +369,7 @@ class Reward:
             raise ValueError(f"tune.credit token asks rewards where they come from, and {', '.join(dumb)} has no map; use credit image")
 
     def _part(self, name: str, images: Tensor, targets: Tensor, side: int, asked: Asked) -> Tensor:
-        function = self.functions[name]
+        function: Any = self.functions[name]
         if isinstance(function, OfRequest):
             group = images.shape[1]
             each = asked.repeat_interleave(group) if isinstance(asked, Tensor) else [one for one in asked for _ in range(group)]
@@ -379,7 +378,7 @@ class Reward:
             return function.grouped(images, targets, side)
         flat = targets[:, None].expand_as(images).flatten(0, 1)
         if side:
-            return pooled(function.map(images.flatten(0, 1), flat), side).unflatten(0, images.shape[:2])  # type: ignore[attr-defined]
+            return pooled(function.map(images.flatten(0, 1), flat), side).unflatten(0, images.shape[:2])
         return _one_each(name, function(images.flatten(0, 1), flat), len(flat)).unflatten(0, images.shape[:2])
 
 
