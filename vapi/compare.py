@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vapi import data, images, report
-from vapi.config import STAGES, TUNED, flat
+from vapi.config import FOR_REWARDS, STAGES, TUNED, flat
 
 T = TypeVar("T")
 Scores = Mapping[str, Any]
@@ -39,12 +39,8 @@ KEPT: dict[str, tuple[str, ...]] = {
 """What a page reads of each stage's folder, beside config.json and provenance.json."""
 HEAVY = {"tune": "model.safetensors", "tokens": "codes.npy", "subset": "manifest.parquet", "evaluate": "report.html"}
 """What a copy that was made for the page alone does not hold; a whole folder can be held against its digest."""
-NETWORKS = {
-    "lpips": ("tune.perceptual", ("perceptual", "vgg", "alex", "lpips")),
-    "class": ("tune.classifier", ("classifier",)),
-    "clip": ("tune.clip_model", ("clip",)),
-}
-"""The networks behind rewards: the field that names each, and what the inputs of the stage tune call its files."""
+REWARD_FILES = {"lpips": ("perceptual", "vgg", "alex", "lpips"), "class": ("classifier",), "clip": ("clip",)}
+"""What the inputs of the stage tune call the files behind a reward."""
 MOST = 6
 """Runs on a page, each with a colour of its own."""
 SIDES = {"plain": "sheet-before-after.png", "best": "sheet-best.png"}
@@ -364,7 +360,8 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 def _weighed_differently(runs: Sequence[Run]) -> list[str]:
     """The fields in which runs that say what they rewarded differ: weights that count, and the networks behind them."""
     fields = [*differing([{f"tune.rewards.{part}": weight for part, weight in run.weights.items() if weight} for run in runs])]
-    for part, (field, files) in NETWORKS.items():
+    for part, files in REWARD_FILES.items():
+        field, *_ = FOR_REWARDS[part]
         fields += [field] if _differ_in([run for run in runs if run.weights.get(part)], field, files) else []
     return fields
 

@@ -87,7 +87,7 @@ ARMS: dict[str, dict[str, Any]] = {
 """What can be done with a generator and a tokenizer, as what it changes in a recipe of VA-pi."""
 RATES = {"fine-tuning": 0.3, "token credit": 1.0, "straight-through": 1.0, "CCA": 0.3, "AR-GRPO": 1.0, "tokenizer": 0.3}
 """At how many times VA-pi's learning rate each was best on the digits (experiment ``rates``)."""
-TUNED = {name: changes | ({"tune.lr": Times(RATES[name])} if name in RATES else {}) for name, changes in ARMS.items()}
+WITH_RATES = {name: changes | ({"tune.lr": Times(RATES[name])} if name in RATES else {}) for name, changes in ARMS.items()}
 
 
 def _quality(*numbers: float) -> dict[str, float]:
@@ -126,13 +126,13 @@ GRIDS = {
         BOTH,
         (
             Point("base", {}, _quality(14.36, 86.55, 0.63, 0.69, 2.37, 252.16, 0.81, 0.59), "base"),
-            Point("tokenizer post-trained", TUNED["tokenizer"], _quality(14.26, 86.70, 0.63, 0.68, 2.72, 246.97, 0.80, 0.59)),
+            Point("tokenizer post-trained", WITH_RATES["tokenizer"], _quality(14.26, 86.70, 0.63, 0.68, 2.72, 246.97, 0.80, 0.59)),
             Point(
                 "tokenizer post-trained, 1,000 steps (paper: 10,000)",
-                TUNED["tokenizer"] | {"tune.steps": 1000},
+                WITH_RATES["tokenizer"] | {"tune.steps": 1000},
                 _quality(22.99, 72.49, 0.56, 0.68, 4.31, 221.57, 0.75, 0.58),
             ),
-            Point("straight-through", TUNED["straight-through"], _quality(11.46, 102.21, 0.68, 0.61, 4.17, 267.34, 0.83, 0.51)),
+            Point("straight-through", WITH_RATES["straight-through"], _quality(11.46, 102.21, 0.68, 0.61, 4.17, 267.34, 0.83, 0.51)),
             Point("VA-pi", {}, _quality(7.65, 116.70, 0.71, 0.64, 2.28, 273.53, 0.83, 0.56)),
         ),
         settings={"evaluate.guided": 1.75},
@@ -143,7 +143,7 @@ GRIDS = {
         BOTH,
         (
             Point("base", {}, _quality(15.55, 79.16, 0.62, 0.69, 2.79, 286.88, 0.84, 0.54), "base"),
-            Point("AR-GRPO", TUNED["AR-GRPO"], dict(zip(BOTH[4:], (3.63, 293.07, 0.86, 0.48)))),
+            Point("AR-GRPO", WITH_RATES["AR-GRPO"], dict(zip(BOTH[4:], (3.63, 293.07, 0.86, 0.48)))),
             Point("VA-pi", {}, _quality(9.23, 111.59, 0.71, 0.59, 2.94, 299.63, 0.84, 0.53)),
         ),
         full_size="llamagen-xl-c2i",
@@ -209,7 +209,7 @@ GRIDS = {
         "Other objectives in VA-pi's loop, each at a learning rate of its own (RATES).",
         OURS,
         QUALITY,
-        (Point("base", side="base"), *(Point(name, changes) for name, changes in TUNED.items())),
+        (Point("base", side="base"), *(Point(name, changes) for name, changes in WITH_RATES.items())),
     ),
     "rates": Grid(
         "Learning rates of each objective, to choose by: --seeds 1000 --evaluate.reference data/digits/validation.parquet",
@@ -288,7 +288,7 @@ GRIDS = {
         (
             Point("base", side="base"),
             Point("image", {"tune.credit": "image"}),
-            *(Point(f"token, radius {radius}", TUNED["token credit"] | {"tune.credit_radius": radius}) for radius in (0, 1, 2)),
+            *(Point(f"token, radius {radius}", WITH_RATES["token credit"] | {"tune.credit_radius": radius}) for radius in (0, 1, 2)),
         ),
     ),
 }

@@ -140,12 +140,13 @@ def about_form(runs: Sequence[Config], values: Mapping[str, Any]) -> list[Check]
         found.append(
             warning(form.called("subset.images", values), "0 takes every image of the source; the room they need is not in the estimate")
         )
-    for name in dict.fromkeys(name for settings in runs for name in settings.tune.rewards):
-        if name not in rewards.REWARDS:
-            found.append(
-                failed(form.called("tune.rewards", values), f"no reward is called {name!r}; {config.nearest(name, rewards.REWARDS)}")
-            )
-    return found
+    unknown: dict[str, None] = {}
+    for settings in runs:
+        try:
+            rewards.kinds(settings.tune)
+        except ValueError as error:
+            unknown[str(error)] = None
+    return [*found, *(failed(form.called("tune.rewards", values), words) for words in unknown)]
 
 
 # --- what the pod itself can see ---------------------------------------------------------------
