@@ -4,7 +4,7 @@
     python benchmarks/experiments.py write                                            # the tables and the chart, from what was collected
 
 ``collect`` puts the complete ones among benchmarks/results/experiments.json, each with date and machine; ``write`` puts tables between
-the page's marks (``<!-- table4 -->``, ``<!-- end -->``) and draws docs/results.png.
+the page's marks (``<!-- table4 -->``, ``<!-- end -->``) and draws docs/results.png and docs/reward-curves.png.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from vapi import config, grids
+from vapi import config, curves, grids
 from vapi.config import Config
 from vapi.experiment import Table, number
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks/results/experiments.json"
-PAGE, CHART = ROOT / "docs/results.md", ROOT / "docs/results.png"
+PAGE, CHART, CURVES = (ROOT / "docs" / name for name in ("results.md", "results.png", "reward-curves.png"))
 MARKED = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CHARTED = ("table4", "figure4", "credit", "objectives", "group-size", "updates", "reward-weights")
 MORE = ("kid", "fid_random", "class_accuracy", "geneval_second")
@@ -56,7 +56,8 @@ def _with_more(row: Found, name: str, folder: Path) -> Found:
 
 def table(found: Found) -> str:
     """As ``vapi experiment`` prints it, without its heading, and where and when."""
-    base: Config = config.build(Config, found["config"])
+    defaults = config.plain(Config())  # of fields that came later
+    base: Config = config.build(Config, {section: {**defaults[section], **values} for section, values in found["config"].items()})
     text = Table(found["experiment"], base, found["seeds"], Path(), {}, set()).markdown(found["rows"])
     about, _, lines = text.partition("\n\n")[2].partition("\n\n")
     return f"{lines}\n*{about} On {found['machine']}, {found['date']}.*\n"
@@ -113,6 +114,9 @@ def main() -> None:
     kept = json.loads(KEPT.read_text())
     config.write_text(PAGE, page(PAGE.read_text(), kept))
     draw(kept)
+    curved = {name: {row["name"]: row["curve"] for row in found["rows"] if "curve" in row} for name, found in kept.items()}
+    panels = [(kept[name]["source"].partition(": ")[2], drawn) for name, drawn in curved.items() if drawn]
+    curves.write(CURVES, panels, "reward, held-out images: mean and range of three seeds")
 
 
 if __name__ == "__main__":

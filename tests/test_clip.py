@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'vapi-ali
 SIDE, HEADS, LAYERS = 28, 2, 2
 
 
-def write(folder: Path, **changes: int) -> Path:
+def write(folder: Path, seed: int = 0) -> Path:
     """A small CLIP with weights large enough to tell things apart, and a vocabulary of letters."""
     folder.mkdir(parents=True)
     letters = [chr(code) for code in range(33, 127)]
@@ -38,7 +38,7 @@ def write(folder: Path, **changes: int) -> Path:
         vision_config=common | {"hidden_size": 24, "image_size": SIDE, "patch_size": 14},
         projection_dim=12,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     network = transformers.CLIPModel(config)
     with torch.no_grad():
         for weight in network.parameters():
@@ -269,6 +269,55 @@ def test_clipscore_is_the_plain_cosine(clip: clips.Clip, folder: Path, monkeypat
     assert "no prefix" in metric.describe and clip.sha256 in metric.describe
 
 
+def test_hpsv2_is_the_same_cosine_by_a_network_of_its_own(folder: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "hps", seed=1)
+    config = EvaluateConfig(clip=str(folder), hps=str(other), text_metrics=["clipscore", "hpsv2"])
+    images, prompts = np.stack([picture(0)]), ["a red bench"]
+    (clipscore,), (hpsv2,) = (metric(images, prompts, [{}]) for metric in text.load(config, "cpu").values())
+    as_clip = text.load(EvaluateConfig(clip=str(other), text_metrics=["clipscore"]), "cpu")["clipscore"]
+    assert hpsv2 == as_clip(images, prompts, [{}])[0] != clipscore
+    with pytest.raises(ValueError, match="asks for hpsv2; set evaluate.hps to a folder of its weights"):
+        text.load(EvaluateConfig(text_metrics=["hpsv2"]), "cpu")
+    with pytest.raises(ValueError, match="evaluate.hps is nowhere, which lacks config.json"):
+        text.require(EvaluateConfig(hps="nowhere", text_metrics=["hpsv2"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("prompts.jsonl", '{"prompt": "a red bench", "tag": "colours"}\n{"prompt": "two cats", "tag": "2", "more": 1}\n'),
+        ("prompts.csv", "Prompts,Category\na red bench,colours\ntwo cats,2\n"),
+        ("prompts.tsv", "Prompt\tCategory\tChallenge\na red bench\tcolours\tx\ntwo cats\t2\ty\n"),
+    ],
+)
+def test_prompts_of_files_as_they_are_published(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert [(one.text, one.tag, one.include) for one in text.read_prompts(tmp_path / name)] == [
+        ("a red bench", "colours", ()),
+        ("two cats", "2", ()),
+    ]
+    (tmp_path / "plain.txt").write_text("a red bench\n\ntwo cats, one of them NA\n")
+    assert [one.text for one in text.read_prompts(tmp_path / "plain.txt")] == ["a red bench", "two cats, one of them NA"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "text\nx\n", "has the columns text; one must be called prompt or prompts or caption"),
+        ("a.csv", "prompt,tag\n,x\n", "prompt 1 is ''; it must be a text"),
+        ("a.jsonl", '{"prompt": 3}\n', "prompt 1 is 3; it must be a text"),
+        ("a.jsonl", "{", "cannot be read"),
+        ("a.txt", "", "is empty"),
+    ],
+)
+def test_files_without_prompts_are_refused(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        text.read_prompts(tmp_path / name)
+    with pytest.raises(ValueError, match="is not here"):
+        text.read_prompts(tmp_path / "nowhere.csv")
+
+
 def test_the_documented_metric_of_ones_own_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[1] / "docs" / "text-metrics.md").read_text()
     (code,) = re.findall(r"```python\n(# my_scores.py\n.*?)```", page, re.DOTALL)
@@ -282,7 +331,7 @@ def test_the_documented_metric_of_ones_own_works(tmp_path: Path, monkeypatch: py
     assert metric.describe == f"my_scores:brightness; code {hashlib.sha256(code.encode()).hexdigest()[:16]}"
 
 
-def test_bad_text_metrics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_text_metrics_are_refused() -> None:
     def refused(message: str, *names: str) -> None:
         with pytest.raises(ValueError, match=message):
             text.load(EvaluateConfig(text_metrics=list(names)), "cpu")
@@ -292,7 +341,6 @@ def test_bad_text_metrics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     refused("cannot be imported", "json:no_such_function")
     refused("set evaluate.clip to a folder", "clipscore")
     for message, found in (("returned 1 numbers for 2 images", [1.0]), ("not finite", [1.0, float("nan")])):
-        monkeypatch.setitem(text.TEXT_METRICS, "short", lambda config, device, found=found: lambda *given: found)
-        metric = text.load(EvaluateConfig(text_metrics=["short"]), "cpu")["short"]
+        metric = text.Checked("short", lambda *given, found=found: found)
         with pytest.raises(ValueError, match=f"the text metric short returned .*{message.removeprefix('returned ')}"):
             metric(np.zeros((2, 4, 4, 3), np.uint8), ["a", "b"], [{}, {}])

@@ -24,12 +24,26 @@ from vapi.experiment import Experiment
 from vapi.grids import GRIDS, Grid, Point
 
 FULL_SIZE = {
-    "table2-xl": "llamagen-xl-c2i", "table3": "llamagen-xl-t2i", "table5": "llamagen-xl-t2i", "table3-janus": "janus-pro-1b",
+    "table1": "llamagen-xl-drawbench", "table2-xl": "llamagen-xl-c2i", "table3": "llamagen-xl-t2i", "table5": "llamagen-xl-t2i",
+    "table3-janus": "janus-pro-1b", "figure5-t2i": "llamagen-xl-t2i", "figure5-janus": "janus-pro-1b",
 }  # fmt: skip
 """The recipes of the paper's own runs; llamagen-xxl-c2i for the other grids."""
 
 # arXiv 2512.19680 once more, typed for this test: rows in the grid's order, "-" where it prints nothing, ~ for what is read off a plot
 PAPER = {
+    "table1": """
+        0.245 0.153
+        0.274 0.208
+        0.291 0.211""",
+    "figure5": """
+        - - - -
+        - - - -""",
+    "figure5-t2i": """
+        - - - -
+        - - - -""",
+    "figure5-janus": """
+        - - - -
+        - - - -""",
     "table2": """
         14.36 86.55 0.63 0.69 2.37 252.16 0.81 0.59
         14.26 86.70 0.63 0.68 2.72 246.97 0.80 0.59
@@ -70,7 +84,7 @@ PAPER = {
         0.075 0.641 0.028 0.163 0.750 0.333 0.332
         0.043 0.652 0.040 0.181 0.728 0.328 0.329""",
 }
-NOT_RUN = {"table3": ["AR-GRPO"]}
+NOT_RUN: dict[str, list[str]] = {}
 
 
 # --- the grids ---------------------------------------------------------------------------------

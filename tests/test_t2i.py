@@ -172,6 +172,27 @@ def test_a_text_metric_of_ones_own_stands_beside_one_detector(project: Path) -> 
     assert "redness:redness" in (project / "artifacts/other/report.html").read_text()
 
 
+def test_prompts_without_a_detector_are_scored_by_text_metrics_alone(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DrawBench's, whose prompts ask for what no detector knows."""
+    monkeypatch.syspath_prepend(".")
+    Path("blueness.py").write_text("def blueness(config):\n    return lambda images, *asked: images[..., 2].mean(axis=(1, 2)) / 255\n")
+    Path("bench.csv").write_text('Prompts,Category\n"a red seven, and a blue one",Colors\na two above a three,Positional\na one,Colors\n')
+    how = {"detector": "", "second_detector": "", "text_metrics": ["blueness:blueness"], "prompts": "bench.csv"}
+    found = evaluated("bench/evaluate", **how)
+    asked = found["prompts"]
+    assert (asked["prompts"], asked["detectors"], asked["agreement"]) == (3, {}, {}) and "geneval" not in found["base"]
+    rows = pd.read_csv("bench/evaluate/prompts.csv")
+    assert rows.task.tolist() == ["Colors", "Positional", "Colors"] and rows.prompt[0] == "a red seven, and a blue one"
+    assert rows["tuned/blueness:blueness"].mean() == pytest.approx(asked["metrics"]["blueness:blueness"]["tuned"]["mean"], rel=1e-5)
+    assert found["tuned"]["blueness:blueness"] == pytest.approx(asked["metrics"]["blueness:blueness"]["tuned"]["mean"], rel=1e-5)
+    page = Path("bench/evaluate/report.html").read_text()
+    assert "3 prompts, 2 pictures of each and seed, scored by blueness:blueness." in page and "a two above a three" in page
+    run = compare.of(Path("bench/evaluate"), Path("artifacts/tune"))
+    assert f"blueness:blueness {rows['base/blueness:blueness'][1]:.3f}" in compare_page.page([run])
+    shutil.copytree("artifacts/tune", "bench/tune")
+    assert report.table(Path("bench")).startswith("Tuning ")
+
+
 def test_another_text_encoder_or_text_of_a_metric_is_another_evaluation(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was kept of the one is not the other's, and a model tuned with one is not evaluated with the other."""
     made = settings()
@@ -278,7 +299,8 @@ def rewritten(path: Path, **columns: object) -> str:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"detector": ""}, "evaluate.detector is empty"),
+        ({"detector": ""}, "evaluate.second_detector is .*scenes-judge.safetensors and evaluate.detector is empty"),
+        ({"detector": "", "second_detector": ""}, "evaluate.detector and evaluate.text_metrics are empty"),
         ({"resize": 32}, "evaluate.resize is 32, and detectors judge pictures as they are drawn"),
         ({"detector": "digit"}, "did you mean 'digits'"),
         ({"prompts": "data/geneval/prompts.jsonl"}, "data/geneval/prompts.jsonl is not here"),

@@ -492,11 +492,19 @@ def _answers(runs: Sequence[Run], how: tuple[int, int]) -> str:
     first, cards = seen[0].runs[0], []
     for n, asked in enumerate(first.prompts):
         shots = [Shot(np.concatenate(list(one.value[n]), axis=1), one.title, one.kind) for one in seen]
-        shares = [f"{esc(one.title)}: {float(one.runs[0].prompts[n][f'{one.model}/geneval']):.0%} right" for one in seen]
+        shares = [f"{esc(one.title)}: {_share(one, n)}" for one in seen]
         tip = "".join(f"<br>{words}" for words in shares)
         cards.append(card(shots, asked["prompt"], tip, f"prompt-{first.name}-{n}", (len(seen[0].value[n]) * how[0], how[1])))
-    note = "The first prompts of each task, nothing selected; the same random numbers everywhere. Shares: the first judge's, of all seeds."
+    note = "The first prompts of each task, nothing selected; the same random numbers everywhere. Numbers: the first judge's, of all seeds."
     return f'<h3>Some prompts</h3><div class="cards asked">{"".join(cards)}</div><p class="small">{note}</p>'
+
+
+def _share(one: Seen, prompt: int) -> str:
+    """What the first judge says of a prompt's pictures."""
+    judged = one.runs[0].results["prompts"]
+    first = next(iter({**judged["detectors"], **judged["metrics"]}))
+    value = float(one.runs[0].prompts[prompt][f"{one.model}/{first}"])
+    return f"{value:.0%} right" if first in judged["detectors"] else f"{esc(first)} {value:.3f}"
 
 
 # --- classes -----------------------------------------------------------------------------------

@@ -337,17 +337,19 @@ class EvaluateConfig:
     dinov2: str = ""
     """Folder of DINOv2's weights (config.json, model.safetensors), for a distance that no ImageNet label shaped; empty: none."""
     prompts: str = "data/scenes/test.jsonl"
-    """What a generator of captions is asked for, GenEval's metadata as JSON lines; a generator of classes has no use for it."""
+    """What a generator of captions is asked for: GenEval's metadata as JSON lines; without a detector any captions (DrawBench's CSV)."""
     images_per_prompt: int = 4
     """Images drawn for each of these prompts; GenEval's is 4."""
     detector: str = "digits"
-    """Who looks for the prompts' objects: digits (classical, for the embedded scenes), or a folder of Mask2Former's weights."""
+    """Who looks for the prompts' objects: digits (for the embedded scenes), a folder of Mask2Former's weights; empty: nobody."""
     second_detector: str = "data/models/scenes-judge.safetensors"
     """Another one, so that nobody is believed alone: the same, or a .safetensors of ours; empty: none."""
     clip: str = ""
     """Folder of CLIP ViT-L/14's weights: colours of what Mask2Former finds, and CLIPScore; empty: neither."""
+    hps: str = ""
+    """Folder of HPSv2's weights as transformers keeps a CLIP, for the text metric hpsv2."""
     text_metrics: list[str] = field(default_factory=list)
-    """More scores of pictures for their prompts, names in vapi.metrics.text.TEXT_METRICS (clipscore)."""
+    """More scores of pictures for their prompts: clipscore (by evaluate.clip), hpsv2 (evaluate.hps), module:function of your own."""
     resize: int = 0
     """Side to which samples are scaled before they are judged (bicubic, as LlamaGen's 384 to 256); 0 leaves them."""
     images_per_batch: int = 250
@@ -490,7 +492,18 @@ FILES = {
     "model": ("generator", "tokenizer", "text_encoder"),
     "subset": ("source",),
     "tune": ("perceptual", "perceptual_weights", "classifier", "clip_model"),
-    "evaluate": ("reference", "validation", "extractor", "extractor_weights", "dinov2", "prompts", "detector", "second_detector", "clip"),
+    "evaluate": (
+        "reference",
+        "validation",
+        "extractor",
+        "extractor_weights",
+        "dinov2",
+        "prompts",
+        "detector",
+        "second_detector",
+        "clip",
+        "hps",
+    ),
 }
 """Fields that name a file, a folder or a pattern of files (or hold a word in place of one, or nothing)."""
 INPUTS = {
@@ -502,7 +515,7 @@ INPUTS = {
 """What a model is made of and judged by, as register.licences calls it, and the field that names it."""
 TUNED = {"generator": "model.safetensors", "tokenizer": "tokenizer.safetensors"}
 """What the stage tune writes, one of these: by the field of ``ModelConfig`` whose network it replaces."""
-FOR_CAPTIONS = ("evaluate.prompts", "evaluate.detector", "evaluate.second_detector", "evaluate.clip")
+FOR_CAPTIONS = tuple(f"evaluate.{field}" for field in ("prompts", "detector", "second_detector", "clip", "hps"))
 """Those of them that a generator of classes has no use for."""
 FOR_REWARDS = {"lpips": ("tune.perceptual", "tune.perceptual_weights"), "class": ("tune.classifier",), "clip": ("tune.clip_model",)}
 """And those that a reward reads, by its name."""

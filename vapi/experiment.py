@@ -5,7 +5,8 @@ resuming, tracking and the start on several GPUs are theirs. A result lies under
 (``keys.py``):
 
     artifacts/experiments/runs/<stage>/<key>/          points of any grid that share a stage share its folder
-    artifacts/experiments/<grid>/                      table.md, table.csv, results.json; written after every evaluation
+    artifacts/experiments/<grid>/                      table.md, table.csv, results.json, and curves.png of a grid with a curve;
+                                                       written after every evaluation
 
 so the same command goes on where it was stopped. A whole table of one seed comes before the next seed's. A point that fails is
 noted, and the others go on.
@@ -29,14 +30,16 @@ from typing import Any
 
 import pandas as pd
 
-from vapi import config, data, grids, inputs, keys, recipes, report, signals, track
+from vapi import config, curves, data, grids, inputs, keys, recipes, report, signals, track
 from vapi.config import ARTIFACTS, STAGES, Config
 from vapi.grids import Grid, Point
 from vapi.report import Column
 
 FOLDER = ARTIFACTS / "experiments"
 LAST = "evaluate"
-DECIDE_NOTHING = ("__main__.py", "cli.py", "config.py", "experiment.py", "grids.py", "inputs.py", "keys.py", "recipes.py", "run.py")
+DECIDE_NOTHING = tuple(
+    f"{name}.py" for name in ("__main__", "cli", "config", "curves", "experiment", "grids", "inputs", "keys", "recipes", "run")
+)
 """Source that changes no stage's result, so that a new point in a grid does not make all others anew."""
 PAPER = "arXiv 2512.19680"
 Scores = dict[str, Any]
@@ -187,6 +190,8 @@ class Table:
         ends = [self.ends[point.name, seed] for seed in self.seeds]
         made = [end for end in ends if is_made(end)]
         found = [data.read_json(end / "metrics.json") for end in made]
+        if self.grid.holds:
+            found = [results | {f"{side}_held": scores for side, scores in curves.held(end).items()} for results, end in zip(found, made)]
         for results in found:
             row["judges"] |= report.judges(results)
         for metric in self.grid.metrics:
@@ -197,11 +202,13 @@ class Table:
                     "std": statistics.stdev(values) if len(values) > 1 else None,
                     "values": values,
                 }
+        if self.grid.curve and made and point.side == "tuned":
+            row["curve"] = curves.curve(made, self.grid.curve)
         state = "failed" if self.failed.intersection(ends) else "done" if len(made) == len(ends) else "not finished"
         return row | {"state": state, "runs": [str(end) for end in made]}
 
     def write(self) -> list[Scores]:
-        """table.md, table.csv and results.json, of what there is by now."""
+        """table.md, table.csv, results.json and the curves, of what there is by now."""
         rows = self.rows()
         summary = {"experiment": self.name, "source": self.grid.source, "seeds": list(self.seeds), "config": config.plain(self.base)}
         data.write_json(self.out / "results.json", summary | {"rows": rows})
@@ -221,6 +228,8 @@ class Table:
         ]
         config.write_text(self.out / "table.csv", pd.DataFrame(lines).to_csv(index=False))
         config.write_text(self.out / "table.md", self.markdown(rows))
+        if drawn := {row["name"]: row["curve"] for row in rows if "curve" in row}:
+            curves.write(self.out / "curves.png", [(self.grid.source, drawn)], column(f"held/{self.grid.curve}").title)
         return rows
 
     def markdown(self, rows: Sequence[Scores]) -> str:
@@ -238,7 +247,7 @@ class Table:
                 cells += [_paper(row, metric), _ours(row, metric)] if papers else [_ours(row, metric)]
             lines.append(cells)
         recipe = f"ours: {self._base()}, seeds {_listed(self.seeds)}"
-        about = f"{recipe}; the paper ({PAPER}): {self.grid.source}" if papers else recipe
+        about = recipe if self.grid.source == grids.OURS else f"{recipe}; the paper ({PAPER}): {self.grid.source}"
         return "\n".join([f"# {self.name}: {self.grid.doc}", "", f"{about}.", "", *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
 
     def _base(self) -> str:
@@ -311,11 +320,16 @@ def here(words: Sequence[str], environment: Mapping[str, str]) -> int:
 # --- numbers -----------------------------------------------------------------------------------
 
 
+HELD = (Column("ce", "cross-entropy", True, 3), Column("reward_mse", "-MSE", False, 5), Column("reward_lpips", "-LPIPS", False, 5))
+"""Of images held out of tuning, beside what an evaluation measures."""
+
+
 def number(results: Scores, side: str, metric: str) -> float | None:
     """A metric of base or tuned in metrics.json, None if it is not there; as ADM's evaluator counts it where the reference is ADM's."""
     kind, _, name = metric.rpartition("/")
     if kind == "task":
-        tasks = results["prompts"]["detectors"]["geneval"][side]["tasks"] if "prompts" in results else {}
+        judged = results.get("prompts", {}).get("detectors", {})
+        tasks = judged["geneval"][side]["tasks"] if judged else {}
         return float(tasks[name]["score"]) if name in tasks else None
     scores = results.get(f"{side}_{kind}" if kind else side, {})
     value = scores.get(f"{name}_adm", scores.get(name))
@@ -325,10 +339,10 @@ def number(results: Scores, side: str, metric: str) -> float | None:
 def column(metric: str, judges: Mapping[str, str] | None = None) -> Column:
     """How a metric is titled and shown. ``judges``: titles of those whose name hangs on who judged (``report.judges``)."""
     kind, _, name = metric.rpartition("/")
-    known = {one.key: one for one in report.COLUMNS}
+    known = {one.key: one for one in (*report.COLUMNS, *HELD)}
     shown = known.get(name, Column(name, name.replace("_", " "), False, 3 if kind == "task" else 2))
     title = (judges or {}).get(name, shown.title)
-    title = {"guided": f"{title}, guided", "best": f"{title} at its best"}.get(kind, title)
+    title = {"guided": f"{title}, guided", "best": f"{title} at its best", "held": f"{title}, held out"}.get(kind, title)
     return dataclasses.replace(shown, title=title)
 
 

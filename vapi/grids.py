@@ -37,7 +37,8 @@ class Point:
 @dataclass(frozen=True)
 class Grid:
     """A table. ``metrics`` are names in metrics.json, alone (the plain comparison), or as guided/NAME (evaluate.guided), best/NAME (each
-    model at its best temperature and guidance) and task/NAME (GenEval, by evaluate.detector)."""
+    model at its best temperature and guidance), task/NAME (GenEval, by evaluate.detector) and held/NAME (on images held out of tuning,
+    before and after it)."""
 
     doc: str
     source: str
@@ -46,6 +47,7 @@ class Grid:
     recipe: str = "digits"
     full_size: str = "llamagen-xxl-c2i"  # the recipe of the paper's own run
     settings: dict[str, Any] = field(default_factory=dict)  # what it takes of a recipe that leaves these fields at their defaults
+    curve: str = ""  # of what was measured on held-out images while tuning, what is drawn over the steps
 
     @property
     def varied(self) -> list[str]:
@@ -57,11 +59,17 @@ class Grid:
         """Whether it shows what comes of sweeping temperature and guidance."""
         return any(metric.startswith("best/") for metric in self.metrics)
 
+    @property
+    def holds(self) -> bool:
+        """Whether it shows what tuning did to images that were held out of it."""
+        return any(metric.startswith("held/") for metric in self.metrics)
+
 
 QUALITY = ("fid", "inception_score", "precision", "recall")
 BOTH = (*QUALITY, *(f"guided/{name}" for name in QUALITY))
 TASKS = ("position", "colors", "color_attr", "counting", "single_object", "two_object")  # in the order of the paper
 GENEVAL = (*(f"task/{name}" for name in TASKS), "geneval")
+HELD = ("held/reward", "held/reward_mse", "held/reward_lpips", "held/ce")
 OURS = "ours, beyond the paper"
 _SIDES: tuple[tuple[str, Literal["base", "tuned"]], ...] = (("base", "base"), ("VA-pi", "tuned"))
 
@@ -74,17 +82,19 @@ class Times(float):
 
 
 _OTHER = {"tune.policy_dropout": "none"}  # which VA-pi alone knows, as released
-_FREE = {"tune.prior": "kl", "tune.context_noise": 0.0, "tune.rewards.mse": 0.0, "tune.rewards.lpips": 0.0, "tune.rewards.class": 1.0}
+_FREE = {"tune.objective": "ar_grpo", **_OTHER, "tune.prior": "kl", "tune.context_noise": 0.0}
+_FREE |= {"tune.rewards.mse": 0.0, "tune.rewards.lpips": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
     "VA-pi": {},
     "fine-tuning": {"tune.policy_weight": 0.0},
     "token credit": {"tune.credit": "token"},
     "straight-through": {"tune.objective": "ste", **_OTHER},
     "CCA": {"tune.objective": "cca", **_OTHER},
-    "AR-GRPO": {"tune.objective": "ar_grpo", **_OTHER, **_FREE},
+    "AR-GRPO": {**_FREE, "tune.rewards.class": 1.0},
     "tokenizer": {"tune.objective": "tokenizer", "tune.prior_weight": 0.0, **_OTHER},
 }
 """What can be done with a generator and a tokenizer, as what it changes in a recipe of VA-pi."""
+_BY_CLIP = {**_FREE, "tune.rewards.clip": 1.0}  # AR-GRPO from captions, by tune.clip_model
 RATES = {"fine-tuning": 0.3, "token credit": 1.0, "straight-through": 1.0, "CCA": 0.3, "AR-GRPO": 1.0, "tokenizer": 0.3}
 """At how many times VA-pi's learning rate each was best on the digits (experiment ``rates``)."""
 WITH_RATES = {name: changes | ({"tune.lr": Times(RATES[name])} if name in RATES else {}) for name, changes in ARMS.items()}
@@ -97,6 +107,12 @@ def _quality(*numbers: float) -> dict[str, float]:
 
 def _geneval(*numbers: float) -> dict[str, float]:
     return dict(zip(GENEVAL, numbers, strict=True))
+
+
+def _figure5(of: str, recipe: str, full_size: str) -> Grid:
+    """No number is printed: the curves of all three rise."""
+    rows = tuple(Point(name, side=side) for name, side in _SIDES)
+    return Grid(f"The reward while tuning {of}, on held-out images.", f"figure 5: {of}", HELD, rows, recipe, full_size, curve="reward")
 
 
 def _each(name: str, values: Iterable[Any], title: str) -> tuple[Point, ...]:
@@ -120,6 +136,19 @@ def _figure4() -> tuple[Point, ...]:
 
 
 GRIDS = {
+    "table1": Grid(
+        "Scores of pictures for their prompts.",
+        "table 1: LlamaGen-XL on DrawBench",
+        ("clipscore", "hpsv2"),
+        (
+            Point("base", {}, {"clipscore": 0.245, "hpsv2": 0.153}, "base"),
+            Point("AR-GRPO", _BY_CLIP, {"clipscore": 0.274, "hpsv2": 0.208}),
+            Point("VA-pi", {}, {"clipscore": 0.291, "hpsv2": 0.211}),
+        ),
+        recipe="digits-t2i",
+        full_size="llamagen-xl-drawbench",
+        settings={"evaluate.clip": "data/models/scenes-clip", "evaluate.text_metrics": ["clipscore"]},
+    ),
     "table2": Grid(
         "Post-training of LlamaGen-XXL, with and without guidance.",
         "table 2: LlamaGen-XXL on ImageNet; guidance 1.75",
@@ -155,7 +184,7 @@ GRIDS = {
         GENEVAL,
         (
             Point("base", {}, _geneval(0.042, 0.550, 0.032, 0.197, 0.750, 0.263, 0.306), "base"),
-            Point("AR-GRPO", None, _geneval(0.040, 0.593, 0.030, 0.228, 0.791, 0.263, 0.324)),
+            Point("AR-GRPO", _BY_CLIP, _geneval(0.040, 0.593, 0.030, 0.228, 0.791, 0.263, 0.324)),
             Point("VA-pi", {}, _geneval(0.050, 0.606, 0.040, 0.238, 0.769, 0.328, 0.339)),
         ),
         recipe="digits-t2i",
@@ -205,6 +234,9 @@ GRIDS = {
         recipe="digits-t2i",
         full_size="llamagen-xl-t2i",
     ),
+    "figure5": _figure5("LlamaGen from classes", "digits", "llamagen-xxl-c2i"),
+    "figure5-t2i": _figure5("LlamaGen from captions", "digits-t2i", "llamagen-xl-t2i"),
+    "figure5-janus": _figure5("Janus-Pro", "digits-janus", "janus-pro-1b"),
     "objectives": Grid(
         "Other objectives in VA-pi's loop, each at a learning rate of its own (RATES).",
         OURS,
@@ -221,6 +253,23 @@ GRIDS = {
                 Point(f"{name}, x {factor:g}", changes | {"tune.lr": Times(factor)})
                 for name, changes in ARMS.items()
                 for factor in (0.3, 1.0, 3.0, 10.0)
+            ),
+        ),
+    ),
+    "cca": Grid(
+        "CCA's two weights and its learning rate, to choose by: --seeds 1000 --evaluate.reference data/digits/validation.parquet",
+        OURS,
+        QUALITY,
+        (
+            Point("base", side="base"),
+            *(
+                Point(
+                    f"beta {beta:g}, lambda {weight:g}, x {factor:g}",
+                    ARMS["CCA"] | {"tune.cca_beta": beta, "tune.cca_weight": weight, "tune.lr": Times(factor)},
+                )
+                for beta in (0.02, 0.2)
+                for weight in (1.0, 300.0)
+                for factor in (0.1, 0.3, 1.0)
             ),
         ),
     ),

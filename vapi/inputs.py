@@ -28,6 +28,8 @@ def looks(settings: Config) -> dict[tuple[str, str], Look]:
         found["evaluate.extractor", "inception"] = functools.partial(_inception, settings)
     if settings.tune.rewards.get("clip"):
         found["tune.clip_model", settings.tune.clip_model] = functools.partial(_clip, settings)
+    if settings.model.captions and settings.evaluate.text_metrics:
+        found["evaluate.text_metrics", ", ".join(settings.evaluate.text_metrics)] = functools.partial(_text_metrics, settings)
     asked = sorted(name for name, weight in settings.tune.rewards.items() if weight)
     words = f"{settings.tune.objective} by {', '.join(asked)}, {'captions' if settings.model.captions else 'classes'}"
     found["tune.objective", words] = functools.partial(_objective, settings)
@@ -97,6 +99,13 @@ def _classifier(settings: Config) -> str:
 
     rewards.require_classes(settings.tune.classifier, settings.subset.classes)
     return settings.tune.classifier
+
+
+def _text_metrics(settings: Config) -> str:
+    from vapi.metrics import text
+
+    text.require(settings.evaluate)
+    return ", ".join(settings.evaluate.text_metrics)
 
 
 def _inception(settings: Config) -> str:

@@ -30,6 +30,7 @@ KNOWN = {
     "*janus-pro*": "DeepSeek License Agreement 1.0: its restrictions of use (Attachment A) bind tuned weights too",
     "*flan-t5*": "Apache-2.0 (Google)",
     "*clip-vit-*": "MIT (OpenAI's CLIP)",
+    "*hpsv2*": "Apache-2.0 (HPSv2)",
     "*dinov2*": "Apache-2.0 (Meta)",
     "*flux-reason*": "Apache-2.0 by its card; drawn by FLUX.1 [dev], whose licence (2 d) forbids training competing models on its pictures",
     "*laion-coco*": "CC BY 4.0 by its card, for captions and addresses; the pictures': unknown",
@@ -45,7 +46,7 @@ KNOWN = {
 
 EMBEDDED = frozenset(
     name for recipe in ("digits", "digits-t2i", "digits-janus") for name in config.named_files(recipes.recipe(recipe)).values()
-) | {config.TuneConfig().classifier}
+) | {config.TuneConfig().classifier, recipes.recipe("digits-t2i").tune.clip_model}
 """Files and folders that come with the clone."""
 
 

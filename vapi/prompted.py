@@ -1,4 +1,4 @@
-"""What a generator of captions makes of prompts: pictures of each, judged by detectors and by text metrics.
+"""What a generator of captions makes of prompts: pictures of each, judged by detectors, by text metrics, or by both.
 
 Picture i of prompt p has its own random numbers, so base and tuned answer the same questions, and every sampling
 setting too. Two detectors look at every picture, because a number that one of them alone believes in is worth little.
@@ -63,12 +63,17 @@ class Panel:
     def of(cls, evaluate: EvaluateConfig, device: torch.device) -> Panel:
         """Read prompts and judges. Raises ValueError for what is missing, and for prompts that a detector cannot judge."""
         named = {"geneval": evaluate.detector, "geneval_second": evaluate.second_detector}
+        if evaluate.second_detector and not evaluate.detector:
+            raise ValueError(
+                f"evaluate.second_detector is {evaluate.second_detector} and evaluate.detector is empty; name that, or neither"
+            )
+        if not evaluate.detector and not evaluate.text_metrics:
+            raise ValueError("evaluate.detector and evaluate.text_metrics are empty, and somebody must look at the pictures; name one")
         detectors = {name: detector_of(where, evaluate.clip, device) for name, where in named.items() if where}
-        if "geneval" not in detectors:
-            raise ValueError("evaluate.detector is empty, and somebody must look at the pictures; give digits, or a folder of weights")
         if evaluate.resize:
             raise ValueError(f"evaluate.resize is {evaluate.resize}, and detectors judge pictures as they are drawn; set it to 0")
         lists = [geneval.read_prompts(evaluate.prompts, judge.classes, judge.colours) for judge in detectors.values()]
+        lists = lists or [text.read_prompts(evaluate.prompts)]
         metrics = text.load(evaluate, device)
         judges = {name: _told(judge) for name, judge in detectors.items()}
         described = {name: metric.describe for name, metric in metrics.items()}
@@ -103,12 +108,17 @@ class Panel:
         return make([place * self.images + image for place in self.shown for image in range(self.images)])[0]
 
     def captions(self, found: Mapping[str, Verdicts]) -> list[Scores]:
-        """What to write beside them: the text, and the first detector's verdicts on the first seed's, by model."""
-        first = next(iter(self.detectors))
+        """What to write beside them: the text, and the first judge's verdicts on the first seed's, by model."""
+        first = self.judges[0]
         return [
             {"text": self.prompts[place].text, **{side: verdicts[first][place, 0].tolist() for side, verdicts in found.items()}}
             for place in self.shown
         ]
+
+    @property
+    def judges(self) -> list[str]:
+        """Detectors, then text metrics."""
+        return [*self.detectors, *self.metrics]
 
     @property
     def subjects(self) -> Subjects:
@@ -247,15 +257,19 @@ def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Anchors) -> Sc
         "detectors": judged,
         "agreement": {side: agreement(panel, verdicts) for side, verdicts in found.items()} if len(panel.detectors) > 1 else {},
         "metrics": {
-            name: {"description": metric.describe, **{side: _mean(verdicts[name]) for side, verdicts in found.items()}}
+            name: {
+                "description": metric.describe,
+                **{side: _mean(verdicts[name]) for side, verdicts in [*found.items(), *anchors.verdicts.items()]},
+            }
             for name, metric in panel.metrics.items()
         },
     }
 
 
 def by_prompt(panel: Panel, found: Mapping[str, Verdicts]) -> list[Scores]:
-    """A row for each prompt: its task, its text, and the share of its pictures that each detector finds right, by model and setting."""
-    columns = {f"{side}/{name}": verdicts[name].mean(axis=(1, 2)) for side, verdicts in found.items() for name in panel.detectors}
+    """A row for each prompt: its task, its text, and by model and setting the share of its pictures that each detector finds right, and
+    the mean of each text metric."""
+    columns = {f"{side}/{name}": verdicts[name].mean(axis=(1, 2)) for side, verdicts in found.items() for name in panel.judges}
     return [
         {"task": prompt.tag, "prompt": prompt.text, **{column: float(f"{shares[n]:.6g}") for column, shares in columns.items()}}
         for n, prompt in enumerate(panel.prompts)
@@ -266,7 +280,7 @@ def scores(panel: Panel, verdicts: Verdicts) -> Scores:
     """What a model's row of the table shows: GenEval's overall score by each detector and the text metrics' means, with the standard
     deviation over seeds (None for one)."""
     found: Scores = {}
-    for name in (*panel.detectors, *panel.metrics):
+    for name in panel.judges:
         by_seed = np.moveaxis(verdicts[name], 1, 0)  # (S, P, I)
         if name in panel.detectors:
             tasks = _run(panel.prompts, verdicts[name]).of_task()

@@ -39,7 +39,7 @@ from vapi.run import NO_RUN, Run, Server
 LOWER = ("fid", "sfid", "kid", "fid_random", "fd_dinov2")  # better when lower
 HIGHER = (
     "inception_score", "inception_score_adm", "precision", "recall", "precision_adm", "recall_adm", "class_accuracy",
-    "geneval", "geneval_second", "clipscore",
+    "geneval", "geneval_second", "clipscore", "hpsv2",
 )  # fmt: skip
 OWN = {"fid": "min_fid_drop", "geneval": "min_geneval_gain"}
 """Metrics with a field of their own, in which a model must get better, not just no worse."""

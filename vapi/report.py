@@ -65,6 +65,7 @@ COLUMNS = (
     Column("geneval", "GenEval", False, 3),  # or whatever its detector's weights allow it to be called
     Column("geneval_second", "second judge", False, 3),
     Column("clipscore", "CLIPScore", False, 4),
+    Column("hpsv2", "HPSv2", False, 4),
     Column("reward", "reward", False, 4),
 )
 
@@ -128,7 +129,7 @@ def verdict(results: Results) -> str:
     before, after = markup.distance(base["fid"]), markup.distance(tuned["fid"])
     change = f"{100 * (tuned['fid'] / base['fid'] - 1):+.0f} %".replace("-", "−") if base["fid"] else "was 0"
     plain = direction(base, tuned, "fid")
-    asked = f"{report_prompts.verdict(results['prompts'])} " if "prompts" in results else ""
+    asked = f"{report_prompts.verdict(results['prompts'])} ".lstrip() if "prompts" in results else ""
     first = {
         1: f"Tuning lowered FID from {before} to {after} ({change}).",
         0: f"Tuning did not change FID by more than chance would: {before} before, {after} after.",
@@ -204,7 +205,7 @@ def table(artifacts: Path = ARTIFACTS) -> str:
     """
     artifacts = Path(artifacts)
     results = data.read_json(artifacts / "evaluate" / "metrics.json")
-    asked = [report_prompts.grid(results["prompts"]), ""] if "prompts" in results else []
+    asked = [report_prompts.grid(results["prompts"]), ""] if results.get("prompts", {}).get("detectors") else []
     gates = [_gates(artifacts / "register"), ""] if has_judged(artifacts / "register", artifacts / "evaluate") else []
     parts = [verdict(results), " ".join(caveats(results)), "", grid(results), "", *asked, *gates, _seconds(artifacts), ""]
     parts.append(_pointers(artifacts / ("register" if gates else "evaluate")))

@@ -103,7 +103,7 @@ def _score(found: Scores, task: str) -> float:
 def section(prompts: Scores, sheets: Mapping[str, np.ndarray], shown: Sequence[Scores]) -> str:
     """HTML: a chart and a table for each detector, then some prompts with both models' pictures.
 
-    ``sheets``: base and tuned, uint8 (K * I, H, W, 3) for the K prompts ``shown`` ({text, base, tuned}: verdicts of the first detector).
+    ``sheets``: base and tuned, uint8 (K * I, H, W, 3) for the K prompts ``shown`` ({text, base, tuned}: verdicts of the first judge).
     """
     parts = [f"<section><h2>What was asked for, and what came</h2><p class='small'>{esc(_note(prompts))}</p>"]
     for judged in prompts["detectors"].values():
@@ -131,13 +131,14 @@ def _error(one: Scores) -> str:
 
 
 def _note(prompts: Scores) -> str:
-    first = next(iter(prompts["detectors"].values()))
-    note = (
-        f"{prompts['prompts']:,} prompts, {prompts['images_per_prompt']} pictures of each and seed, share of pictures that are as asked. "
+    note = f"{prompts['prompts']:,} prompts, {prompts['images_per_prompt']} pictures of each and seed"
+    if not (first := next(iter(prompts["detectors"].values()), None)):
+        return f"{note}, scored by {' and '.join(prompts['metrics'])}."
+    note += ", share of pictures that are as asked. Overall is the plain mean of the tasks. Intervals resample prompts, in pairs. Anchors: "
+    note += (
+        "real pictures of these prompts and the tokenizer's reconstructions of them, where there are some, and pictures judged by another "
     )
-    note += "Overall is the plain mean of the tasks. Intervals resample prompts, in pairs. Anchors: real pictures of these prompts and the "
-    note += "tokenizer's reconstructions of them, where there are some, and pictures judged by another prompt of their task."
-    note += " What is each model's best setting was chosen by FID on the validation images, not by these scores."
+    note += "prompt of their task. What is each model's best setting was chosen by FID on the validation images, not by these scores."
     return note + (f" PARTIAL: {'; '.join(first['base']['partial'])}." if first["base"]["partial"] else "")
 
 
@@ -181,13 +182,13 @@ def _table(judged: Scores) -> str:
 
 
 def pictures(sheets: Mapping[str, np.ndarray], shown: Sequence[Scores], count: int) -> str:
-    """Prompts one below the other, each with the pictures of base and tuned, and what the first detector thinks of them."""
+    """Prompts one below the other, each with the pictures of base and tuned, and what the first judge thinks of them."""
     rows = []
     for n, one in enumerate(shown):
         cells = []
         for side in ("base", "tuned"):
             band = sheets[side][n * count : (n + 1) * count]
-            marks = " ".join("✓" if correct else "✗" for correct in one[side])
+            marks = " ".join(map(_mark, one[side]))
             picture = _strip(band, f"{side}: {one['text']}")
             cells.append(f'<td>{picture}<div class="marks {side}">{marks}</div></td>')
         rows.append(f'<tr><th scope="row">{esc(one["text"])}</th>{"".join(cells)}</tr>')
@@ -197,6 +198,11 @@ def pictures(sheets: Mapping[str, np.ndarray], shown: Sequence[Scores], count: i
         f'<section><h2>Some prompts</h2><div class="scroll"><table class="prompts">{head}<tbody>{"".join(rows)}</tbody></table></div>'
         f"<p class='small'>{note}</p></section>"
     )
+
+
+def _mark(verdict: bool | float) -> str:
+    """A detector's, or a score."""
+    return f"{verdict:.3f}" if isinstance(verdict, float) else "✓" if verdict else "✗"
 
 
 def _strip(band: np.ndarray, alt: str) -> str:
@@ -210,8 +216,14 @@ def bands(sheets: Mapping[str, np.ndarray], shown: Sequence[Scores], count: int)
     """The same as titles and rows of pictures, for a PNG: base on the left, tuned on the right."""
     return [
         (
-            f"{one['text']}   (base {sum(one['base'])} of {count}, tuned {sum(one['tuned'])})",
+            f"{one['text']}   (base {_total(one['base'])}, tuned {_total(one['tuned'])})",
             np.concatenate([sheets[side][n * count : (n + 1) * count] for side in ("base", "tuned")]),
         )
         for n, one in enumerate(shown)
     ]
+
+
+def _total(verdicts: Sequence[bool | float]) -> str:
+    if isinstance(verdicts[0], float):
+        return f"{sum(verdicts) / len(verdicts):.3f}"
+    return f"{sum(verdicts)} of {len(verdicts)}"

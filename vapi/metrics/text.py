@@ -6,19 +6,22 @@ does ``module:function`` in ``evaluate.text_metrics`` (docs/text-metrics.md has 
 ``clipscore`` is the plain cosine between CLIP's features of picture and prompt, without a prefix: the scale (0.245 to 0.291) on
 which papers on LlamaGen report. Others multiply by 2.5 and cut at 0 (Hessel et al. 2021), by 100 (torchmetrics), or put "A photo
 depicts " before the prompt (LlamaGen's own script), and take another CLIP: only like variants compare, so results carry ``describe``.
-Left out: HPS, PickScore, ImageReward, VQAScore: each brings libraries and weights of its own, and fits the same place.
+``hpsv2`` is the same cosine by a CLIP that learned what people prefer (arXiv 2306.09341).
+Left out: PickScore, ImageReward, VQAScore: each brings libraries and weights of its own, and fits the same place.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -26,6 +29,7 @@ from PIL import Image
 from vapi.config import EvaluateConfig, nearest
 from vapi.metrics import clip as clips
 from vapi.metrics.features import sha256
+from vapi.metrics.geneval import Prompt
 
 PICTURES = 32  # at a time
 
@@ -55,13 +59,18 @@ class ClipScore:
         return found
 
 
-def _clipscore(config: EvaluateConfig, device: torch.device | str) -> ClipScore:
-    if not config.clip:
-        raise ValueError(f"evaluate.text_metrics asks for clipscore; set evaluate.clip to a folder of CLIP's weights ({clips.EXAMPLE})")
-    return ClipScore(clips.load(config.clip, device))
+def _folder(config: EvaluateConfig, name: str) -> tuple[str, str]:
+    """Where the CLIP of a metric of ours lies, and which field says so. Raises ValueError where it says nothing."""
+    setting = f"evaluate.{TEXT_METRICS[name]}"
+    folder: str = getattr(config, TEXT_METRICS[name])
+    if not folder:
+        example = f" ({clips.EXAMPLE})" if setting == clips.SETTING else ", as transformers keeps a CLIP"
+        raise ValueError(f"evaluate.text_metrics asks for {name}; set {setting} to a folder of its weights{example}")
+    return folder, setting
 
 
-TEXT_METRICS: dict[str, Callable[[EvaluateConfig, torch.device | str], TextMetric]] = {"clipscore": _clipscore}
+TEXT_METRICS = {"clipscore": "clip", "hpsv2": "hps"}
+"""Metrics of ours: the field of ``EvaluateConfig`` that names the CLIP of each."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +98,28 @@ class Checked:
         return str(getattr(self.metric, "description", self.name)) + (f"; code {self.source[:16]}" if self.source else "")
 
 
+def require(config: EvaluateConfig) -> dict[str, Factory]:
+    """Those of ``evaluate.text_metrics`` that are somebody's own, after all that can be checked without reading weights.
+    Raises ValueError for unknown names, and where the CLIP of one is not there."""
+    own = {name: _imported(name) for name in config.text_metrics if name not in TEXT_METRICS}
+    for name in config.text_metrics:
+        if name not in own:
+            clips.require(*_folder(config, name))
+    return own
+
+
 def load(config: EvaluateConfig, device: torch.device | str) -> dict[str, Checked]:
-    """The metrics of ``evaluate.text_metrics`` by name. Raises ValueError for unknown names, and as the metrics' factories do."""
-    own = {name: _imported(name) for name in config.text_metrics if name not in TEXT_METRICS}  # before weights are read
+    """The metrics of ``evaluate.text_metrics`` by name. Raises ValueError as ``require`` does, and as their factories do."""
+    own = require(config)
     return {
-        name: Checked(name, own[name](config), _source_of(own[name])) if name in own else Checked(name, TEXT_METRICS[name](config, device))
+        name: Checked(name, own[name](config), _source_of(own[name])) if name in own else Checked(name, _by_clip(config, name, device))
         for name in config.text_metrics
     }
+
+
+def _by_clip(config: EvaluateConfig, name: str, device: torch.device | str) -> ClipScore:
+    folder, setting = _folder(config, name)
+    return ClipScore(clips.load(folder, device, setting))
 
 
 def _source_of(function: Factory) -> str:
@@ -112,3 +136,40 @@ def _imported(name: str) -> Factory:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"evaluate.text_metrics names {name!r}, which cannot be imported: {error}") from error
+
+
+# --- prompts -----------------------------------------------------------------------------------
+
+TEXT, GROUP = ("prompt", "prompts", "caption"), ("tag", "category", "challenge")  # as GenEval's, DrawBench's and PartiPrompts' files say
+ALL = "all"  # the group of prompts that have none
+
+
+def read_prompts(path: Path | str) -> list[Prompt]:
+    """Prompts in which nobody looks for objects: JSON lines, CSV or TSV with a column prompt (or prompts, caption) and perhaps one of
+    groups (tag, category, challenge), in any case; or a plain text with a prompt a line. Raises ValueError for what is neither."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not here; it should hold prompts: JSON lines, CSV, TSV, or a line of text each")
+    try:
+        rows = _rows(path)
+    except (UnicodeDecodeError, ValueError) as error:  # pandas' own are ValueErrors
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    column, group = (next((name for name in rows if str(name).lower() in names), None) for names in (TEXT, GROUP))
+    if column is None:
+        raise ValueError(f"{path} has the columns {', '.join(map(str, rows))}; one must be called {' or '.join(TEXT)}")
+    for number, text in enumerate(rows[column], 1):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{path}: prompt {number} is {text!r}; it must be a text")
+    if rows.empty:
+        raise ValueError(f"{path} is empty; it should hold prompts")
+    groups = rows[group].astype(str) if group is not None else [ALL] * len(rows)
+    return [Prompt(text.strip(), name, ()) for text, name in zip(rows[column], groups, strict=True)]
+
+
+def _rows(path: Path) -> pd.DataFrame:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix in (".jsonl", ".json"):
+        return pd.read_json(io.StringIO(text), lines=True, dtype=False)
+    if path.suffix in (".csv", ".tsv"):
+        return pd.read_csv(io.StringIO(text), sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
+    return pd.DataFrame({TEXT[0]: [line for line in text.splitlines() if line.strip()]})
