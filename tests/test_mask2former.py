@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vapi.metrics import mask2former, pretrained
+from vapi.metrics import conversion, mask2former, pretrained
 from vapi.metrics.detections import Detections, Detector
 
 pytest.importorskip("transformers", reason="pip install 'vapi-align[geneval]'")
@@ -318,7 +318,7 @@ def test_only_genevals_own_weights_are_called_geneval(
     weights["class_predictor.bias"] += 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     assert mask2former._identity(copy, None).title == "GenEval (HF)"
-    (copy / mask2former.MARKER).unlink()
+    (copy / conversion.MARKER).unlink()
     assert mask2former._identity(copy, None).title == "GenEval (HF)"
 
 

@@ -335,6 +335,17 @@ def _geneval_convert(words: list[str], _: Flags) -> int:
     return 0
 
 
+def _geneval_convert_clip(words: list[str], flags: Flags) -> int:
+    if len(words) != 2 or "words" not in flags:
+        usage = "vapi geneval convert-clip HPS_v2_compressed.pt TARGET --words data/geneval/clip-vit-large-patch14"
+        raise ValueError(f"vapi geneval convert-clip takes a file, a folder, and the folder of a CLIP whose vocabulary it shares: {usage}")
+    from vapi import geneval
+
+    geneval.convert_clip(Path(words[0]), Path(words[1]), Path(flags["words"][0]))
+    print(f"{words[1]} holds the CLIP of {words[0]}: vapi evaluate --evaluate.hps {words[1]} --evaluate.text_metrics hpsv2")
+    return 0
+
+
 def _geneval_compare(words: list[str], flags: Flags) -> int:
     a, b = (words, flags["with"]) if "with" in flags else (words[:1], words[1:])
     if not a or not b or ("with" not in flags and len(words) != 2):
@@ -597,6 +608,13 @@ GENEVAL = {
         _geneval_convert,
         "SOURCE.pth TARGET",
     ),
+    "convert-clip": Command(
+        "Make a folder for evaluate.hps (or evaluate.clip, tune.clip_model) of a checkpoint of open_clip's, as HPSv2's is; the "
+        "vocabulary comes from the folder of another CLIP.",
+        _geneval_convert_clip,
+        "SOURCE.pt TARGET --words FOLDER",
+        ("words",),
+    ),
     "compare": Command(
         "What run B gains on run A, paired by prompt, with a 95 % interval; each a folder with results.jsonl, or several seeds of them.",
         _geneval_compare,
@@ -627,7 +645,9 @@ COMMANDS = {
         ("layout", "base"),
     ),
     "geneval": Command(
-        "Text to image by GenEval's rules: score, generate, convert-detector, compare; no second environment.", _geneval, flags=None
+        "Text to image by GenEval's rules: score, generate, convert-detector, convert-clip, compare; no second environment.",
+        _geneval,
+        flags=None,
     ),
     "listing": Command("Write down which files the source of the subset holds; DVC runs subset again when that changes.", _listing),
     "promote": Command(

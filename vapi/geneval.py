@@ -80,8 +80,13 @@ def convert_detector(source: Path, target: Path) -> None:
     _module("mask2former").convert(source, target)
 
 
+def convert_clip(source: Path, target: Path, words: Path) -> None:
+    """open_clip's checkpoint of a CLIP, as HPSv2's is, to a folder for ``evaluate.hps`` or ``evaluate.clip``."""
+    _module("open_clip").convert(source, target, words)
+
+
 def _module(name: str) -> Any:
-    """A detector's module, imported when named: its libraries are optional."""
+    """A judge's module, imported when named: its libraries are optional."""
     return importlib.import_module(f"vapi.metrics.{name}")
 
 

@@ -19,9 +19,6 @@ Left out: mmdet 3's checkpoints, other backbones, panoptic checkpoints (133 labe
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,11 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vapi.metrics import clip as clips
-from vapi.metrics import pretrained
+from vapi.metrics import conversion, pretrained
+from vapi.metrics.conversion import Rule, both, count, same, thirds
 from vapi.metrics.detections import Detections, Identity, Objects, Rules
 from vapi.metrics.features import sha256
 from vapi.metrics.geneval import CLASSES, COLOURS
@@ -47,7 +44,6 @@ TOP = 100  # pairs of query and class that count
 COMMON_NAMES = 60  # of COCO's classes that checkpoints spell alike; dialects differ in about nine
 ON_GPU, ON_CPU = 8, 1  # pictures at a time
 
-MARKER = "converted.json"
 OFFICIAL = "743b7d99"  # GenEval's checkpoint: OpenMMLab puts the first digits of its sha256 into the file's name
 LICENCES = {
     True: "Apache-2.0 (OpenMMLab)",
@@ -218,7 +214,7 @@ def load(folder: str | Path, clip_folder: str | Path = "", device: torch.device 
 
 def _identity(folder: Path, clip: clips.Clip | None) -> Identity:
     weights = sha256(folder / pretrained.WEIGHTS)
-    source = _source(folder, weights)
+    source = conversion.source_of(folder, weights)
     official = source.startswith(OFFICIAL) and (clip is None or clip.architecture == clips.OFFICIAL)
     more = {"classes": "by index", "processing": "mmdet 2.x", "arithmetic": "float32"}
     if source:
@@ -227,14 +223,6 @@ def _identity(folder: Path, clip: clips.Clip | None) -> Identity:
         more |= {"colours": clip.architecture, "colours' weights": clip.sha256, "colours' arithmetic": clip.arithmetic}
     title = "GenEval" if official else "GenEval (HF)"
     return Identity("mask2former", weights, title, LICENCES[source.startswith(OFFICIAL)], more)
-
-
-def _source(folder: Path, weights: str) -> str:
-    """sha256 of the checkpoint that these very weights were converted from, or empty."""
-    if not (folder / MARKER).is_file():
-        return ""
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    return str(marker.get("source_sha256", "")) if marker.get("weights_sha256") == weights else ""
 
 
 def drawn_picture() -> np.ndarray:
@@ -293,41 +281,16 @@ def convert(source: str | Path, folder: str | Path) -> Path:
     """
     source, folder = Path(source), Path(folder)
     pretrained.require_transformers("converting a detector")
-    if folder.exists():
-        raise ValueError(f"{folder} is there already; give a new folder")
-    state = _read_checkpoint(source)
-    config = _config(state, source)
-    tensors = translate(state, source)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        config.save_pretrained(partial)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / pretrained.WEIGHTS, metadata={"format": "pt"})
-        from transformers import Mask2FormerForUniversalSegmentation
+    conversion.require_new(folder)
+    state = conversion.read_checkpoint(source, CHECKPOINT)
+    config, tensors = _config(state, source), translate(state, source)
+    from transformers import Mask2FormerForUniversalSegmentation
 
-        pretrained.load(Mask2FormerForUniversalSegmentation, partial, "cpu")  # fits, in every key and shape
-        marker = {"source": source.name, "source_sha256": sha256(source), "weights_sha256": sha256(partial / pretrained.WEIGHTS)}
-        (partial / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, folder)
-    except OSError as error:
-        raise ValueError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    conversion.write(folder, source, config, tensors, Mask2FormerForUniversalSegmentation)
     return folder
 
 
-def _read_checkpoint(source: Path) -> dict[str, Tensor]:
-    if not source.is_file():
-        raise ValueError(f"{source} is not here; GenEval's is mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-{OFFICIAL}.pth")
-    try:
-        whole = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{source} holds more than weights, or is damaged; it is not executed ({error})") from None
-    state = whole.get("state_dict", whole) if isinstance(whole, dict) else None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{source} holds no weights (looked for a state dict, or one under state_dict)")
-    return dict(state)
+CHECKPOINT = f"GenEval's is mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-{OFFICIAL}.pth"
 
 
 def _config(state: Mapping[str, Tensor], source: Path) -> Any:
@@ -337,7 +300,7 @@ def _config(state: Mapping[str, Tensor], source: Path) -> Any:
     swin: Any = SwinConfig  # its signature hides out_features
 
     try:
-        stages = _count(state, "backbone.stages.{}.blocks.0.norm1.weight")
+        stages = count(state, "backbone.stages.{}.blocks.0.norm1.weight")
         width = len(state["backbone.patch_embed.norm.weight"])
         tables = [state[f"backbone.stages.{i}.blocks.0.attn.w_msa.relative_position_bias_table"].shape for i in range(stages)]
         labels = len(state["panoptic_head.cls_embed.weight"]) - 1
@@ -347,7 +310,7 @@ def _config(state: Mapping[str, Tensor], source: Path) -> Any:
         queries, features = state["panoptic_head.query_feat.weight"].shape
         backbone = swin(
             embed_dim=width,
-            depths=[_count(state, f"backbone.stages.{i}.blocks.{{}}.norm1.weight") for i in range(stages)],
+            depths=[count(state, f"backbone.stages.{i}.blocks.{{}}.norm1.weight") for i in range(stages)],
             num_heads=[heads for _, heads in tables],
             window_size=(round(tables[0][0] ** 0.5) + 1) // 2,
             mlp_ratio=len(state["backbone.stages.0.blocks.0.ffn.layers.0.0.weight"]) / width,
@@ -364,8 +327,8 @@ def _config(state: Mapping[str, Tensor], source: Path) -> Any:
             mask_feature_size=len(state["panoptic_head.mask_embed.4.weight"]),
             encoder_feedforward_dim=len(state[encoder.format(0) + ".ffns.0.layers.0.0.weight"]),
             dim_feedforward=len(state[decoder.format(0) + ".ffns.0.layers.0.0.weight"]),
-            encoder_layers=_count(state, encoder + ".norms.0.weight"),
-            decoder_layers=_count(state, decoder + ".norms.0.weight") + 1,  # as transformers counts: the first look is one
+            encoder_layers=count(state, encoder + ".norms.0.weight"),
+            decoder_layers=count(state, decoder + ".norms.0.weight") + 1,  # as transformers counts: the first look is one
             # an offset has x and y, for each of 4 points on 3 levels
             num_attention_heads=len(state[encoder.format(0) + ".attentions.0.sampling_offsets.bias"]) // 24,
             architectures=["Mask2FormerForUniversalSegmentation"],
@@ -374,73 +337,50 @@ def _config(state: Mapping[str, Tensor], source: Path) -> Any:
         raise ValueError(f"{source} is no Mask2Former of mmdet 2.x with a Swin backbone: it lacks {error}") from None
 
 
-def _count(state: Mapping[str, Tensor], name: str) -> int:
-    count = 0
-    while name.format(count) in state:
-        count += 1
-    return count
-
-
 def translate(state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
     """mmdet's weights under the names of transformers' files. Raises ValueError, with the list, for keys left over or missing."""
-    rest: dict[str, Tensor] = dict(state)
-    made: dict[str, Tensor] = {}
-    missing: list[str] = []
-
-    def take(name: str) -> Tensor | None:
-        if name not in rest:
-            missing.append(f"missing {name}")
-        return rest.pop(name, None)
-
-    for theirs, ours, change in _names(state):
-        if (tensor := take(theirs)) is not None:
-            made |= dict(zip(ours, change(tensor)))
-    problems = missing + [f"unexpected {name}" for name in rest]
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{source} is not laid out as mmdet 2.x's Mask2Former with a Swin backbone:\n  {shown}")
+    made = conversion.translate(state, _names(state), f"{source} is not laid out as mmdet 2.x's Mask2Former with a Swin backbone")
     labels = len(made["class_predictor.weight"])
     # what transformers keeps besides: a weight of its loss, and a norm behind the last stage that no map passes
     made["criterion.empty_weight"] = torch.tensor([1.0] * (labels - 1) + [0.1])
-    last = made[f"{SWIN}.hidden_states_norms.stage{_count(state, 'backbone.norm{}.weight')}.weight"]
+    last = made[f"{SWIN}.hidden_states_norms.stage{count(state, 'backbone.norm{}.weight')}.weight"]
     made |= {f"{SWIN}.swin.layernorm.weight": torch.ones_like(last), f"{SWIN}.swin.layernorm.bias": torch.zeros_like(last)}
     return made
 
 
 SWIN, PIXELS, QUERIES = "model.pixel_level_module.encoder", "model.pixel_level_module.decoder", "model.transformer_module"
-Rule = tuple[str, Sequence[str], Any]  # mmdet's name, transformers' names, and how the one becomes the others
 
 
 def _names(state: Mapping[str, Tensor]) -> Iterator[Rule]:
     """Every weight of both sides, once."""
-    yield from _both("backbone.patch_embed.projection", f"{SWIN}.embeddings.patch_embeddings.projection")
-    yield from _both("backbone.patch_embed.norm", f"{SWIN}.embeddings.norm")
-    stages = _count(state, "backbone.stages.{}.blocks.0.norm1.weight")
+    yield from both("backbone.patch_embed.projection", f"{SWIN}.embeddings.patch_embeddings.projection")
+    yield from both("backbone.patch_embed.norm", f"{SWIN}.embeddings.norm")
+    stages = count(state, "backbone.stages.{}.blocks.0.norm1.weight")
     for i in range(stages):
-        for j in range(_count(state, f"backbone.stages.{i}.blocks.{{}}.norm1.weight")):
+        for j in range(count(state, f"backbone.stages.{i}.blocks.{{}}.norm1.weight")):
             yield from _block(f"backbone.stages.{i}.blocks.{j}", f"{SWIN}.encoder.layers.{i}.blocks.{j}")
         if i + 1 < stages:
             theirs, ours = f"backbone.stages.{i}.downsample", f"{SWIN}.encoder.layers.{i}.downsample"
             yield from ((f"{theirs}.{name}", [f"{ours}.{name}"], _merged) for name in ("norm.weight", "norm.bias", "reduction.weight"))
-        yield from _both(f"backbone.norm{i}", f"{SWIN}.hidden_states_norms.stage{i + 1}")
+        yield from both(f"backbone.norm{i}", f"{SWIN}.hidden_states_norms.stage{i + 1}")
     yield from _pixel_decoder(state, "panoptic_head.pixel_decoder")
-    for i in range(_count(state, "panoptic_head.transformer_decoder.layers.{}.norms.0.weight")):
+    for i in range(count(state, "panoptic_head.transformer_decoder.layers.{}.norms.0.weight")):
         yield from _layer(f"panoptic_head.transformer_decoder.layers.{i}", f"{QUERIES}.decoder.layers.{i}")
-    yield from _both("panoptic_head.transformer_decoder.post_norm", f"{QUERIES}.decoder.layernorm")
+    yield from both("panoptic_head.transformer_decoder.post_norm", f"{QUERIES}.decoder.layernorm")
     for theirs, ours in (("query_embed", "queries_embedder"), ("query_feat", "queries_features"), ("level_embed", "level_embed")):
-        yield f"panoptic_head.{theirs}.weight", [f"{QUERIES}.{ours}.weight"], _same
-    yield from _both("panoptic_head.cls_embed", "class_predictor")
+        yield f"panoptic_head.{theirs}.weight", [f"{QUERIES}.{ours}.weight"], same
+    yield from both("panoptic_head.cls_embed", "class_predictor")
     for i in range(3):
-        yield from _both(f"panoptic_head.mask_embed.{2 * i}", f"{QUERIES}.decoder.mask_predictor.mask_embedder.{i}.0")
+        yield from both(f"panoptic_head.mask_embed.{2 * i}", f"{QUERIES}.decoder.mask_predictor.mask_embedder.{i}.0")
 
 
 def _block(theirs: str, ours: str) -> Iterator[Rule]:
     """A block of the Swin transformer."""
     for name in ("relative_position_bias_table", "relative_position_index"):
-        yield f"{theirs}.attn.w_msa.{name}", [f"{ours}.attention.self.{name}"], _same
+        yield f"{theirs}.attn.w_msa.{name}", [f"{ours}.attention.self.{name}"], same
     for kind in ("weight", "bias"):
         split = [f"{ours}.attention.self.{name}.{kind}" for name in ("query", "key", "value")]
-        yield f"{theirs}.attn.w_msa.qkv.{kind}", split, _thirds
+        yield f"{theirs}.attn.w_msa.qkv.{kind}", split, thirds
     for theirs_, ours_ in (
         ("norm1", "layernorm_before"),
         ("attn.w_msa.proj", "attention.output.dense"),
@@ -448,54 +388,41 @@ def _block(theirs: str, ours: str) -> Iterator[Rule]:
         ("ffn.layers.0.0", "intermediate.dense"),
         ("ffn.layers.1", "output.dense"),
     ):
-        yield from _both(f"{theirs}.{theirs_}", f"{ours}.{ours_}")
+        yield from both(f"{theirs}.{theirs_}", f"{ours}.{ours_}")
 
 
 def _pixel_decoder(state: Mapping[str, Tensor], head: str) -> Iterator[Rule]:
-    for i in range(_count(state, f"{head}.input_convs.{{}}.conv.weight")):  # both from the smallest map on
-        yield from _both(f"{head}.input_convs.{i}.conv", f"{PIXELS}.input_projections.{i}.0")
-        yield from _both(f"{head}.input_convs.{i}.gn", f"{PIXELS}.input_projections.{i}.1")
-    for i in range(_count(state, f"{head}.encoder.layers.{{}}.norms.0.weight")):
+    for i in range(count(state, f"{head}.input_convs.{{}}.conv.weight")):  # both from the smallest map on
+        yield from both(f"{head}.input_convs.{i}.conv", f"{PIXELS}.input_projections.{i}.0")
+        yield from both(f"{head}.input_convs.{i}.gn", f"{PIXELS}.input_projections.{i}.1")
+    for i in range(count(state, f"{head}.encoder.layers.{{}}.norms.0.weight")):
         theirs, ours = f"{head}.encoder.layers.{i}", f"{PIXELS}.encoder.layers.{i}"
         for name in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
-            yield from _both(f"{theirs}.attentions.0.{name}", f"{ours}.self_attn.{name}")
+            yield from both(f"{theirs}.attentions.0.{name}", f"{ours}.self_attn.{name}")
         yield from _tail(theirs, ours, ("self_attn_layer_norm", "final_layer_norm"))
     for theirs_, ours_ in (("lateral_convs.0", "adapter_1"), ("output_convs.0", "layer_1")):
-        yield f"{head}.{theirs_}.conv.weight", [f"{PIXELS}.{ours_}.0.weight"], _same
-        yield from _both(f"{head}.{theirs_}.gn", f"{PIXELS}.{ours_}.1")
-    yield f"{head}.level_encoding.weight", [f"{PIXELS}.level_embed"], _same
-    yield from _both(f"{head}.mask_feature", f"{PIXELS}.mask_projection")
+        yield f"{head}.{theirs_}.conv.weight", [f"{PIXELS}.{ours_}.0.weight"], same
+        yield from both(f"{head}.{theirs_}.gn", f"{PIXELS}.{ours_}.1")
+    yield f"{head}.level_encoding.weight", [f"{PIXELS}.level_embed"], same
+    yield from both(f"{head}.mask_feature", f"{PIXELS}.mask_projection")
 
 
 def _layer(theirs: str, ours: str) -> Iterator[Rule]:
     """A layer of the decoder of queries: they look at the picture first, then at each other."""
     for kind in ("weight", "bias"):
-        yield f"{theirs}.attentions.0.attn.in_proj_{kind}", [f"{ours}.cross_attn.in_proj_{kind}"], _same
+        yield f"{theirs}.attentions.0.attn.in_proj_{kind}", [f"{ours}.cross_attn.in_proj_{kind}"], same
         split = [f"{ours}.self_attn.{name}.{kind}" for name in ("q_proj", "k_proj", "v_proj")]
-        yield f"{theirs}.attentions.1.attn.in_proj_{kind}", split, _thirds
-    yield from _both(f"{theirs}.attentions.0.attn.out_proj", f"{ours}.cross_attn.out_proj")
-    yield from _both(f"{theirs}.attentions.1.attn.out_proj", f"{ours}.self_attn.out_proj")
+        yield f"{theirs}.attentions.1.attn.in_proj_{kind}", split, thirds
+    yield from both(f"{theirs}.attentions.0.attn.out_proj", f"{ours}.cross_attn.out_proj")
+    yield from both(f"{theirs}.attentions.1.attn.out_proj", f"{ours}.self_attn.out_proj")
     yield from _tail(theirs, ours, ("cross_attn_layer_norm", "self_attn_layer_norm", "final_layer_norm"))
 
 
 def _tail(theirs: str, ours: str, norms: Sequence[str]) -> Iterator[Rule]:
-    yield from _both(f"{theirs}.ffns.0.layers.0.0", f"{ours}.fc1")
-    yield from _both(f"{theirs}.ffns.0.layers.1", f"{ours}.fc2")
+    yield from both(f"{theirs}.ffns.0.layers.0.0", f"{ours}.fc1")
+    yield from both(f"{theirs}.ffns.0.layers.1", f"{ours}.fc2")
     for i, name in enumerate(norms):
-        yield from _both(f"{theirs}.norms.{i}", f"{ours}.{name}")
-
-
-def _both(theirs: str, ours: str) -> Iterator[Rule]:
-    yield from ((f"{theirs}.{kind}", [f"{ours}.{kind}"], _same) for kind in ("weight", "bias"))
-
-
-def _same(tensor: Tensor) -> list[Tensor]:
-    return [tensor]
-
-
-def _thirds(tensor: Tensor) -> list[Tensor]:
-    """Queries, keys and values, which mmdet keeps as one, to three."""
-    return list(tensor.chunk(3))
+        yield from both(f"{theirs}.norms.{i}", f"{ours}.{name}")
 
 
 def _merged(tensor: Tensor) -> list[Tensor]:
