@@ -79,12 +79,12 @@ def test_other_readers_of_params_yaml_see_the_same_values(reader: str) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(
-    lr=st.floats(min_value=1e-300, max_value=1e300),
+    number=st.floats(min_value=1e-300, max_value=1e300),
     word=st.sampled_from(["off", "on", "no", "yes", "y", "null", "~", "1e-6", "007", "a: b", ""]),
 )
-def test_floats_and_words_survive_the_file(lr: float, word: str) -> None:
+def test_floats_and_words_survive_the_file(number: float, word: str) -> None:
     ours = dataclasses.replace(
-        Config(), tune=dataclasses.replace(Config().tune, lr=lr), track=dataclasses.replace(Config().track, uri=word)
+        Config(), tune=dataclasses.replace(Config().tune, ratio_clip=number), track=dataclasses.replace(Config().track, uri=word)
     )
     assert config.build(Config, config.read_yaml(config.dump(ours, comments=False))) == ours
     assert config.build(Config, yaml.safe_load(config.dump(ours, comments=False))) == ours
@@ -135,6 +135,7 @@ def test_numbers_of_ints_that_passed_through_a_double_are_ints_again() -> None:
         ("tune", "lr", "fast", "tune.lr is 'fast'; it must be a float"),
         ("tune", "lr", math.nan, "tune.lr is nan"),
         ("tune", "lr", math.inf, "tune.lr is inf"),
+        ("tune", "lr", 1e38, r"tune.lr is 1e\+38; it must be positive, and at most 1"),
         ("tune", "prior", "cee", "it must be one of 'ce', 'kl'"),
         ("tune", "rewards", {"mse": "much"}, "tune.rewards.mse is 'much'"),
         ("tune", "rewards", 1.0, "it must be a mapping"),

@@ -225,7 +225,7 @@ class TuneConfig:
             self.group_size >= (2 if compares else 1),
             f"tune.group_size is {self.group_size}; an advantage needs at least 2 draws to compare",
         )
-        require(self.lr > 0, f"tune.lr is {self.lr}; it must be positive")
+        require(0 < self.lr <= 1, f"tune.lr is {self.lr}; it must be positive, and at most 1: AdamW moves a weight by about so much a step")
         self._require_known()
         for name in ("cca_beta", "cca_weight"):
             require(getattr(self, name) > 0, f"tune.{name} is {getattr(self, name)}; it must be positive")
