@@ -1,6 +1,7 @@
 """What docs/results.md shows of finished experiments.
 
     python benchmarks/experiments.py collect artifacts/experiments --on "one H100"    # after vapi experiment NAME --seeds 0,1,2
+    python benchmarks/experiments.py collect artifacts/experiments --on "two cores" --rows CCA    # into a table of another machine
     python benchmarks/experiments.py write                                            # the tables and the chart, from what was collected
 
 ``collect`` puts the complete ones among benchmarks/results/experiments.json, each with date and machine; ``write`` puts tables between
@@ -14,6 +15,7 @@ import datetime
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +35,27 @@ OFF = 4.0  # times the base's FID: what is off the chart
 Found = dict[str, Any]
 
 
-def collect(folder: Path, machine: str) -> None:
-    """Take over every experiment of which all rows are finished."""
+def collect(folder: Path, machine: str, some: Sequence[str]) -> None:
+    """Take over every experiment of which all rows are finished; with ``some``, these rows of what is kept are replaced, and bear the
+    base that they were made with."""
     kept: Found = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
     for path in sorted(folder.glob("*/results.json")):
         found = json.loads(path.read_text())
         if found["experiment"] == path.parent.name and all(row["state"] in ("done", "not run here") for row in found["rows"]):
             when = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).date().isoformat()
             rows = [_with_more(row, found["experiment"], folder) for row in found["rows"]]
-            kept[found["experiment"]] = {**found, "rows": rows, "date": when, "machine": machine}
+            if some:
+                rows = _replaced(kept[found["experiment"]]["rows"], rows, some, {"date": when, "machine": machine})
+                kept[found["experiment"]]["rows"] = rows
+            else:
+                kept[found["experiment"]] = {**found, "rows": rows, "date": when, "machine": machine}
     KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def _replaced(before: Sequence[Found], after: Sequence[Found], some: Sequence[str], where: Found) -> list[Found]:
+    """Rows of which some were made elsewhere."""
+    made, (base, *_) = {row["name"]: row for row in after}, after
+    return [made[row["name"]] | {"elsewhere": {**where, "base": base["ours"]}} if row["name"] in some else row for row in before]
 
 
 def _with_more(row: Found, name: str, folder: Path) -> Found:
@@ -60,12 +73,17 @@ def table(found: Found) -> str:
     base: Config = config.build(Config, {section: {**defaults[section], **values} for section, values in found["config"].items()})
     text = Table(found["experiment"], base, found["seeds"], Path(), {}, set()).markdown(found["rows"])
     about, _, lines = text.partition("\n\n")[2].partition("\n\n")
-    return f"{lines}\n*{about} On {found['machine']}, {found['date']}.*\n"
+    where = [f"On {found['machine']}, {found['date']}."]
+    where += [
+        f"{row['name']}: on {row['elsewhere']['machine']}, {row['elsewhere']['date']}." for row in found["rows"] if "elsewhere" in row
+    ]
+    return f"{lines}\n*{about} {' '.join(where)}*\n"
 
 
 def difference(row: Found, base: Found, metric: str) -> tuple[float, float]:
-    """Mean over seeds of a row less the base with the same seed, and half of its 95 % interval."""
-    pairs = zip(row["ours"][metric]["values"], base["ours"][metric]["values"], strict=True)
+    """Mean over seeds of a row less the base with the same seed (made on the same machine), and half of its 95 % interval."""
+    before = row["elsewhere"]["base"] if "elsewhere" in row else base["ours"]
+    pairs = zip(row["ours"][metric]["values"], before[metric]["values"], strict=True)
     gaps = [ours - before for ours, before in pairs]
     return statistics.fmean(gaps), float(student.ppf(0.975, len(gaps) - 1)) * statistics.stdev(gaps) / len(gaps) ** 0.5
 
@@ -106,10 +124,11 @@ def main() -> None:
     taken = commands.add_parser("collect")
     taken.add_argument("folder", type=Path)
     taken.add_argument("--on", required=True)
+    taken.add_argument("--rows", nargs="*", default=[])
     commands.add_parser("write")
     given = parser.parse_args()
     if given.command == "collect":
-        collect(given.folder, given.on)
+        collect(given.folder, given.on, given.rows)
         return
     kept = json.loads(KEPT.read_text())
     config.write_text(PAGE, page(PAGE.read_text(), kept))

@@ -184,8 +184,8 @@ class TuneConfig:
     """With objective ar_grpo: guidance of its free draws; 1.0 is none."""
     cca_beta: float = 0.02
     """With objective cca: how far the tuned model may leave the base before the contrast counts as learned."""
-    cca_weight: float = 300.0
-    """With objective cca: lambda, the weight of images under another class than theirs."""
+    cca_weight: float = 1.0
+    """With objective cca: lambda, the weight of images under another class than theirs; published for LlamaGen is 300."""
     rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 10.0})
     """Weight of each part of the reward (eq. 10), names in vapi.rewards.REWARDS; with VGG, whose distances are larger, lpips is 1."""
     perceptual: str = "data/models/reward.safetensors"

@@ -96,8 +96,20 @@ ARMS: dict[str, dict[str, Any]] = {
 """What can be done with a generator and a tokenizer, as what it changes in a recipe of VA-pi."""
 _BY_CLIP = {**_FREE, "tune.rewards.clip": 1.0}  # AR-GRPO from captions, by tune.clip_model
 RATES = {"fine-tuning": 0.3, "token credit": 1.0, "straight-through": 1.0, "CCA": 0.3, "AR-GRPO": 1.0, "tokenizer": 0.3}
-"""At how many times VA-pi's learning rate each was best on the digits (experiment ``rates``)."""
+"""At how many times VA-pi's learning rate each was best on the digits (experiments ``rates`` and ``cca``)."""
 WITH_RATES = {name: changes | ({"tune.lr": Times(RATES[name])} if name in RATES else {}) for name, changes in ARMS.items()}
+
+
+PUBLISHED = 300.0
+"""CCA's lambda for LlamaGen."""
+CONTRASTS = (
+    (0.02, 1.0, (0.1, 0.3, 1.0, 3.0)),
+    (0.02, 10.0, (0.3, 1.0)),
+    (0.02, PUBLISHED, (0.1,)),  # at higher rates: ``rates``
+    (0.2, 1.0, (0.3, 1.0, 3.0)),
+    (0.2, PUBLISHED, (0.1,)),
+)
+"""CCA's beta and lambda, and at how many times VA-pi's learning rate each was tried."""
 
 
 def _quality(*numbers: float) -> dict[str, float]:
@@ -251,7 +263,7 @@ GRIDS = {
             Point("base", side="base"),
             *(
                 Point(f"{name}, x {factor:g}", changes | {"tune.lr": Times(factor)})
-                for name, changes in ARMS.items()
+                for name, changes in (ARMS | {"CCA": ARMS["CCA"] | {"tune.cca_weight": PUBLISHED}}).items()
                 for factor in (0.3, 1.0, 3.0, 10.0)
             ),
         ),
@@ -267,9 +279,8 @@ GRIDS = {
                     f"beta {beta:g}, lambda {weight:g}, x {factor:g}",
                     ARMS["CCA"] | {"tune.cca_beta": beta, "tune.cca_weight": weight, "tune.lr": Times(factor)},
                 )
-                for beta in (0.02, 0.2)
-                for weight in (1.0, 300.0)
-                for factor in (0.1, 0.3, 1.0)
+                for beta, weight, factors in CONTRASTS
+                for factor in factors
             ),
         ),
     ),

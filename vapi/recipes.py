@@ -42,6 +42,7 @@ _LLAMAGEN_384 = {
     "tune.images_per_forward": 16,
     "tune.images_per_reward": 32,
     "tune.lr": 1e-6,
+    "tune.cca_weight": 300.0,  # of CCA, which the experiments compare with, as its authors tuned these weights
     "tune.rewards": {"mse": 1.0, "lpips": 1.0},
     "tune.perceptual": "vgg",
     "tune.compile": True,
