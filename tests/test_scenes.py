@@ -164,16 +164,17 @@ def test_the_judges_share_no_glyphs_with_each_other_or_a_generator() -> None:
     assert sum(map(len, used)) == len(set.union(*used))
 
 
-def test_targets_mark_the_middles() -> None:
+@pytest.mark.parametrize("cell", [metric.CELL, 5])
+def test_targets_mark_the_middles(cell: int) -> None:
     pictures = some(per_task=2)
-    here, digit, colour, reach = judges.targets(pictures)
+    here, digit, colour, reach = judges.targets(pictures, cell)
     for i, placed in enumerate(pictures.layouts):
         for glyph, (x0, y0, x1, y1) in zip(placed, judges.boxes(placed), strict=True):
-            row, column = int((y0 + y1) / 2 / 4), int((x0 + x1) / 2 / 4)
+            row, column = int((y0 + y1) / 2 / cell), int((x0 + x1) / 2 / cell)
             assert here[i, row, column] > 0.5
             assert digit[i, row, column] == glyph.digit and list(scenes.COLOURS)[colour[i, row, column]] == glyph.colour
-            left, up, right, down = 4 * reach[i, row, column].numpy()
-            x, y = 4 * (column + 0.5), 4 * (row + 0.5)
+            left, up, right, down = cell * reach[i, row, column].numpy()
+            x, y = cell * (column + 0.5), cell * (row + 0.5)
             assert np.allclose([x - left, y - up, x + right, y + down], [x0, y0, x1, y1], atol=1e-4)
     assert ((here == 1).sum() == 0) and here.max() <= 1
 

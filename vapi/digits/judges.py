@@ -28,7 +28,6 @@ from vapi.metrics.scenes import CELL, Marks
 from vapi.models.vq import VQModel
 
 GLYPHS = "reward"
-GRID = SIDE // CELL
 
 
 def train_judge(pictures: Pictures, tokenizer: VQModel, schedule: Schedule, log: Log) -> Marks:
@@ -57,23 +56,24 @@ def train_judge(pictures: Pictures, tokenizer: VQModel, schedule: Schedule, log:
     return network.eval().requires_grad_(False)
 
 
-def targets(pictures: Pictures) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By cell (N, h, w): how near the middle of an object is, 0 .. 1; its digit; its colour; and (N, h, w, 4) its box's reach."""
-    n = len(pictures)
+def targets(pictures: Pictures, cell: int = CELL) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By cell of so many pixels (N, h, w): how near the middle of an object is, 0 .. 1; its digit; its colour; and (N, h, w, 4) its
+    box's reach."""
+    n, side = len(pictures), SIDE // cell
     here, digit, colour, reach = (
-        np.zeros((n, GRID, GRID)),
-        *(np.zeros((n, GRID, GRID), np.int64) for _ in range(2)),
-        np.zeros((n, GRID, GRID, 4)),
+        np.zeros((n, side, side)),
+        *(np.zeros((n, side, side), np.int64) for _ in range(2)),
+        np.zeros((n, side, side, 4)),
     )
-    rows, columns = np.meshgrid(np.arange(GRID) + 0.5, np.arange(GRID) + 0.5, indexing="ij")
+    rows, columns = np.meshgrid(np.arange(side) + 0.5, np.arange(side) + 0.5, indexing="ij")
     for i, placed in enumerate(pictures.layouts):
         for glyph, (x0, y0, x1, y1) in zip(placed, boxes(placed), strict=True):
-            x, y = (x0 + x1) / 2 / CELL, (y0 + y1) / 2 / CELL
+            x, y = (x0 + x1) / 2 / cell, (y0 + y1) / 2 / cell
             near = np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / 0.8)
             owned = near > here[i]
             here[i][owned] = near[owned]
             digit[i][owned], colour[i][owned] = glyph.digit, list(COLOURS).index(glyph.colour)
-            edges = [columns - x0 / CELL, rows - y0 / CELL, x1 / CELL - columns, y1 / CELL - rows]
+            edges = [columns - x0 / cell, rows - y0 / cell, x1 / cell - columns, y1 / cell - rows]
             reach[i][owned] = np.stack(edges, axis=-1)[owned]
     return torch.tensor(here).float(), torch.tensor(digit), torch.tensor(colour), torch.tensor(reach).float()
 

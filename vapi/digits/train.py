@@ -90,6 +90,27 @@ def optimise(parameters: list[nn.Parameter], schedule: Schedule, decay: float, s
         optimizer.step()
 
 
+def optimise_with_muon(
+    model: nn.Module, hidden: Sequence[str], schedule: GeneratorSchedule, size: int, loss_of: Callable[[int, Tensor], Tensor]
+) -> None:
+    """Muon for the matrices whose name has one of ``hidden`` in it and AdamW for the rest, over ``loss_of(step, indices)``."""
+    named = dict(model.named_parameters())
+    inside = {name for name, p in named.items() if p.dim() == 2 and any(part in name for part in hidden)}
+    muon = Muon([named[name] for name in named if name in inside], schedule.muon_lr, momentum=0.95, weight_decay=0.05)
+    rest = [p for name, p in named.items() if name not in inside]
+    adam = torch.optim.AdamW(rest, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    for step, indices in batches(size, schedule):
+        for optimizer, peak in ((muon, schedule.muon_lr), (adam, schedule.lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * schedule.trapezoid(step)
+        loss = loss_of(step, indices)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step()
+        adam.step()
+
+
 # --- tokenizer ---------------------------------------------------------------------------------
 
 
@@ -166,27 +187,18 @@ def train_generator(
     """
     torch.manual_seed(schedule.seed)
     model = make().train()
-    hidden = {name for name, p in model.named_parameters() if p.dim() == 2 and any(part in name for part in HIDDEN)}
-    matrices = [p for name, p in model.named_parameters() if name in hidden]
-    rest = [p for name, p in model.named_parameters() if name not in hidden]
-    muon = Muon(matrices, schedule.muon_lr, momentum=0.95, weight_decay=0.05)
-    adam = torch.optim.AdamW(rest, lr=schedule.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    for step, indices in batches(len(lessons[-1].codes), schedule):
+
+    def loss_of(step: int, indices: Tensor) -> Tensor:
         lesson = next(lesson for lesson in lessons if step < lesson.until)
         chosen = indices % len(lesson.codes)
-        for optimizer, peak in ((muon, schedule.muon_lr), (adam, schedule.lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * schedule.trapezoid(step)
         batch = lesson.codes[chosen]
         context = corrupted(batch, schedule.noise_at(step), model.config.vocab)
         loss = F.cross_entropy(model(lesson.said[chosen], context).flatten(0, 1), batch.flatten())
         if step % 100 == 0 or step == schedule.steps - 1:
             log(f"generator step {step}: train {loss.item():.4f}, held out {cross_entropy(model, *held_out):.4f}")
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step()
-        adam.step()
+        return loss
+
+    optimise_with_muon(model, HIDDEN, schedule, len(lessons[-1].codes), loss_of)
     return model.eval()
 
 
