@@ -25,19 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vapi import data, grids, grpo, images, models, tokens
+from vapi import data, grpo, images, models, recipes, tokens
 from vapi.baselines import OBJECTIVES
 from vapi.bench import meter, world
 from vapi.config import Config
 from vapi.objective import Objective, optimizer_of, update
-from vapi.recipes import recipe
 from vapi.rewards import Reward
 from vapi.subset import subset
 
 Scores = dict[str, Any]
 CREDITS = {"image": ("image", 0), "token": ("token", 0), "token, radius 1": ("token", 1), "token, radius 2": ("token", 2)}
 TIMED = {
-    **grids.ARMS,
+    **recipes.ARMS,
     "VA-pi, 2 updates a rollout": {"tune.updates_per_rollout": 2},
     "VA-pi, dropout as released": {"tune.policy_dropout": "official"},
 }
@@ -47,7 +46,7 @@ def costs(params: Config, device: torch.device, rounds: int) -> Scores:
     """Seconds of a step by objective: medians, and their ratio to VA-pi's."""
     ways = {}
     for name, changes in TIMED.items():
-        tune = grids.changed(params, changes).tune
+        tune = recipes.changed(params, changes).tune
         policy = models.load(dataclasses.replace(params.model, device=device.type))
         objective = OBJECTIVES[tune.objective](policy, tune, Reward.of(tune, device), params.model.precision)
         batch, optimizer = world.batch(policy, tune.images_per_step), optimizer_of(objective.trained, tune)
@@ -121,7 +120,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    params = recipe("digits")
+    params = recipes.recipe("digits")
     print(json.dumps(gradients(params) if given.what == "gradients" else costs(params, torch.device(given.device), given.rounds), indent=1))
 
 

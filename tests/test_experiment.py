@@ -102,7 +102,7 @@ def test_every_point_can_be_run_on_digits_and_at_full_size(name: str) -> None:
                 assert made.tune.seed == 3 and made.evaluate.seeds == [3]
                 now, before = config.flat(made), config.flat(base)
                 for field, value in point.changes.items():
-                    assert now[field] == (before[field] * value if isinstance(value, grids.Times) else value), field
+                    assert now[field] == (pytest.approx(before[field] * value) if isinstance(value, recipes.Times) else value), field
         if any(metric.startswith("guided/") for metric in grid.metrics):
             runs = [grids.settings(grid, base, point, 0) for point in grid.points if point.changes is not None]
             assert all(run.evaluate.guided > 1 for run in runs)
@@ -127,12 +127,12 @@ def test_objectives_go_with_the_released_configuration_and_with_captions() -> No
         grid = GRIDS["objectives"]
         run = {name for name, _ in grids.runs(grid, recipes.recipe(recipe), [0])}
         assert {point.name for point in grid.points} - run == left_out
-    contrast = grids.changed(recipes.recipe("digits-t2i"), {"tune.objective": "cca"})
+    contrast = recipes.changed(recipes.recipe("digits-t2i"), {"tune.objective": "cca"})
     with pytest.raises(ValueError, match=r"tune.objective: tune.objective cca contrasts classes, and this model draws from captions"):
         Experiment("steps", contrast, [0])
     with pytest.raises(ValueError, match="no reward is called 'msee'; did you mean 'mse'"):
-        Experiment("steps", grids.changed(recipes.recipe("digits"), {"tune.rewards.msee": 1.0}), [0])
-    mine = grids.changed(recipes.recipe("llamagen-xl-c2i"), {"tune.classifier": "data/mine.safetensors"})
+        Experiment("steps", recipes.changed(recipes.recipe("digits"), {"tune.rewards.msee": 1.0}), [0])
+    mine = recipes.changed(recipes.recipe("llamagen-xl-c2i"), {"tune.classifier": "data/mine.safetensors"})
     assert ("AR-GRPO", 0) in grids.runs(GRIDS["table2-xl"], mine, [0])
 
 
@@ -149,7 +149,7 @@ def test_a_recipe_that_says_so_itself_keeps_its_guidance() -> None:
 
 
 def test_a_table_that_shows_a_sweep_takes_one() -> None:
-    base = grids.changed(recipes.recipe("digits"), {"evaluate.temperatures": [0.8, 0.9], "evaluate.temperature": 0.7})
+    base = recipes.changed(recipes.recipe("digits"), {"evaluate.temperatures": [0.8, 0.9], "evaluate.temperature": 0.7})
     grids.require_free(GRIDS["temperature"], ["evaluate.temperatures"])
     swept, plain = (grids.settings(GRIDS[name], base, Point("VA-pi"), 0).evaluate.temperatures for name in ("temperature", "table4"))
     assert (swept, plain) == ([0.8, 0.9], [0.7])
@@ -286,7 +286,7 @@ def test_other_settings_and_other_files_make_other_results(project: Path) -> Non
     before = [step.folder for step in tiny().queue.values()]
     assert [step.folder for step in tiny().queue.values()] == before
     base = config.load()
-    other = Experiment("tiny", grids.changed(base, {"evaluate.samples": 30}), [0])
+    other = Experiment("tiny", recipes.changed(base, {"evaluate.samples": 30}), [0])
     same = set(before) & set(other.queue)
     assert {folder.parent.name for folder in same} == {"subset", "tokens", "tune"}
     Path("data/models/reward.safetensors").write_bytes(Path("data/models/metric.safetensors").read_bytes())
@@ -325,7 +325,7 @@ def test_what_a_result_is_not_named_after_decides_none(project: Path) -> None:
 
 def test_rows_are_runs_nested_in_one_of_the_experiment(project: Path, mlflow_db: Path, sender_thread: None) -> None:
     Path("mlflow.db").write_bytes(mlflow_db.read_bytes())
-    Path("params.yaml").write_text(config.dump(grids.changed(config.load(), {"track.uri": ""})))
+    Path("params.yaml").write_text(config.dump(recipes.changed(config.load(), {"track.uri": ""})))
     experiment_of = tiny()
     stages_off = Here()
 
@@ -355,7 +355,7 @@ def test_every_metric_of_a_table_of_digits_is_in_what_evaluate_writes(project: P
     metrics = tuple(dict.fromkeys(metric for grid in tables for metric in grid.metrics))
     points = (Point("base", side="base"), Point("VA-pi"))
     monkeypatch.setitem(GRIDS, "all", Grid("All metrics.", "every table", metrics, points))
-    made = Experiment("all", grids.changed(config.load(), {"evaluate.guided": 1.75}), [0])
+    made = Experiment("all", recipes.changed(config.load(), {"evaluate.guided": 1.75}), [0])
     assert made.run(Here()) == 0
     for row in made.table.rows():
         assert row["ours"].keys() == set(metrics), row["name"]
@@ -411,10 +411,10 @@ def test_mistakes_are_answered_before_anything_is_run(
 def test_a_network_that_nothing_reads_need_not_be_here(project: Path, network: str) -> None:
     """LPIPS is read where the reward names it, also by the prior alone, which follows it on held-out images."""
     Path("data/models/reward.safetensors").unlink()  # and of the published ones torch's cache has none
-    named = grids.changed(config.load(), {"tune.perceptual": network})
+    named = recipes.changed(config.load(), {"tune.perceptual": network})
     for without in ({"mse": 1.0}, {"mse": 1.0, "lpips": 0.0}):
-        assert Experiment("tiny", grids.changed(named, {"tune.rewards": without}), [0]).points
-    for settings in (named, grids.changed(named, {"tune.policy_weight": 0.0})):
+        assert Experiment("tiny", recipes.changed(named, {"tune.rewards": without}), [0]).points
+    for settings in (named, recipes.changed(named, {"tune.policy_weight": 0.0})):
         with pytest.raises(ValueError, match="is not here|needs .*vgg16-397923af.pth"):
             inputs.looks(settings)["tune.perceptual", network]()
 

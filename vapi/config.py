@@ -182,10 +182,10 @@ class TuneConfig:
     """Temperature at which the G token maps are drawn."""
     rollout_guidance: float = 1.0
     """With objective ar_grpo: guidance of its free draws; 1.0 is none."""
-    cca_beta: float = 0.02
-    """With objective cca: how far the tuned model may leave the base before the contrast counts as learned."""
+    cca_beta: float = 0.2
+    """With objective cca: the larger, the less the tuned model has to leave the base until the contrast counts as learned."""
     cca_weight: float = 1.0
-    """With objective cca: lambda, the weight of images under another class than theirs; published for LlamaGen is 300."""
+    """With objective cca: lambda, the weight of images under another class than theirs; published for LlamaGen: beta 0.02, lambda 300."""
     rewards: dict[str, float] = field(default_factory=lambda: {"mse": 1.0, "lpips": 10.0})
     """Weight of each part of the reward (eq. 10), names in vapi.rewards.REWARDS; with VGG, whose distances are larger, lpips is 1."""
     perceptual: str = "data/models/reward.safetensors"

@@ -182,7 +182,7 @@ class Table:
         return [self._row(point) for point in self.grid.points]
 
     def _row(self, point: Point) -> Scores:
-        changes = {name: str(value) if isinstance(value, grids.Times) else value for name, value in (point.changes or {}).items()}
+        changes = {name: str(value) if isinstance(value, recipes.Times) else value for name, value in (point.changes or {}).items()}
         row: Scores = {"name": point.name, "changes": changes, "paper": point.paper, "about": point.about}
         row |= {"runs": [], "ours": {}, "judges": {}}
         if (point.name, self.seeds[0]) not in self.ends:

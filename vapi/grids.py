@@ -7,9 +7,7 @@ from there and nowhere else. What the paper ran and this package cannot run stan
 
 from __future__ import annotations
 
-import functools
 import json
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -74,40 +72,19 @@ OURS = "ours, beyond the paper"
 _SIDES: tuple[tuple[str, Literal["base", "tuned"]], ...] = (("base", "base"), ("VA-pi", "tuned"))
 
 
-class Times(float):
-    """So many times what the recipe says."""
-
-    def __str__(self) -> str:
-        return f"x {float(self):g}"
-
-
-_OTHER = {"tune.policy_dropout": "none"}  # which VA-pi alone knows, as released
-_FREE = {"tune.objective": "ar_grpo", **_OTHER, "tune.prior": "kl", "tune.context_noise": 0.0}
-_FREE |= {"tune.rewards.mse": 0.0, "tune.rewards.lpips": 0.0}
-ARMS: dict[str, dict[str, Any]] = {
-    "VA-pi": {},
-    "fine-tuning": {"tune.policy_weight": 0.0},
-    "token credit": {"tune.credit": "token"},
-    "straight-through": {"tune.objective": "ste", **_OTHER},
-    "CCA": {"tune.objective": "cca", **_OTHER},
-    "AR-GRPO": {**_FREE, "tune.rewards.class": 1.0},
-    "tokenizer": {"tune.objective": "tokenizer", "tune.prior_weight": 0.0, **_OTHER},
+WITH_RATES = {
+    name: changes | ({"tune.lr": recipes.Times(recipes.RATES[name])} if name in recipes.RATES else {})
+    for name, changes in recipes.ARMS.items()
 }
-"""What can be done with a generator and a tokenizer, as what it changes in a recipe of VA-pi."""
-_BY_CLIP = {**_FREE, "tune.rewards.clip": 1.0}  # AR-GRPO from captions, by tune.clip_model
-RATES = {"fine-tuning": 0.3, "token credit": 1.0, "straight-through": 1.0, "CCA": 0.3, "AR-GRPO": 1.0, "tokenizer": 0.3}
-"""At how many times VA-pi's learning rate each was best on the digits (experiments ``rates`` and ``cca``)."""
-WITH_RATES = {name: changes | ({"tune.lr": Times(RATES[name])} if name in RATES else {}) for name, changes in ARMS.items()}
 
 
-PUBLISHED = 300.0
-"""CCA's lambda for LlamaGen."""
+PUBLISHED = {"tune.cca_beta": 0.02, "tune.cca_weight": 300.0}
+"""CCA's weights for LlamaGen, whose images have nine times as many codes."""
 CONTRASTS = (
     (0.02, 1.0, (0.1, 0.3, 1.0, 3.0)),
     (0.02, 10.0, (0.3, 1.0)),
-    (0.02, PUBLISHED, (0.1,)),  # at higher rates: ``rates``
+    (0.02, 300.0, (0.1,)),  # as PUBLISHED; at higher rates: ``rates``
     (0.2, 1.0, (0.3, 1.0, 3.0)),
-    (0.2, PUBLISHED, (0.1,)),
 )
 """CCA's beta and lambda, and at how many times VA-pi's learning rate each was tried."""
 
@@ -154,7 +131,7 @@ GRIDS = {
         ("clipscore", "hpsv2"),
         (
             Point("base", {}, {"clipscore": 0.245, "hpsv2": 0.153}, "base"),
-            Point("AR-GRPO", _BY_CLIP, {"clipscore": 0.274, "hpsv2": 0.208}),
+            Point("AR-GRPO", recipes.BY_CLIP, {"clipscore": 0.274, "hpsv2": 0.208}),
             Point("VA-pi", {}, {"clipscore": 0.291, "hpsv2": 0.211}),
         ),
         recipe="digits-t2i",
@@ -196,7 +173,7 @@ GRIDS = {
         GENEVAL,
         (
             Point("base", {}, _geneval(0.042, 0.550, 0.032, 0.197, 0.750, 0.263, 0.306), "base"),
-            Point("AR-GRPO", _BY_CLIP, _geneval(0.040, 0.593, 0.030, 0.228, 0.791, 0.263, 0.324)),
+            Point("AR-GRPO", recipes.BY_CLIP, _geneval(0.040, 0.593, 0.030, 0.228, 0.791, 0.263, 0.324)),
             Point("VA-pi", {}, _geneval(0.050, 0.606, 0.040, 0.238, 0.769, 0.328, 0.339)),
         ),
         recipe="digits-t2i",
@@ -262,8 +239,8 @@ GRIDS = {
         (
             Point("base", side="base"),
             *(
-                Point(f"{name}, x {factor:g}", changes | {"tune.lr": Times(factor)})
-                for name, changes in (ARMS | {"CCA": ARMS["CCA"] | {"tune.cca_weight": PUBLISHED}}).items()
+                Point(f"{name}, x {factor:g}", changes | {"tune.lr": recipes.Times(factor)})
+                for name, changes in (recipes.ARMS | {"CCA": recipes.ARMS["CCA"] | PUBLISHED}).items()
                 for factor in (0.3, 1.0, 3.0, 10.0)
             ),
         ),
@@ -277,7 +254,7 @@ GRIDS = {
             *(
                 Point(
                     f"beta {beta:g}, lambda {weight:g}, x {factor:g}",
-                    ARMS["CCA"] | {"tune.cca_beta": beta, "tune.cca_weight": weight, "tune.lr": Times(factor)},
+                    recipes.ARMS["CCA"] | {"tune.cca_beta": beta, "tune.cca_weight": weight, "tune.lr": recipes.Times(factor)},
                 )
                 for beta, weight, factors in CONTRASTS
                 for factor in factors
@@ -361,21 +338,10 @@ def grid(name: str) -> Grid:
     return GRIDS[name]
 
 
-def changed(base: Config, changes: dict[str, Any]) -> Config:
-    """A configuration with some fields changed, checked. ``changes``: {"tune.lr": Times(3), "tune.rewards.mse": 0.0}."""
-    values = config.plain(base)
-    for dotted, value in changes.items():
-        *path, last = dotted.split(".")
-        section = functools.reduce(operator.getitem, path, values)
-        section[last] = section[last] * float(value) if isinstance(value, Times) else value
-    made: Config = config.build(Config, values)
-    return made
-
-
 def under(made: Grid, recipe: Config) -> Config:
     """A recipe with the grid's settings in the fields that it leaves at their defaults."""
     own, defaults = config.flat(recipe), config.flat(Config())
-    return changed(recipe, {name: value for name, value in made.settings.items() if own[name] == defaults[name]})
+    return recipes.changed(recipe, {name: value for name, value in made.settings.items() if own[name] == defaults[name]})
 
 
 def settings(made: Grid, base: Config, point: Point, seed: int) -> Config:
@@ -387,7 +353,7 @@ def settings(made: Grid, base: Config, point: Point, seed: int) -> Config:
         own = config.flat(base)
         how |= {field: [own[plain]] for field, plain in SWEPT.items()}
     try:
-        return changed(base, point.changes | how)
+        return recipes.changed(base, point.changes | how)
     except ValueError as error:
         raise ValueError(f"{point.name}: {error}") from error
 

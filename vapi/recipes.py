@@ -7,7 +7,8 @@ base model, data set or ablation is a new row here and nothing else.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,32 @@ class Recipe:
     gpu: bool = False  # whether it wants GPUs, and on a cluster a volume for its data; the others are content with a CPU
 
 
+class Times(float):
+    """So many times what the recipe says."""
+
+    def __str__(self) -> str:
+        return f"x {float(self):g}"
+
+
+_OTHER = {"tune.policy_dropout": "none"}  # which VA-pi alone knows, as released
+_FREE = {"tune.objective": "ar_grpo", **_OTHER, "tune.prior": "kl", "tune.context_noise": 0.0}
+_FREE |= {"tune.rewards.mse": 0.0, "tune.rewards.lpips": 0.0}
+ARMS: dict[str, dict[str, Any]] = {
+    "VA-pi": {},
+    "fine-tuning": {"tune.policy_weight": 0.0},
+    "token credit": {"tune.credit": "token"},
+    "straight-through": {"tune.objective": "ste", **_OTHER},
+    "CCA": {"tune.objective": "cca", **_OTHER},
+    "AR-GRPO": {**_FREE, "tune.rewards.class": 1.0},
+    "tokenizer": {"tune.objective": "tokenizer", "tune.prior_weight": 0.0, **_OTHER},
+}
+"""What can be done with a generator and a tokenizer, as what it changes in VA-pi's recipe."""
+RATES = {"fine-tuning": 0.3, "token credit": 1.0, "straight-through": 1.0, "CCA": 3.0, "AR-GRPO": 1.0, "tokenizer": 0.3}
+"""At how many times VA-pi's learning rate each was best on the digits (experiments ``rates`` and ``cca``)."""
+BY_CLIP = {**_FREE, "tune.rewards.clip": 1.0}
+"""AR-GRPO from captions, by tune.clip_model."""
+
+
 # The paper's class-conditional runs (table 7, section 4.1; what it leaves open as in its released scripts): 100 steps on
 # 12,800 ImageNet images, each seen once, and 128 more that are only looked at.
 _LLAMAGEN_384 = {
@@ -42,7 +69,8 @@ _LLAMAGEN_384 = {
     "tune.images_per_forward": 16,
     "tune.images_per_reward": 32,
     "tune.lr": 1e-6,
-    "tune.cca_weight": 300.0,  # of CCA, which the experiments compare with, as its authors tuned these weights
+    "tune.cca_beta": 0.02,  # of CCA, which the experiments compare with, as its authors tuned these weights
+    "tune.cca_weight": 300.0,
     "tune.rewards": {"mse": 1.0, "lpips": 1.0},
     "tune.perceptual": "vgg",
     "tune.compile": True,
@@ -194,6 +222,19 @@ _DIGITS_JANUS = _DIGITS_T2I | {
     "register.model_name": "vapi-digits-janus",
 }
 
+
+def _objective(name: str, doc: str, expect: str) -> Recipe:
+    return Recipe(doc, f"{expect}, where VA-pi gives 0.95 (docs/results.md)", ARMS[name] | {"tune.lr": Times(RATES[name])})
+
+
+_OBJECTIVES = {
+    "fine-tuning": _objective("fine-tuning", "Fine-tuning: the cross-entropy alone, at the rate that was best for it.", "FID 1.02 to 1.10"),
+    "straight-through": _objective("straight-through", "The reward's gradient straight through to the generator.", "FID 1.02 to 0.99"),
+    "cca": _objective("CCA", "Condition contrastive alignment (arXiv 2410.09347): classes told apart.", "FID 1.02 to CCAFID"),
+    "ar-grpo": _objective("AR-GRPO", "GRPO on free draws, rewarded by an embedded classifier (arXiv 2508.06924).", "FID 1.02 to 0.48"),
+    "tokenizer": _objective("tokenizer", "The tokenizer's decoder learns to paint its teacher-forced draws.", "FID 1.02 to 0.97"),
+}
+
 RECIPES = {
     "digits": Recipe(
         "VA-pi on painted handwritten digits, everything embedded, minutes on a CPU.",
@@ -214,6 +255,7 @@ RECIPES = {
         "FID 1.03 to 0.85, where one reward an image gives 0.97 (six seeds; docs/results.md), and a little less recall",
         {"tune.credit": "token", "tune.credit_radius": 1},
     ),
+    **{f"digits-{name.lower()}": row for name, row in _OBJECTIVES.items()},
     "digits-t2i": Recipe(
         "VA-pi from captions to scenes of digits, judged by two detectors; everything embedded, minutes on a CPU.",
         "FID 1.15 to 1.00, overall score 0.201 to 0.215 by one judge and 0.328 to 0.331 by the other (docs/text-to-image.md)",
@@ -273,13 +315,18 @@ def recipe(name: str) -> Config:
     """The configuration of a recipe. Raises ValueError that names the nearest known one."""
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}; {config.nearest(name, RECIPES)}")
-    changes: dict[str, dict[str, Any]] = {}
-    for dotted, value in RECIPES[name].changes.items():
-        section, _, knob = dotted.partition(".")
-        changes.setdefault(section, {})[knob] = value
-    defaults = Config()
-    sections = {section: dataclasses.replace(getattr(defaults, section), **knobs) for section, knobs in changes.items()}
-    return dataclasses.replace(defaults, **sections)
+    return changed(Config(), RECIPES[name].changes)
+
+
+def changed(base: Config, changes: dict[str, Any]) -> Config:
+    """A configuration with some fields changed, checked. ``changes``: {"tune.lr": Times(3), "tune.rewards.mse": 0.0}."""
+    values = config.plain(base)
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        section = functools.reduce(operator.getitem, path, values)
+        section[last] = float(f"{section[last] * float(value):.12g}") if isinstance(value, Times) else value
+    made: Config = config.build(Config, values)
+    return made
 
 
 def text(name: str) -> str:
