@@ -44,6 +44,10 @@ def collect(folder: Path, machine: str, some: Sequence[str]) -> None:
         if found["experiment"] == path.parent.name and all(row["state"] in ("done", "not run here") for row in found["rows"]):
             when = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).date().isoformat()
             rows = [_with_more(row, found["experiment"], folder) for row in found["rows"]]
+            if missing := set(some) - {row["name"] for row in rows}:
+                raise SystemExit(
+                    f"{found['experiment']} has no row {', '.join(sorted(missing))}; put it into a folder without other experiments"
+                )
             if some:
                 rows = _replaced(kept[found["experiment"]]["rows"], rows, some, {"date": when, "machine": machine})
                 kept[found["experiment"]]["rows"] = rows

@@ -300,13 +300,28 @@ def test_prompts_of_files_as_they_are_published(tmp_path: Path, name: str, conte
     assert [one.text for one in text.read_prompts(tmp_path / "plain.txt")] == ["a red bench", "two cats, one of them NA"]
 
 
+def test_prompts_keep_their_quotation_marks_and_groups(tmp_path: Path) -> None:
+    """In TSV nothing is quoted; a group that a line lacks is none, and a number is a word."""
+    (tmp_path / "a.tsv").write_text('Prompt\tCategory\n"Fly" on a wall\tArts\na 5" screen\t\nthree, two\tArts\n')
+    rows = [(one.text, one.tag) for one in text.read_prompts(tmp_path / "a.tsv")]
+    assert rows == [('"Fly" on a wall', "Arts"), ('a 5" screen', text.ALL), ("three, two", "Arts")]
+    (tmp_path / "a.CSV").write_text('prompt\n"a cat, a dog"\n')
+    assert [one.text for one in text.read_prompts(tmp_path / "a.CSV")] == ["a cat, a dog"]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x", "tag": 3}\n{"prompt": "y", "tag": null}\n{"prompt": "z"}\n')
+    assert [one.tag for one in text.read_prompts(tmp_path / "a.jsonl")] == ["3", text.ALL, text.ALL]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", "text\nx\n", "has the columns text; one must be called prompt or prompts or caption"),
-        ("a.csv", "prompt,tag\n,x\n", "prompt 1 is ''; it must be a text"),
-        ("a.jsonl", '{"prompt": 3}\n', "prompt 1 is 3; it must be a text"),
-        ("a.jsonl", "{", "cannot be read"),
+        ("a.csv", "text\nx\n", "line 2 has the fields text; one must be called prompt or prompts or caption"),
+        ("a.csv", "prompt,tag\n,x\n", "line 2: prompt is ''; it must be a text"),
+        ("a.csv", "prompt\na cat, a dog\n", "line 2 has more or fewer fields than its first line; put quotation marks around"),
+        ("a.csv", "prompt,tag\na cat\n", "line 2 has more or fewer fields"),
+        ("a.jsonl", '{"prompt": 3}\n', "line 1: prompt is 3; it must be a text"),
+        ("a.jsonl", "{", "line 1 is not JSON"),
+        ("a.json", '["a", "b"]', "line 1 is .*; give a mapping with a field prompt"),
+        ("a.jsonl", "", "is empty"),
         ("a.txt", "", "is empty"),
     ],
 )

@@ -136,6 +136,20 @@ def test_objectives_go_with_the_released_configuration_and_with_captions() -> No
     assert ("AR-GRPO", 0) in grids.runs(GRIDS["table2-xl"], mine, [0])
 
 
+@pytest.mark.parametrize(
+    ("table", "recipe", "changes", "words"),
+    [
+        ("table3", "llamagen-xl-drawbench", {}, "evaluate.detector is empty, and this table shows GenEval"),
+        ("table1", "janus-pro-1b", {"evaluate.text_metrics": []}, "evaluate.text_metrics has none of clipscore, hpsv2"),
+        ("figure5", "digits", {"tune.holdout_images": 0}, "tune.holdout_images is 0, and this table shows"),
+    ],
+)
+def test_what_nobody_would_measure_is_refused(table: str, recipe: str, changes: dict[str, Any], words: str) -> None:
+    base = recipes.changed(recipes.recipe(recipe), changes)
+    with pytest.raises(ValueError, match=words):
+        grids.runs(GRIDS[table], base, [0])
+
+
 def test_names_are_unique_and_metrics_are_known() -> None:
     for grid in GRIDS.values():
         assert len({point.name for point in grid.points}) == len(grid.points)

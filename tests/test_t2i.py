@@ -9,17 +9,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import test_clip
 import torch
 from conftest import CAPTIONS
 from imports import ROOT
 from PIL import Image
 
-from vapi import compare, compare_page, data, models, prompted, references, report, report_prompts
+from vapi import compare, compare_page, data, inputs, models, prompted, recipes, references, report, report_prompts
 from vapi.config import Config, EvaluateConfig, ModelConfig, RegisterConfig, TuneConfig, plain
 from vapi.digits import build_janus, build_scenes
 from vapi.evaluate import evaluate
@@ -190,7 +192,30 @@ def test_prompts_without_a_detector_are_scored_by_text_metrics_alone(project: Pa
     run = compare.of(Path("bench/evaluate"), Path("artifacts/tune"))
     assert f"blueness:blueness {rows['base/blueness:blueness'][1]:.3f}" in compare_page.page([run])
     shutil.copytree("artifacts/tune", "bench/tune")
-    assert report.table(Path("bench")).startswith("Tuning ")
+    said = asked["metrics"]["blueness:blueness"]["difference"]["tuned"]
+    assert said["b"] - said["a"] == pytest.approx(said["difference"]) and said["low"] <= said["difference"] <= said["high"]
+    assert "blueness:blueness" in report.table(Path("bench")).partition(" on 3 prompts: from ")[0]
+
+
+SCORED = {"evaluate.detector": "", "evaluate.second_detector": "", "evaluate.text_metrics": ["json:dumps"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluate.detector": ""}, "evaluate.second_detector is .* and evaluate.detector is empty"),
+        ({"evaluate.prompts": "data/scenes/validation.parquet"}, "is no text in UTF-8"),
+        ({"evaluate.text_metrics": ["clipscore"]}, "set evaluate.clip"),
+        (SCORED, "register.min_geneval_gain is 0.02, and evaluate.detector is empty, so that nobody measures GenEval"),
+        (SCORED | {"register.min_geneval_gain": 0.0, "register.min_fid_drop": 0.1}, "register.allowances names geneval_second, and nobody"),
+    ],
+)
+def test_who_judges_is_seen_before_anything_is_tuned(project: Path, changes: dict[str, Any], words: str) -> None:
+    found = inputs.looks(recipes.changed(settings(), changes))
+    with pytest.raises(ValueError, match=words):
+        for (field, _), look in found.items():
+            if field == "evaluate.prompts":
+                look()
 
 
 def test_another_text_encoder_or_text_of_a_metric_is_another_evaluation(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +237,7 @@ def test_another_text_encoder_or_text_of_a_metric_is_another_evaluation(project:
 
 @pytest.mark.parametrize("name", ["table3", "table5", "table3-janus"])
 def test_a_table_finds_every_number_and_names_the_judge(project: Path, name: str) -> None:
+    test_clip.write(Path("data/models/scenes-clip"))  # of AR-GRPO's reward
     made = Experiment(name, settings(), [0]).table
     for end in set(made.ends.values()):
         shutil.copytree("artifacts/evaluate", end)
@@ -301,7 +327,7 @@ def rewritten(path: Path, **columns: object) -> str:
     [
         ({"detector": ""}, "evaluate.second_detector is .*scenes-judge.safetensors and evaluate.detector is empty"),
         ({"detector": "", "second_detector": ""}, "evaluate.detector and evaluate.text_metrics are empty"),
-        ({"resize": 32}, "evaluate.resize is 32, and detectors judge pictures as they are drawn"),
+        ({"resize": 32}, "evaluate.resize is 32, and pictures of prompts are judged as they are drawn"),
         ({"detector": "digit"}, "did you mean 'digits'"),
         ({"prompts": "data/geneval/prompts.jsonl"}, "data/geneval/prompts.jsonl is not here"),
         ({"text_metrics": ["clipscore"]}, "set evaluate.clip"),

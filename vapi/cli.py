@@ -609,8 +609,8 @@ GENEVAL = {
         "SOURCE.pth TARGET",
     ),
     "convert-clip": Command(
-        "Make a folder for evaluate.hps (or evaluate.clip, tune.clip_model) of a checkpoint of open_clip's, as HPSv2's is; the "
-        "vocabulary comes from the folder of another CLIP.",
+        "Make a folder for evaluate.hps (or evaluate.clip, tune.clip_model) of a checkpoint of open_clip's, as HPSv2's is (not of its "
+        "-quickgelu models, which no weight tells apart); the vocabulary comes from the folder of another CLIP.",
         _geneval_convert_clip,
         "SOURCE.pt TARGET --words FOLDER",
         ("words",),

@@ -67,7 +67,7 @@ def detector_of(name: str, clip: str = "", device: torch.device | str = "cpu") -
         if not Path(name).is_file():
             raise ValueError(f"the detector {name} is not here; the bundled ones come with: dvc pull data.dvc")
         found = _module("scenes").learned(Path(name))
-    elif Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    elif name and Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         found = _module("mask2former").load(name, clip, device)
     else:
         known = "digits, a .safetensors of ours, or a folder of Mask2Former's weights"

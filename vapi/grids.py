@@ -353,9 +353,23 @@ def settings(made: Grid, base: Config, point: Point, seed: int) -> Config:
         own = config.flat(base)
         how |= {field: [own[plain]] for field, plain in SWEPT.items()}
     try:
-        return recipes.changed(base, point.changes | how)
+        found = recipes.changed(base, point.changes | how)
+        _require_measured(made, found)
     except ValueError as error:
         raise ValueError(f"{point.name}: {error}") from error
+    return found
+
+
+def _require_measured(made: Grid, how: Config) -> None:
+    """Raises ValueError where nobody would measure what a grid shows."""
+    if made.holds and not how.tune.holdout_images:
+        raise ValueError("tune.holdout_images is 0, and this table shows what tuning does to images that are held out")
+    judged = {name for name in made.metrics if name.startswith("task/") or name == "geneval"}
+    if judged and not how.evaluate.detector:
+        raise ValueError("evaluate.detector is empty, and this table shows GenEval; name a detector, or take another recipe")
+    scored = set(made.metrics) & {"clipscore", "hpsv2"}
+    if scored and not scored.intersection(how.evaluate.text_metrics):
+        raise ValueError(f"evaluate.text_metrics has none of {', '.join(sorted(scored))}, which this table shows; name one")
 
 
 def runs(made: Grid, base: Config, seeds: Sequence[int]) -> dict[tuple[str, int], Config]:

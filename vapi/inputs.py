@@ -28,8 +28,9 @@ def looks(settings: Config) -> dict[tuple[str, str], Look]:
         found["evaluate.extractor", "inception"] = functools.partial(_inception, settings)
     if settings.tune.rewards.get("clip"):
         found["tune.clip_model", settings.tune.clip_model] = functools.partial(_clip, settings)
-    if settings.model.captions and settings.evaluate.text_metrics:
-        found["evaluate.text_metrics", ", ".join(settings.evaluate.text_metrics)] = functools.partial(_text_metrics, settings)
+    if settings.model.captions:
+        judges = [settings.evaluate.detector, settings.evaluate.second_detector, *settings.evaluate.text_metrics]
+        found["evaluate.prompts", f"judged by {', '.join(filter(None, judges))}"] = functools.partial(_judges, settings)
     asked = sorted(name for name, weight in settings.tune.rewards.items() if weight)
     words = f"{settings.tune.objective} by {', '.join(asked)}, {'captions' if settings.model.captions else 'classes'}"
     found["tune.objective", words] = functools.partial(_objective, settings)
@@ -101,11 +102,19 @@ def _classifier(settings: Config) -> str:
     return settings.tune.classifier
 
 
-def _text_metrics(settings: Config) -> str:
-    from vapi.metrics import text
+def _judges(settings: Config) -> str:
+    """Who judges pictures of prompts, and what the gates want judged, would be seen after all tuning."""
+    from vapi import prompted
 
-    text.require(settings.evaluate)
-    return ", ".join(settings.evaluate.text_metrics)
+    prompted.require(settings.evaluate)
+    register = settings.register
+    if not settings.evaluate.detector and register.min_geneval_gain:
+        words = "and evaluate.detector is empty, so that nobody measures GenEval; set it to 0"
+        raise ValueError(f"register.min_geneval_gain is {register.min_geneval_gain}, {words}")
+    for metric, judge in {"geneval": settings.evaluate.detector, "geneval_second": settings.evaluate.second_detector}.items():
+        if metric in register.allowances and not judge:
+            raise ValueError(f"register.allowances names {metric}, and nobody measures it; name its detector, or leave it out")
+    return settings.evaluate.prompts
 
 
 def _inception(settings: Config) -> str:

@@ -62,16 +62,9 @@ class Panel:
     @classmethod
     def of(cls, evaluate: EvaluateConfig, device: torch.device) -> Panel:
         """Read prompts and judges. Raises ValueError for what is missing, and for prompts that a detector cannot judge."""
+        require(evaluate)
         named = {"geneval": evaluate.detector, "geneval_second": evaluate.second_detector}
-        if evaluate.second_detector and not evaluate.detector:
-            raise ValueError(
-                f"evaluate.second_detector is {evaluate.second_detector} and evaluate.detector is empty; name that, or neither"
-            )
-        if not evaluate.detector and not evaluate.text_metrics:
-            raise ValueError("evaluate.detector and evaluate.text_metrics are empty, and somebody must look at the pictures; name one")
         detectors = {name: detector_of(where, evaluate.clip, device) for name, where in named.items() if where}
-        if evaluate.resize:
-            raise ValueError(f"evaluate.resize is {evaluate.resize}, and detectors judge pictures as they are drawn; set it to 0")
         lists = [geneval.read_prompts(evaluate.prompts, judge.classes, judge.colours) for judge in detectors.values()]
         lists = lists or [text.read_prompts(evaluate.prompts)]
         metrics = text.load(evaluate, device)
@@ -227,6 +220,22 @@ def partners(prompts: Sequence[Prompt]) -> list[int]:
     return found
 
 
+def require(evaluate: EvaluateConfig) -> None:
+    """Raises ValueError for judges that do not go together or are not here, and for prompts that cannot be read, without loading a
+    network. (Whether a detector knows what a prompt asks for is seen when it is loaded.)"""
+    if evaluate.second_detector and not evaluate.detector:
+        raise ValueError(f"evaluate.second_detector is {evaluate.second_detector} and evaluate.detector is empty; name that, or neither")
+    if not evaluate.detector and not evaluate.text_metrics:
+        raise ValueError("evaluate.detector and evaluate.text_metrics are empty, and somebody must look at the pictures; name one")
+    if evaluate.resize:
+        raise ValueError(f"evaluate.resize is {evaluate.resize}, and pictures of prompts are judged as they are drawn; set it to 0")
+    text.require(evaluate)
+    if evaluate.detector:
+        geneval.read_prompts(evaluate.prompts, None, None)
+    else:
+        text.read_prompts(evaluate.prompts)
+
+
 # --- results -----------------------------------------------------------------------------------
 
 
@@ -259,6 +268,7 @@ def results(panel: Panel, found: Mapping[str, Verdicts], anchors: Anchors) -> Sc
         "metrics": {
             name: {
                 "description": metric.describe,
+                "difference": {tuned: _paired(found[base][name], found[tuned][name]) for base, tuned in sides if tuned in found},
                 **{side: _mean(verdicts[name]) for side, verdicts in [*found.items(), *anchors.verdicts.items()]},
             }
             for name, metric in panel.metrics.items()
@@ -307,3 +317,12 @@ def _mean(values: np.ndarray) -> Scores:
     of_prompts = values.mean(axis=(1, 2))
     error = float(of_prompts.std(ddof=1) / len(of_prompts) ** 0.5) if len(of_prompts) > 1 else None
     return {"mean": float(of_prompts.mean()), "standard_error": error}
+
+
+def _paired(base: np.ndarray, tuned: np.ndarray) -> Scores | None:
+    """What tuning did to a text metric's mean, with the 95 % interval over prompts, in pairs; None for one prompt."""
+    gaps = (tuned - base).mean(axis=(1, 2))
+    if len(gaps) < 2:
+        return None
+    gap, half = float(gaps.mean()), 1.96 * float(gaps.std(ddof=1)) / len(gaps) ** 0.5
+    return {"a": float(base.mean()), "b": float(tuned.mean()), "difference": gap, "low": gap - half, "high": gap + half}

@@ -35,12 +35,14 @@ def names(prompts: Scores) -> dict[str, str]:
 
 
 def verdict(prompts: Scores) -> str:
-    """A sentence for each detector: what tuning did to the overall score, and whether it is more than chance."""
-    return " ".join(_sentence(judged, prompts["prompts"], n) for n, judged in enumerate(prompts["detectors"].values()))
+    """A sentence for each detector, or where there is none for each text metric: what tuning did to the score, and whether it is more
+    than chance."""
+    rows = [(judged["base"]["title"], judged["difference"]["tuned"]["overall"]) for judged in prompts["detectors"].values()]
+    rows = rows or [(name, sides["difference"]["tuned"]) for name, sides in prompts["metrics"].items() if sides["difference"]["tuned"]]
+    return " ".join(_sentence(title, row, prompts["prompts"], n) for n, (title, row) in enumerate(rows))
 
 
-def _sentence(judged: Scores, count: int, number: int) -> str:
-    row, title = judged["difference"]["tuned"]["overall"], judged["base"]["title"]
+def _sentence(title: str, row: Scores, count: int, number: int) -> str:
     change = f"from {row['a']:.3f} to {row['b']:.3f}"
     interval = f"{_signed(row['difference'])}, 95 % {_signed(row['low'])} to {_signed(row['high'])}"
     moved = _beyond_chance(row)
@@ -120,7 +122,9 @@ def notes(prompts: Scores) -> str:
         parts.append(f"Pictures on which both judges say the same: {shares}.")
     for name, sides in prompts["metrics"].items():
         words = ", ".join(
-            f"{side.replace('_', ' ')} {one['mean']:.4f}{_error(one)}" for side, one in sides.items() if side != "description"
+            f"{side.replace('_', ' ')} {one['mean']:.4f}{_error(one)}"
+            for side, one in sides.items()
+            if side not in ("description", "difference")
         )
         parts.append(f"{name}: {words}. {sides['description']}.")
     return "".join(f"<p class='small'>{esc(words)}</p>" for words in parts)

@@ -4,7 +4,8 @@ HPSv2's score is the cosine of its two towers (hpsv2/img_score.py), which are op
 its weights in transformers' layout the score is what ``metrics/text.py`` computes anyway.
 
 How many heads a tower has stands in no weight: open_clip's have 64 numbers each, but for the widest pictures' towers (H, g, bigG),
-which have 16 heads. They use the exact GELU, unlike OpenAI's. The vocabulary is every CLIP's, and comes from another folder.
+which have 16 heads. They use the exact GELU, which no weight tells: OpenAI's own and open_clip's -quickgelu models, laid out alike,
+would say something else here. The vocabulary is every CLIP's, and comes from another folder.
 What is known of it: the tests compare a converted network with towers written down after open_clip on small random weights; nobody
 has yet run the published checkpoint through here. Left out: other text towers (RoBERTa, T5), open_clip's models with a ResNet.
 """

@@ -12,16 +12,17 @@ Left out: PickScore, ImageReward, VQAScore: each brings libraries and weights of
 
 from __future__ import annotations
 
+import csv
 import importlib
 import inspect
 import io
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -145,31 +146,57 @@ ALL = "all"  # the group of prompts that have none
 
 
 def read_prompts(path: Path | str) -> list[Prompt]:
-    """Prompts in which nobody looks for objects: JSON lines, CSV or TSV with a column prompt (or prompts, caption) and perhaps one of
-    groups (tag, category, challenge), in any case; or a plain text with a prompt a line. Raises ValueError for what is neither."""
+    """Prompts in which nobody looks for objects: JSON lines, CSV or TSV with a field prompt (or prompts, caption) and perhaps one of
+    groups (tag, category, challenge), in any case; or a plain text with a prompt a line. Raises ValueError that names the line for
+    whatever is none of these."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not here; it should hold prompts: JSON lines, CSV, TSV, or a line of text each")
     try:
-        rows = _rows(path)
-    except (UnicodeDecodeError, ValueError) as error:  # pandas' own are ValueErrors
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    column, group = (next((name for name in rows if str(name).lower() in names), None) for names in (TEXT, GROUP))
-    if column is None:
-        raise ValueError(f"{path} has the columns {', '.join(map(str, rows))}; one must be called {' or '.join(TEXT)}")
-    for number, text in enumerate(rows[column], 1):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path}: prompt {number} is {text!r}; it must be a text")
-    if rows.empty:
+        found = [_prompt(row, f"{path} line {number}") for number, row in _rows(path)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+    if not found:
         raise ValueError(f"{path} is empty; it should hold prompts")
-    groups = rows[group].astype(str) if group is not None else [ALL] * len(rows)
-    return [Prompt(text.strip(), name, ()) for text, name in zip(rows[column], groups, strict=True)]
+    return found
 
 
-def _rows(path: Path) -> pd.DataFrame:
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Fields of each prompt, and the line they stand in (of CSV, where they end)."""
     text = path.read_text(encoding="utf-8-sig")
-    if path.suffix in (".jsonl", ".json"):
-        return pd.read_json(io.StringIO(text), lines=True, dtype=False)
-    if path.suffix in (".csv", ".tsv"):
-        return pd.read_csv(io.StringIO(text), sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
-    return pd.DataFrame({TEXT[0]: [line for line in text.splitlines() if line.strip()]})
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        # nothing is quoted in TSV, and a quotation mark is one
+        how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+        reader = csv.DictReader(io.StringIO(text, newline=""), **how)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path} line {reader.line_num} has more or fewer fields than its first line; put quotation marks around commas"
+                )
+            yield reader.line_num, row
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield number, _json(line, f"{path} line {number}") if suffix in (".jsonl", ".json") else {TEXT[0]: line}
+
+
+def _json(line: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}; give one prompt a line") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is {found!r:.60}; give a mapping with a field {TEXT[0]} on each line")
+    return found
+
+
+def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
+    named = {str(name).strip().lower(): value for name, value in row.items()}
+    field = next((name for name in TEXT if name in named), None)
+    if field is None:
+        raise ValueError(f"{where} has the fields {', '.join(row)}; one must be called {' or '.join(TEXT)}")
+    if not isinstance(named[field], str) or not named[field].strip():
+        raise ValueError(f"{where}: {field} is {named[field]!r}; it must be a text")
+    groups = (str(named[name]).strip() for name in GROUP if named.get(name) is not None)
+    return Prompt(named[field].strip(), next(filter(None, groups), ALL), ())
