@@ -141,7 +141,6 @@ def test_objectives_go_with_the_released_configuration_and_with_captions() -> No
     [
         ("table3", "llamagen-xl-drawbench", {}, "evaluate.detector is empty, and this table shows GenEval"),
         ("table1", "janus-pro-1b", {"evaluate.text_metrics": []}, "evaluate.text_metrics has none of clipscore, hpsv2"),
-        ("figure5", "digits", {"tune.holdout_images": 0}, "tune.holdout_images is 0, and this table shows"),
     ],
 )
 def test_what_nobody_would_measure_is_refused(table: str, recipe: str, changes: dict[str, Any], words: str) -> None:
