@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -137,9 +138,11 @@ def test_heads_as_open_clip_counts_them() -> None:
         (lambda state: state.update({"token_embedding.weight": torch.zeros(50, READ)}), "has 192 words, and .* knows 50"),
     ],
 )
-def test_what_does_not_fit_is_refused(theirs: OpenClip, words: Path, tmp_path: Path, change: object, message: str) -> None:
+def test_what_does_not_fit_is_refused(
+    theirs: OpenClip, words: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
     state = dict(theirs.state_dict())
-    change(state)  # type: ignore[operator]
+    change(state)
     with pytest.raises(ValueError, match=message):
         open_clip.convert(write(tmp_path / "bad.pt", state), tmp_path / "out", words)
     assert not list(tmp_path.glob("*out*"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,12 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers", reason="pip install 'vapi-align[geneval]'")
 
+from test_scenes_janus import built
+
 from vapi.config import EvaluateConfig
-from vapi.digits import __main__, build, build_clip, build_janus, build_scenes, scenes
+from vapi.digits import build, build_clip, build_scenes, scenes
 from vapi.metrics import clip as clips
 from vapi.metrics import text
-from vapi.models import vq, weights
 
 BUNDLED = Path(__file__).parents[1] / "data" / build_clip.FOLDER
 bundled = pytest.mark.skipif(not BUNDLED.is_dir(), reason="data/ is not here: dvc pull data.dvc")
@@ -29,14 +29,7 @@ def painted(per_task: int) -> scenes.Pictures:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command builds at a tiny size."""
-    out = tmp_path_factory.mktemp("clip") / "data"
-    torch.manual_seed(0)
-    weights.save(vq.VQModel(build_janus.TINY.tokenizer), out / build_janus.TOKENIZER, vq.metadata(build_janus.TINY.tokenizer))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vapi.digits", str(out), "--clip", "--tiny"])
-        __main__.main()
-    return out / build_clip.FOLDER
+    return built(tmp_path_factory.mktemp("clip") / "data", "--clip") / build_clip.FOLDER
 
 
 def test_the_command_builds_what_clipscore_reads(tiny: Path) -> None:

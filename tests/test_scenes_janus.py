@@ -11,7 +11,7 @@ import torch
 
 from vapi import models
 from vapi.config import ModelConfig
-from vapi.digits import __main__, build_janus, scenes, train
+from vapi.digits import __main__, build_janus, build_scenes, scenes, train
 from vapi.models import janus, janus_files, llamagen, vq, weights
 from vapi.recipes import recipe
 
@@ -20,16 +20,20 @@ bundled = pytest.mark.skipif(not BUNDLED.is_dir(), reason="data/ is not here: dv
 CAPTION = "a photo of a red three and a blue eight"
 
 
+def built(out: Path, option: str) -> Path:
+    """What the command builds at a tiny size, beside an image tokenizer."""
+    torch.manual_seed(0)
+    sizes = build_scenes.TINY.tokenizer
+    weights.save(vq.VQModel(sizes), out / build_scenes.TOKENIZER, vq.metadata(sizes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vapi.digits", str(out), option, "--tiny"])
+        __main__.main()
+    return out
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command builds at a tiny size."""
-    out = tmp_path_factory.mktemp("janus") / "data"
-    torch.manual_seed(0)
-    weights.save(vq.VQModel(build_janus.TINY.tokenizer), out / build_janus.TOKENIZER, vq.metadata(build_janus.TINY.tokenizer))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["vapi.digits", str(out), "--janus", "--tiny"])
-        __main__.main()
-    return out / build_janus.FOLDER
+    return built(tmp_path_factory.mktemp("janus") / "data", "--janus") / build_janus.FOLDER
 
 
 def policy_of(folder: Path) -> models.Policy:
@@ -57,7 +61,7 @@ def transformers_draws_the_same(folder: Path) -> None:
 
 @torch.no_grad()
 def has_the_scenes_tokenizer(folder: Path) -> None:
-    policy, own = policy_of(folder), folder.parents[1] / build_janus.TOKENIZER
+    policy, own = policy_of(folder), folder.parents[1] / build_scenes.TOKENIZER
     known = llamagen.load_tokenizer(ModelConfig(tokenizer=str(own), image_size=scenes.SIDE), torch.device("cpu"))
     codes = torch.randint(known.vocab, (2, policy.num_codes), generator=torch.Generator().manual_seed(0))
     assert torch.equal(policy.decode(codes), known.decode(codes))

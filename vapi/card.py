@@ -19,7 +19,6 @@ FILE = "MODEL_CARD.md"
 DESCRIPTION = 5000
 """Characters of a version's description that every store of MLflow's registry takes; PostgreSQL refuses more."""
 
-JUDGES = {"detector": "geneval", "second_detector": "geneval_second"}
 """The column of metrics.json in which each detector's score stands."""
 OTHERS = {
     "ste": "reward straight through the draws (vapi/baselines.py)",
@@ -106,7 +105,7 @@ def _licences(sections: dict[str, Any], model: ModelConfig, register: RegisterCo
     unused += [field for reward, fields in config.FOR_REWARDS.items() if not _rewarded(sections["tune"], reward) for field in fields]
     named = {field: str(name) for field, name in config.flat(sections).items() if field not in unused}
     detectors = results.get("prompts", {}).get("detectors", {})
-    judges = {each: detectors[column]["base"]["detector"]["licence"] for each, column in JUDGES.items() if column in detectors}
+    judges = {each: detectors[column]["base"]["detector"]["licence"] for column, each in config.JUDGES.items() if column in detectors}
     found = licences.licences(named, register.licences, judges)
     rows = [[each.input, each.role, each.name, each.licence, each.source] for each in found]
     unknown = [row[0] for row in rows if row[3] == licences.UNKNOWN]

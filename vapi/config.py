@@ -519,6 +519,10 @@ FOR_CAPTIONS = tuple(f"evaluate.{field}" for field in ("prompts", "detector", "s
 """Those of them that a generator of classes has no use for."""
 FOR_REWARDS = {"lpips": ("tune.perceptual", "tune.perceptual_weights"), "class": ("tune.classifier",), "clip": ("tune.clip_model",)}
 """And those that a reward reads, by its name."""
+JUDGES = {"geneval": "detector", "geneval_second": "second_detector"}
+"""Scores by detectors, and the field of ``EvaluateConfig`` that names who gives each."""
+TEXT_METRICS = {"clipscore": "clip", "hpsv2": "hps"}
+"""Text metrics of ours, and the field that names the CLIP of each."""
 PERCEPTUAL = ("vgg", "alex")  # networks that tune.perceptual calls by a word
 WORDS = ("", *PERCEPTUAL, "inception", "words", "digits")
 """What such a field may hold in place of a file's name."""

@@ -182,7 +182,7 @@ class Table:
         return [self._row(point) for point in self.grid.points]
 
     def _row(self, point: Point) -> Scores:
-        changes = {name: str(value) if isinstance(value, recipes.Times) else value for name, value in (point.changes or {}).items()}
+        changes = {name: str(value) if isinstance(value, recipes.Times) else value for name, value in point.changes.items()}
         row: Scores = {"name": point.name, "changes": changes, "paper": point.paper, "about": point.about}
         row |= {"runs": [], "ours": {}, "judges": {}}
         if (point.name, self.seeds[0]) not in self.ends:
@@ -320,7 +320,7 @@ def here(words: Sequence[str], environment: Mapping[str, str]) -> int:
 # --- numbers -----------------------------------------------------------------------------------
 
 
-HELD = (Column("ce", "cross-entropy", True, 3), Column("reward_mse", "-MSE", False, 5), Column("reward_lpips", "-LPIPS", False, 5))
+_HELD_OUT = (Column("ce", "cross-entropy", True, 3), Column("reward_mse", "-MSE", False, 5), Column("reward_lpips", "-LPIPS", False, 5))
 """Of images held out of tuning, beside what an evaluation measures."""
 
 
@@ -339,7 +339,7 @@ def number(results: Scores, side: str, metric: str) -> float | None:
 def column(metric: str, judges: Mapping[str, str] | None = None) -> Column:
     """How a metric is titled and shown. ``judges``: titles of those whose name hangs on who judged (``report.judges``)."""
     kind, _, name = metric.rpartition("/")
-    known = {one.key: one for one in (*report.COLUMNS, *HELD)}
+    known = {one.key: one for one in (*report.COLUMNS, *_HELD_OUT)}
     shown = known.get(name, Column(name, name.replace("_", " "), False, 3 if kind == "task" else 2))
     title = (judges or {}).get(name, shown.title)
     title = {"guided": f"{title}, guided", "best": f"{title} at its best", "held": f"{title}, held out"}.get(kind, title)

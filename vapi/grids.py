@@ -1,7 +1,7 @@
 """The tables and figures of the paper, and some of ours, as named grids: one row each, as what it changes in a recipe.
 
 A point says which fields differ from the grid's recipe, and what the paper (arXiv 2512.19680) prints for it; numbers are taken
-from there and nowhere else. What the paper ran and this package cannot run stands in its grid too, and is shown as not run.
+from there and nowhere else. A row that does not go with a recipe stays in its table, and is shown as not run.
 ``experiment.py`` runs them. A new ablation is a new grid here and nothing else.
 """
 
@@ -23,10 +23,10 @@ SWEPT = {"evaluate.temperatures": "evaluate.temperature", "evaluate.guidances": 
 
 @dataclass(frozen=True)
 class Point:
-    """A row: ``changes`` of the recipe (None: this package cannot run it), the paper's numbers by metric, and whose numbers ours are."""
+    """A row: ``changes`` of the recipe, the paper's numbers by metric, and whose numbers ours are."""
 
     name: str
-    changes: dict[str, Any] | None = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
     paper: dict[str, float] = field(default_factory=dict)
     side: Literal["base", "tuned"] = "tuned"
     about: bool = False  # the paper's numbers are read off a plot
@@ -50,7 +50,7 @@ class Grid:
     @property
     def varied(self) -> list[str]:
         """The fields that some of its points change."""
-        return list(dict.fromkeys(name for point in self.points for name in point.changes or {}))
+        return list(dict.fromkeys(name for point in self.points for name in point.changes))
 
     @property
     def sweeps(self) -> bool:
@@ -70,12 +70,6 @@ GENEVAL = (*(f"task/{name}" for name in TASKS), "geneval")
 HELD = ("held/reward", "held/reward_mse", "held/reward_lpips", "held/ce")
 OURS = "ours, beyond the paper"
 _SIDES: tuple[tuple[str, Literal["base", "tuned"]], ...] = (("base", "base"), ("VA-pi", "tuned"))
-
-
-WITH_RATES = {
-    name: changes | ({"tune.lr": recipes.Times(recipes.RATES[name])} if name in recipes.RATES else {})
-    for name, changes in recipes.ARMS.items()
-}
 
 
 PUBLISHED = {"tune.cca_beta": 0.02, "tune.cca_weight": 300.0}
@@ -144,13 +138,13 @@ GRIDS = {
         BOTH,
         (
             Point("base", {}, _quality(14.36, 86.55, 0.63, 0.69, 2.37, 252.16, 0.81, 0.59), "base"),
-            Point("tokenizer post-trained", WITH_RATES["tokenizer"], _quality(14.26, 86.70, 0.63, 0.68, 2.72, 246.97, 0.80, 0.59)),
+            Point("tokenizer post-trained", recipes.AT_BEST["tokenizer"], _quality(14.26, 86.70, 0.63, 0.68, 2.72, 246.97, 0.80, 0.59)),
             Point(
                 "tokenizer post-trained, 1,000 steps (paper: 10,000)",
-                WITH_RATES["tokenizer"] | {"tune.steps": 1000},
+                recipes.AT_BEST["tokenizer"] | {"tune.steps": 1000},
                 _quality(22.99, 72.49, 0.56, 0.68, 4.31, 221.57, 0.75, 0.58),
             ),
-            Point("straight-through", WITH_RATES["straight-through"], _quality(11.46, 102.21, 0.68, 0.61, 4.17, 267.34, 0.83, 0.51)),
+            Point("straight-through", recipes.AT_BEST["straight-through"], _quality(11.46, 102.21, 0.68, 0.61, 4.17, 267.34, 0.83, 0.51)),
             Point("VA-pi", {}, _quality(7.65, 116.70, 0.71, 0.64, 2.28, 273.53, 0.83, 0.56)),
         ),
         settings={"evaluate.guided": 1.75},
@@ -161,7 +155,7 @@ GRIDS = {
         BOTH,
         (
             Point("base", {}, _quality(15.55, 79.16, 0.62, 0.69, 2.79, 286.88, 0.84, 0.54), "base"),
-            Point("AR-GRPO", WITH_RATES["AR-GRPO"], dict(zip(BOTH[4:], (3.63, 293.07, 0.86, 0.48)))),
+            Point("AR-GRPO", recipes.AT_BEST["AR-GRPO"], dict(zip(BOTH[4:], (3.63, 293.07, 0.86, 0.48)))),
             Point("VA-pi", {}, _quality(9.23, 111.59, 0.71, 0.59, 2.94, 299.63, 0.84, 0.53)),
         ),
         full_size="llamagen-xl-c2i",
@@ -230,7 +224,7 @@ GRIDS = {
         "Other objectives in VA-pi's loop, each at a learning rate of its own (RATES).",
         OURS,
         QUALITY,
-        (Point("base", side="base"), *(Point(name, changes) for name, changes in WITH_RATES.items())),
+        (Point("base", side="base"), *(Point(name, changes) for name, changes in recipes.AT_BEST.items())),
     ),
     "rates": Grid(
         "Learning rates of each objective, to choose by: --seeds 1000 --evaluate.reference data/digits/validation.parquet",
@@ -325,7 +319,7 @@ GRIDS = {
         (
             Point("base", side="base"),
             Point("image", {"tune.credit": "image"}),
-            *(Point(f"token, radius {radius}", WITH_RATES["token credit"] | {"tune.credit_radius": radius}) for radius in (0, 1, 2)),
+            *(Point(f"token, radius {radius}", recipes.AT_BEST["token credit"] | {"tune.credit_radius": radius}) for radius in (0, 1, 2)),
         ),
     ),
 }
@@ -347,7 +341,6 @@ def under(made: Grid, recipe: Config) -> Config:
 def settings(made: Grid, base: Config, point: Point, seed: int) -> Config:
     """What a point runs with: the grid's base with its changes and a seed, which tunes and draws. Temperature and guidance are swept
     only where the grid shows what comes of it. Raises ValueError that names the point."""
-    assert point.changes is not None, point.name
     how: dict[str, Any] = {"tune.seed": seed, "evaluate.seeds": [seed]}
     if not made.sweeps:
         own = config.flat(base)
@@ -365,14 +358,14 @@ def _require_measured(made: Grid, how: Config) -> None:
     judged = {name for name in made.metrics if name.startswith("task/") or name == "geneval"}
     if judged and not how.evaluate.detector:
         raise ValueError("evaluate.detector is empty, and this table shows GenEval; name a detector, or take another recipe")
-    scored = set(made.metrics) & {"clipscore", "hpsv2"}
+    scored = config.TEXT_METRICS.keys() & made.metrics
     if scored and not scored.intersection(how.evaluate.text_metrics):
         raise ValueError(f"evaluate.text_metrics has none of {', '.join(sorted(scored))}, which this table shows; name one")
 
 
 def runs(made: Grid, base: Config, seeds: Sequence[int]) -> dict[tuple[str, int], Config]:
     """What each point that can be run is run with, by its name and the seed; a whole table of one seed before the next seed's."""
-    found = {(point.name, seed): settings(made, base, point, seed) for seed in seeds for point in made.points if point.changes is not None}
+    found = {(point.name, seed): settings(made, base, point, seed) for seed in seeds for point in made.points}
     # where the base itself does not fit, whoever looks at inputs says why
     return {run: how for run, how in found.items() if fits(how)} if fits(base) else found
 

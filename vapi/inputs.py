@@ -111,9 +111,10 @@ def _judges(settings: Config) -> str:
     if not settings.evaluate.detector and register.min_geneval_gain:
         words = "and evaluate.detector is empty, so that nobody measures GenEval; set it to 0"
         raise ValueError(f"register.min_geneval_gain is {register.min_geneval_gain}, {words}")
-    for metric, judge in {"geneval": settings.evaluate.detector, "geneval_second": settings.evaluate.second_detector}.items():
-        if metric in register.allowances and not judge:
-            raise ValueError(f"register.allowances names {metric}, and nobody measures it; name its detector, or leave it out")
+    for metric, field in config.JUDGES.items():
+        if metric in register.allowances and not getattr(settings.evaluate, field):
+            words = f"and evaluate.{field} is empty, so that nobody measures it; name one, or leave it out"
+            raise ValueError(f"register.allowances names {metric}, {words}")
     return settings.evaluate.prompts
 
 

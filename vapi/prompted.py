@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vapi import data
-from vapi.config import EvaluateConfig
+from vapi.config import JUDGES, EvaluateConfig
 from vapi.geneval import AT_ONCE, detector_of
 from vapi.metrics import geneval, text
 from vapi.metrics.detections import Detector
@@ -63,7 +63,7 @@ class Panel:
     def of(cls, evaluate: EvaluateConfig, device: torch.device) -> Panel:
         """Read prompts and judges. Raises ValueError for what is missing, and for prompts that a detector cannot judge."""
         require(evaluate)
-        named = {"geneval": evaluate.detector, "geneval_second": evaluate.second_detector}
+        named = {name: getattr(evaluate, field) for name, field in JUDGES.items()}
         detectors = {name: detector_of(where, evaluate.clip, device) for name, where in named.items() if where}
         lists = [geneval.read_prompts(evaluate.prompts, judge.classes, judge.colours) for judge in detectors.values()]
         lists = lists or [text.read_prompts(evaluate.prompts)]

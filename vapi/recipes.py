@@ -49,6 +49,8 @@ ARMS: dict[str, dict[str, Any]] = {
 """What can be done with a generator and a tokenizer, as what it changes in VA-pi's recipe."""
 RATES = {"fine-tuning": 0.3, "token credit": 1.0, "straight-through": 1.0, "CCA": 3.0, "AR-GRPO": 1.0, "tokenizer": 0.3}
 """At how many times VA-pi's learning rate each was best on the digits (experiments ``rates`` and ``cca``)."""
+AT_BEST = {name: changes | ({"tune.lr": Times(RATES[name])} if name in RATES else {}) for name, changes in ARMS.items()}
+"""The arms, each at its own rate."""
 BY_CLIP = {**_FREE, "tune.rewards.clip": 1.0}
 """AR-GRPO from captions, by tune.clip_model."""
 
@@ -224,7 +226,7 @@ _DIGITS_JANUS = _DIGITS_T2I | {
 
 
 def _objective(name: str, doc: str, expect: str) -> Recipe:
-    return Recipe(doc, f"{expect}, where VA-pi gives 0.95 (docs/results.md)", ARMS[name] | {"tune.lr": Times(RATES[name])})
+    return Recipe(doc, f"{expect}, where VA-pi gives 0.95 (docs/results.md)", AT_BEST[name])
 
 
 _OBJECTIVES = {

@@ -31,7 +31,7 @@ def geneval(settings: Measured) -> dict[str, Any]:
     policy, device = built.policy, built.device
     if policy.num_classes:
         raise ValueError(f"{built.weights} draws classes, and GenEval asks with captions; measure --recipe llamagen-xl-t2i, say")
-    known = wanted.detector in ("digits", "") or Path(wanted.detector).exists()
+    known = wanted.detector == "digits" or Path(wanted.detector).exists()
     detector = detector_of(wanted.detector, wanted.clip, device) if known else _random_detector(device)
     prompts = [
         one for one in metric.read_prompts(wanted.prompts, detector.classes, detector.colours) for _ in range(wanted.images_per_prompt)

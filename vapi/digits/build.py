@@ -10,10 +10,12 @@ generators that differ in nothing but random numbers differed by 2 % in held-out
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,18 @@ from vapi.models import gpt, vq, weights
 EXISTS = "{} exists; name a new folder, and move it into place when it is complete"
 # Seed of the painting, one per purpose: images of one glyph differ between purposes.
 SEEDS = {"pretraining": 100, "train": 101, "validation": 102, "reference": 103, "held out": 104, "reward": 200, "metric": 300}
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside it, which becomes it when all is written: a build that is killed is to leave nothing that bars the next.
+    Raises ValueError if it is there already."""
+    if folder.exists():
+        raise ValueError(EXISTS.format(folder))
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    partial.rename(folder)
 
 
 @dataclass(frozen=True)

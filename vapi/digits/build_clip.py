@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,16 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vapi.config import ModelConfig, write_text
+from vapi.config import write_text
 from vapi.digits import build_scenes, judges, scenes, train
-from vapi.digits.build import EXISTS, clock
-from vapi.digits.build_janus import TOKENIZER
+from vapi.digits.build import clock, new_folder
 from vapi.digits.scenes import Pictures, Placed, Prompt
 from vapi.digits.train import GeneratorSchedule, Log
 from vapi.images import to_float
 from vapi.metrics import clip as clips
 from vapi.metrics.text import ClipScore
-from vapi.models import llamagen, weights
+from vapi.models import weights
 from vapi.models.vq import VQModel
 
 FOLDER = "models/scenes-clip"
@@ -83,20 +81,14 @@ TINY = World(
 def build(out: Path, world: World, pretraining_seed: int = 0) -> dict[str, float]:
     """Write the folder beside the scenes' tokenizer and return what was measured. The generator's seed has no say: judges are the
     same for all. Raises ValueError if it is there already."""
-    folder = out / FOLDER
-    if folder.exists():
-        raise ValueError(EXISTS.format(folder))
-    torch.manual_seed(0)
-    log = clock()
-    tokenizer = llamagen.load_tokenizer(ModelConfig(tokenizer=str(out / TOKENIZER), image_size=scenes.SIDE), torch.device("cpu"))
-    partial = folder.with_name(f".{folder.name}.partial")  # a build that is killed is to leave nothing that bars the next
-    shutil.rmtree(partial, ignore_errors=True)
-    write_words(partial)
-    network = teach(partial, learner_pictures(world), tokenizer, world, log)
-    network.config.save_pretrained(partial)
-    weights.save_tensors(network.state_dict(), partial / "model.safetensors", {})
-    measured = measure(clips.load(partial), tokenizer, world)
-    partial.rename(folder)
+    with new_folder(out / FOLDER) as folder:
+        torch.manual_seed(0)
+        log, tokenizer = clock(), build_scenes.load_tokenizer(out)
+        write_words(folder)
+        network = teach(folder, learner_pictures(world), tokenizer, world, log)
+        network.config.save_pretrained(folder)
+        weights.save_tensors(network.state_dict(), folder / "model.safetensors", {})
+        measured = measure(clips.load(folder), tokenizer, world)
     for name, value in measured.items():
         log(f"{name}: {value:.4g}")
     return measured

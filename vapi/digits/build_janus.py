@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,16 +21,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vapi.config import ModelConfig, write_text
+from vapi.config import write_text
 from vapi.digits import build_scenes, scenes
-from vapi.digits.build import EXISTS, clock
+from vapi.digits.build import clock, new_folder
 from vapi.digits.build_scenes import World
 from vapi.digits.train import GeneratorSchedule
-from vapi.models import janus, llamagen, vq, weights
+from vapi.models import janus, vq, weights
 from vapi.models.janus_files import BOS, COUNTER, END, EOS, IMAGE, PAD, START, to_transformers
 
 FOLDER = "models/scenes-janus"
-TOKENIZER = "models/scenes-tokenizer.safetensors"
 MARKS = (BOS, EOS, PAD, START, END, IMAGE, "<|User|>", "<|Assistant|>")
 PLACES = 256  # of the language model: a prompt of up to 157 tokens, and 100 codes
 GUIDANCE = 6.0  # of transformers' generate, where it is not told another
@@ -47,20 +45,14 @@ TINY = build_scenes.TINY
 
 def build(out: Path, world: World, pretraining_seed: int = 0) -> dict[str, float]:
     """Write the folder beside the scenes' tokenizer and return what was measured. Raises ValueError if it is there already."""
-    folder = out / FOLDER
-    if folder.exists():
-        raise ValueError(EXISTS.format(folder))
-    torch.manual_seed(0)
-    log = clock()
-    tokenizer = llamagen.load_tokenizer(ModelConfig(tokenizer=str(out / TOKENIZER), image_size=scenes.SIDE), torch.device("cpu"))
-    partial = folder.with_name(f".{folder.name}.partial")  # a build that is killed is to leave nothing that bars the next
-    shutil.rmtree(partial, ignore_errors=True)
-    write_words(partial)
-    prompts = janus.Prompts(partial)
-    read, make = functools.partial(conditions, prompts), functools.partial(Learner, sizes(world, prompts), tokenizer)
-    generator, measured = build_scenes.pretrain_generator(tokenizer, read, make, world, pretraining_seed, log)
-    write_weights(partial, generator, tokenizer)
-    partial.rename(folder)
+    with new_folder(out / FOLDER) as folder:
+        torch.manual_seed(0)
+        log, tokenizer = clock(), build_scenes.load_tokenizer(out)
+        write_words(folder)
+        prompts = janus.Prompts(folder)
+        read, make = functools.partial(conditions, prompts), functools.partial(Learner, sizes(world, prompts), tokenizer)
+        generator, measured = build_scenes.pretrain_generator(tokenizer, read, make, world, pretraining_seed, log)
+        write_weights(folder, generator, tokenizer)
     for name, value in measured.items():
         log(f"{name}: {value:.4g}")
     return measured

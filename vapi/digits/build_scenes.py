@@ -21,18 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vapi.config import write_text
+from vapi.config import ModelConfig, write_text
 from vapi.digits import judges, scenes, train
 from vapi.digits.build import EXISTS, clock, learned, pixel_hash, psnr, write_parquet
 from vapi.digits.scenes import Pictures
 from vapi.digits.train import G, GeneratorSchedule, Log, Schedule
 from vapi.metrics.detections import Detector
 from vapi.metrics.scenes import Learned, classical
-from vapi.models import gpt, text, vq, weights
+from vapi.models import gpt, llamagen, text, vq, weights
 
 # Seed of the painting, one per purpose.
 SEEDS = {"pretraining": 110, "train": 111, "validation": 112, "reference": 113, "held out": 114, "reward": 210, "metric": 310}
 SEEDS |= {"judge": 410, "thresholds": 411, "anchors": 412}
+TOKENIZER = "models/scenes-tokenizer.safetensors"
 SHUFFLE = 7  # of prompts, for the score of pictures that were made for others
 
 
@@ -146,6 +147,11 @@ def pretrain_tokenizer(out: Path, world: World, log: Log) -> tuple[vq.VQModel, d
     tokenizer = train.train_tokenizer(pictures.images, world.tokenizer, world.tokenizer_schedule, log)
     weights.save(tokenizer, out / "scenes-tokenizer.safetensors", vq.metadata(world.tokenizer))
     return tokenizer, {"tokenizer: PSNR on unseen glyphs, dB": psnr(tokenizer, held_out(world).images)}
+
+
+def load_tokenizer(out: Path) -> vq.VQModel:
+    """The scenes' own, which is there. Raises ValueError where it is not."""
+    return llamagen.load_tokenizer(ModelConfig(tokenizer=str(out / TOKENIZER), image_size=scenes.SIDE), torch.device("cpu"))
 
 
 def held_out(world: World) -> Pictures:

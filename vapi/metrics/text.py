@@ -1,7 +1,8 @@
-"""How well pictures fit their prompts, in other eyes than GenEval's: a table of scores, and the place to plug in one's own.
+"""How well pictures fit their prompts, in other eyes than GenEval's: scores by a CLIP, and the place to plug in one's own.
 
-A score is a function ``(images, prompts, metadata) -> numbers``; a row here makes one from the evaluation's configuration, and so
-does ``module:function`` in ``evaluate.text_metrics`` (docs/text-metrics.md has an example of a few lines).
+A score is a function ``(images, prompts, metadata) -> numbers``, made from the evaluation's configuration; ``module:function`` in
+``evaluate.text_metrics`` makes one's own (docs/text-metrics.md has an example of a few lines). Prompts that no detector judges are
+read here too.
 
 ``clipscore`` is the plain cosine between CLIP's features of picture and prompt, without a prefix: the scale (0.245 to 0.291) on
 which papers on LlamaGen report. Others multiply by 2.5 and cut at 0 (Hessel et al. 2021), by 100 (torchmetrics), or put "A photo
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vapi.config import EvaluateConfig, nearest
+from vapi.config import TEXT_METRICS, EvaluateConfig, nearest
 from vapi.metrics import clip as clips
 from vapi.metrics.features import sha256
 from vapi.metrics.geneval import Prompt
@@ -68,10 +69,6 @@ def _folder(config: EvaluateConfig, name: str) -> tuple[str, str]:
         example = f" ({clips.EXAMPLE})" if setting == clips.SETTING else ", as transformers keeps a CLIP"
         raise ValueError(f"evaluate.text_metrics asks for {name}; set {setting} to a folder of its weights{example}")
     return folder, setting
-
-
-TEXT_METRICS = {"clipscore": "clip", "hpsv2": "hps"}
-"""Metrics of ours: the field of ``EvaluateConfig`` that names the CLIP of each."""
 
 
 @dataclass(frozen=True)
