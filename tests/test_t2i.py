@@ -207,7 +207,10 @@ SCORED = {"evaluate.detector": "", "evaluate.second_detector": "", "evaluate.tex
         ({"evaluate.prompts": "data/scenes/validation.parquet"}, "is no text in UTF-8"),
         ({"evaluate.text_metrics": ["clipscore"]}, "set evaluate.clip"),
         (SCORED, "register.min_geneval_gain is 0.02, and evaluate.detector is empty, so that nobody measures GenEval"),
-        (SCORED | {"register.min_geneval_gain": 0.0, "register.min_fid_drop": 0.1}, "register.allowances names geneval_second, and evaluate.second_detector is empty"),
+        (
+            SCORED | {"register.min_geneval_gain": 0.0, "register.min_fid_drop": 0.1},
+            "register.allowances names geneval_second, and evaluate.second_detector is empty",
+        ),
     ],
 )
 def test_who_judges_is_seen_before_anything_is_tuned(project: Path, changes: dict[str, Any], words: str) -> None:
