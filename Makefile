@@ -22,7 +22,7 @@ demo-janus: setup data ## the same with a tiny Janus; params.yaml is the recipe 
 	vapi summary
 
 test: setup data     ## the default tests
-	python -m pytest -m "not slow" -n 2
+	python -m pytest -m "not slow" -n 2 --dist worksteal
 
 lint: setup          ## style and types
 	ruff check .

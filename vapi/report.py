@@ -129,7 +129,8 @@ def verdict(results: Results) -> str:
     before, after = markup.distance(base["fid"]), markup.distance(tuned["fid"])
     change = f"{100 * (tuned['fid'] / base['fid'] - 1):+.0f} %".replace("-", "−") if base["fid"] else "was 0"
     plain = direction(base, tuned, "fid")
-    asked = f"{report_prompts.verdict(results['prompts'])} ".lstrip() if "prompts" in results else ""
+    titles = {column.key: column.title for column in COLUMNS}
+    asked = f"{report_prompts.verdict(results['prompts'], titles)} ".lstrip() if "prompts" in results else ""
     first = {
         1: f"Tuning lowered FID from {before} to {after} ({change}).",
         0: f"Tuning did not change FID by more than chance would: {before} before, {after} after.",

@@ -34,11 +34,13 @@ def names(prompts: Scores) -> dict[str, str]:
     return {name: judged["base"]["title"] for name, judged in prompts["detectors"].items()}
 
 
-def verdict(prompts: Scores) -> str:
-    """A sentence for each detector, or where there is none for each text metric: what tuning did to the score, and whether it is more
-    than chance."""
+def verdict(prompts: Scores, titles: Mapping[str, str]) -> str:
+    """A sentence for each detector, or where there is none for each text metric (called as ``titles`` say): what tuning did to the
+    score, and whether it is more than chance."""
     rows = [(judged["base"]["title"], judged["difference"]["tuned"]["overall"]) for judged in prompts["detectors"].values()]
-    rows = rows or [(name, sides["difference"]["tuned"]) for name, sides in prompts["metrics"].items() if sides["difference"]["tuned"]]
+    if not rows:
+        found = {name: sides["difference"]["tuned"] for name, sides in prompts["metrics"].items()}
+        rows = [(titles.get(name, name), row) for name, row in found.items() if row]
     return " ".join(_sentence(title, row, prompts["prompts"], n) for n, (title, row) in enumerate(rows))
 
 
